@@ -1,0 +1,49 @@
+# `make` lists what can be made. Everything is installed into .venv, with the versions in constraints.txt.
+
+# The first Python here that is new enough; `make run PYTHON=/path/to/python` takes another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(NEW_ENOUGH)" 2>/dev/null && echo $$p && break; done)
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
+
+.PHONY: help run test lab train evaluate lint
+.DELETE_ON_ERROR:
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+run: .venv/installed  ## install, then caption, question and search a few pictures
+	@$(PY) -m minivlm demo
+
+test: .venv/installed-dev  ## install what development needs, then run every test
+	@$(PY) -m pytest -q --durations=10
+
+lab: .venv/installed  ## open JupyterLab
+	@$(PY) -m jupyterlab $(wildcard notebooks)
+
+train: .venv/installed  ## train the embedded checkpoint anew, into runs/
+	@$(PY) -m minivlm train
+
+evaluate: .venv/installed  ## measure the embedded checkpoint on scenes that training never showed
+	@$(PY) -m minivlm evaluate
+
+lint: .venv/installed-dev  ## check the style of the code
+	@$(PY) -m ruff check .
+
+# The stamps are written last: an installation that was interrupted starts over.
+.venv/created:
+	@"$(PYTHON)" -c "$(NEW_ENOUGH)" 2>/dev/null || { echo "minivlm needs Python 3.11 or newer," \
+		"and $(or $(PYTHON),python3) is not: install one, or name it with PYTHON=/path/to/python." >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear .venv
+	@touch $@
+
+.venv/installed: .venv/created pyproject.toml constraints.txt
+	@echo "Installing into .venv: a few minutes the first time, nothing after that."
+	$(PIP) -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) -e ".[dev]"
+	@touch $@
