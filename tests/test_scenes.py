@@ -1,0 +1,348 @@
+"""The scenes keep their promises: every statement is derived again from the boxes and masks."""
+
+import re
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minivlm import scenes
+
+DATA = Path(scenes.__file__).resolve().parent.parent / "data"
+SEEDS = range(300)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, list[scenes.Scene]]:
+    return {split: [scenes.make_scene(seed, split) for seed in SEEDS] for split in scenes.SPLITS}
+
+
+def asked(drawn, kind):
+    """(scene, example) for all examples of a kind."""
+    return [(s, e) for group in drawn.values() for s in group for e in s.examples if e.kind == kind]
+
+
+def pairs_of(scene):
+    return set(combinations(sorted({o.name for o in scene.objects}), 2))
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def test_sheets_are_small_and_hold_every_object():
+    assert len(scenes.OBJECTS) >= 96 and len(set(scenes.OBJECTS)) == len(scenes.OBJECTS)
+    for artist in scenes.TRAIN_ARTISTS + scenes.UNSEEN_ARTISTS:
+        path = DATA / "emoji" / f"{artist}.png"
+        assert path.stat().st_size <= 500_000
+        assert Image.open(path).mode == "RGBA"
+        for name in scenes.OBJECTS:
+            assert (scenes.draw_sprite(name, artist, 40)[..., 3] > 127).sum() > 150, (artist, name)
+
+
+def test_every_data_file_has_its_origin():
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    files = [p for folder in ("emoji", "images") for p in (DATA / folder).rglob("*") if p.is_file()]
+    assert len(files) > 12
+    for path in files:
+        assert f"`{path.relative_to(DATA).as_posix()}`" in readme, path
+    for path in (DATA / "images").glob("*.jpg"):
+        assert path.stat().st_size <= 60_000 and max(Image.open(path).size) <= 448
+
+
+def test_names_and_plurals_are_plain_words():
+    words = list(scenes.OBJECTS) + [scenes.plural(n) for n in scenes.OBJECTS]
+    assert len(set(words)) == 2 * len(scenes.OBJECTS)
+    assert all(re.fullmatch("[a-z]+", w) for w in words)
+    assert [scenes.plural(n) for n in ("leaf", "bus", "fox", "snowman")] == ["leaves", "buses", "foxes", "snowmen"]
+    assert scenes.with_article("apple") == "an apple" and scenes.with_article("unicorn") == "a unicorn"
+
+
+# ----------------------------------------------------------------------------------------------------------- the splits
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+@pytest.mark.parametrize("size", [64, 112, 224])
+def test_same_seed_same_scene(split, size):
+    for seed in (0, 1, 10**12):
+        first, second = (scenes.make_scene(seed, split, size) for _ in range(2))
+        assert first.image.tobytes() == second.image.tobytes()
+        assert first.image.shape == (size, size, 3) and first.image.dtype == np.uint8
+        assert first.objects == second.objects and first.examples == second.examples
+
+
+def test_scenes_stay_what_they_were():
+    """A change of the stream would make old scores incomparable: it must be a decision, not an accident."""
+    said = [scenes.make_scene(0, split).captions["caption"][0] for split in scenes.SPLITS]
+    assert said == ["two koalas and a pig", "a snake, a panda and a shoe", "an octopus and a balloon", "an octopus"]
+    assert scenes.make_scene(2).objects[0].name == "cactus"
+
+
+def test_streams_are_disjoint(drawn):
+    images = [s.image.tobytes() for group in drawn.values() for s in group]
+    assert len(set(images)) == len(images)
+
+
+def test_splits_keep_their_guarantees(drawn):
+    share = len(scenes.HELD_OUT_PAIRS) / (len(scenes.OBJECTS) * (len(scenes.OBJECTS) - 1) / 2)
+    assert 0.03 < share < 0.07
+    for split, group in drawn.items():
+        for scene in group:
+            artists = {o.artist for o in scene.objects}
+            assert artists <= set(scenes.UNSEEN_ARTISTS if split == "artist" else scenes.TRAIN_ARTISTS)
+            assert bool(pairs_of(scene) & scenes.HELD_OUT_PAIRS) == (split == "pairs")
+    assert {o.artist for s in drawn["train"] for o in s.objects} == set(scenes.TRAIN_ARTISTS)
+    assert not set(scenes.TRAIN_ARTISTS) & set(scenes.UNSEEN_ARTISTS)
+
+
+def test_scenes_vary(drawn):
+    counts = Counter(len(s.objects) for s in drawn["train"])
+    assert all(0.12 < counts[n] / len(SEEDS) < 0.4 for n in (1, 2, 3, 4)) and set(counts) == {1, 2, 3, 4}
+    several = [s for s in drawn["train"] if len(s.objects) > 1]
+    repeated = sum(len({o.name for o in s.objects}) < len(s.objects) for s in several) / len(several)
+    assert 0.3 < repeated < 0.55
+
+
+def test_boxes_are_tight_and_masks_disjoint(drawn):
+    for scene in (s for group in drawn.values() for s in group):
+        cover = np.zeros((scene.size, scene.size), int)
+        for o in scene.objects:
+            ys, xs = np.nonzero(o.mask)
+            assert o.box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            cover += o.mask
+        assert cover.max() <= 1
+
+
+@pytest.mark.parametrize("size", [112, 160])
+def test_three_quarters_of_every_object_stay_visible(monkeypatch, size):
+    pasted = []
+    original = scenes._paste
+    monkeypatch.setattr(scenes, "_paste", lambda im, sprite, x, y: (pasted.append(sprite), original(im, sprite, x, y)))
+    covered = 0
+    for seed in SEEDS:
+        pasted.clear()
+        scene = scenes.make_scene(seed, size=size)
+        assert len(pasted) == len(scene.objects)
+        for sprite, o in zip(pasted, scene.objects, strict=True):
+            total = (sprite[..., 3] > 127).sum()
+            assert o.mask.sum() >= 0.75 * total
+            covered += o.mask.sum() < total
+            assert round(24 / 112 * size) <= max(sprite.shape[:2]) <= round(52 / 112 * size)
+    assert covered > 10  # overlap happens
+
+
+# --------------------------------------------------------------------------------------------------------- the language
+
+
+def centres(scene):
+    return [((o.box[0] + o.box[2]) / 2 / scene.size, (o.box[1] + o.box[3]) / 2 / scene.size) for o in scene.objects]
+
+
+def word(number):
+    return {1: "one", 2: "two", 3: "three", 4: "four"}[number]
+
+
+def test_captions(drawn):
+    for scene, e in asked(drawn, "caption"):
+        assert e.prompt == "caption en" and len(e.answers) == 1
+        counts = Counter(o.name for o in scene.objects)
+        assert scenes.parse_caption(e.answers[0]) == counts
+        for name, n in counts.items():
+            said = re.search(rf"\b(\w+) ({name}|{scenes.plural(name)})\b", e.answers[0])
+            assert said[1] in (("a", "an") if n == 1 else (word(n),))
+            assert said[2] == (name if n == 1 else scenes.plural(name))
+    for scene, e in asked(drawn, "cap"):
+        ordered = sorted((c[0], o.name) for c, o in zip(centres(scene), scene.objects, strict=True))
+        xs, names = zip(*ordered, strict=True)
+        assert min(np.diff(xs), default=1) >= 0.04 - 1e-9
+        said = re.split(", | and ", e.answers[0].removeprefix("from left to right: "))
+        assert [phrase.split(" ", 1)[1] for phrase in said] == list(names)
+
+
+def test_describe(drawn):
+    seen = Counter()
+    for scene, e in asked(drawn, "describe"):
+        assert scene.captions["describe"] == e.answers
+        if len(scene.objects) == 1:
+            name, cell = re.fullmatch(r"an? (\w+) (?:at|in) the (.+)", e.answers[0]).groups()
+            assert name == scene.objects[0].name and cell == nine(*centres(scene)[0])
+            continue
+        ordered = sorted(zip(centres(scene), [o.name for o in scene.objects], strict=True))
+        (xa, ya), (xb, yb) = ordered[0][0], ordered[1][0]
+        for answer, (ax, ay, bx, by), names in (
+            (e.answers[0], (xa, ya, xb, yb), (ordered[0][1], ordered[1][1])),
+            (e.answers[1], (xb, yb, xa, ya), (ordered[1][1], ordered[0][1])),
+        ):
+            pair, _, rest = answer.partition(", with ")
+            first, how, second = re.fullmatch(r"an? (\w+) (.+?) an? (\w+)", pair).groups()
+            assert (first, second) == names
+            gap = {"to the left of": bx - ax, "to the right of": ax - bx, "above": by - ay, "below": ay - by}[how]
+            across = abs(by - ay) if how.startswith("to") else abs(bx - ax)
+            assert gap >= 0.1 - 1e-9 and gap >= 1.5 * across - 1e-9
+            left_over = Counter(name for _, name in ordered[2:])
+            assert (scenes.parse_caption(rest) if rest else Counter()) == left_over
+            seen[how] += 1
+    assert len(seen) == 4 and min(seen.values()) > 20
+
+
+def nine(x, y):
+    """Cell of a point, or None within 3% of a border."""
+    if min(abs(v - b) for v in (x, y) for b in (1 / 3, 2 / 3)) < 0.03:
+        return None
+    vertical, horizontal = ("top", "", "bottom")[int(3 * y)], ("left", "", "right")[int(3 * x)]
+    return f"{vertical} {horizontal}".strip() or "center"
+
+
+def test_where_and_what(drawn):
+    for scene, e in asked(drawn, "where"):
+        name = re.fullmatch(r"answer en where is the (\w+)\?", e.prompt)[1]
+        [index] = [i for i, o in enumerate(scene.objects) if o.name == name]
+        assert e.answers == (nine(*centres(scene)[index]),)
+    cells = set()
+    for scene, e in asked(drawn, "what"):
+        if e.prompt == "answer en what is this?":
+            assert len(scene.objects) == 1 and e.answers == (scene.objects[0].name,)
+            continue
+        cell = re.fullmatch(r"answer en what is (?:at|in) the (.+)\?", e.prompt)[1]
+        inside = [o.name for o, c in zip(scene.objects, centres(scene), strict=True) if nine(*c) == cell]
+        assert inside == [e.answers[0]]
+        assert sum(cell_hit(c, cell) for c in centres(scene)) == 1
+        cells.add(cell)
+    assert len(cells) == 9
+
+
+def cell_hit(centre, cell):
+    """Whether a centre lies in the cell or less than 8% from it."""
+    grid = {nine((c + 0.5) / 3, (r + 0.5) / 3): (c, r) for c in range(3) for r in range(3)}
+    near = 0.08 - 1e-9
+    return all(k / 3 - near < v < (k + 1) / 3 + near for v, k in zip(centre, grid[cell], strict=True))
+
+
+def test_counting(drawn):
+    singular = {scenes.plural(n): n for n in scenes.OBJECTS}
+    answers, yes_no = Counter(), Counter()
+    for scene, e in asked(drawn, "how many"):
+        what = re.fullmatch(r"answer en how many (\w+) are there\?", e.prompt)[1]
+        n = len(scene.objects) if what == "objects" else sum(o.name == singular[what] for o in scene.objects)
+        assert e.answers == (str(n),)
+        answers[n] += 1
+    assert min(answers[n] for n in range(5)) > 20
+    for scene, e in asked(drawn, "is there"):
+        name = re.fullmatch(r"answer en is there an? (\w+)\?", e.prompt)[1]
+        assert e.prompt.endswith(f"{scenes.with_article(name)}?")
+        assert e.answers == (("yes",) if any(o.name == name for o in scene.objects) else ("no",))
+        yes_no[e.answers[0]] += 1
+    assert yes_no["yes"] == yes_no["no"]
+
+
+def test_relations(drawn):
+    seen = Counter()
+    for scene, e in asked(drawn, "relation"):
+        how, name = re.fullmatch(r"answer en what is (left of|right of|above|below) the (\w+)\?", e.prompt).groups()
+        places = list(zip(centres(scene), [o.name for o in scene.objects], strict=True))
+        [here] = [c for c, n in places if n == name]
+        sign, axis = {"left of": (-1, 0), "right of": (1, 0), "above": (-1, 1), "below": (1, 1)}[how]
+        others = [(sign * (c[axis] - here[axis]), n) for c, n in places if n != name]
+        there = [n for g, n in others if g >= 0.1 - 1e-9]
+        assert there == list(e.answers)
+        assert all(g <= -0.05 + 1e-9 for g, _ in others if g < 0.1 - 1e-9)
+        seen[how] += 1
+    assert len(seen) == 4 and min(seen.values()) > 50
+
+
+def parse_detection(text):
+    found = []
+    for piece in text.split(" ; ") if text else []:
+        *bins, name = re.fullmatch(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})> (\w+)", piece).groups()
+        found.append((name, tuple(int(b) for b in bins)))
+    return found
+
+
+def test_detection_targets_are_the_boxes(drawn):
+    empty = total = 0
+    for scene, e in asked(drawn, "detect"):
+        classes = e.prompt.removeprefix("detect ").split(" ; ")
+        found = parse_detection(e.answers[0])
+        expected = Counter(o.name for o in scene.objects if o.name in classes)
+        assert Counter(n for n, _ in found) == expected
+        assert [n for n, _ in found] == sorted((n for n, _ in found), key=classes.index)
+        for name in expected:
+            bins = [b for n, b in found if n == name]
+            assert [(b[1], b[0]) for b in bins] == sorted((b[1], b[0]) for b in bins)
+            boxes = sorted(o.box for o in scene.objects if o.name == name)
+            for (ymin, xmin, ymax, xmax), box in zip(bins, boxes, strict=True):
+                back = np.array([xmin, ymin, xmax, ymax]) / 1023 * scene.size
+                assert np.abs(back - box).max() <= scene.size / 1023
+        empty, total = empty + (e.answers[0] == ""), total + 1
+    assert 0.02 < empty / total < 0.12
+
+
+def test_box_tokens_clip_and_pad():
+    assert scenes.box_tokens((0, 7, 112, 120), 112) == "<loc0064><loc0000><loc1023><loc1023>"
+    assert scenes.box_tokens((-5, -5, 1, 1), 1023) == "<loc0000><loc0000><loc0001><loc0001>"
+
+
+def test_what_a_scene_offers(drawn):
+    for scene in (s for group in drawn.values() for s in group):
+        kinds = Counter(e.kind for e in scene.examples)
+        assert kinds["caption"] == 1 and kinds["detect"] in (1, 2) and kinds["is there"] == 2
+        assert max(kinds.values()) <= 2 and len({e.prompt for e in scene.examples}) == len(scene.examples)
+        assert all(e.prompt.startswith("answer en ") for e in scene.questions)
+        assert len(scene.questions) == sum(kinds[k] for k in ("what", "where", "how many", "is there", "relation"))
+        assert set(scene.captions) == {"caption", "cap", "describe"} & set(kinds)
+    assert "caption en" in list(scenes.texts(range(2)))
+
+
+captions = st.lists(st.sampled_from(scenes.OBJECTS), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(captions, st.randoms(use_true_random=False), captions)
+def test_same_caption(names, random, others):
+    text = scenes.count_caption(names)
+    shuffled = random.sample(names, len(names))
+    assert scenes.same_caption(scenes.count_caption(shuffled), text)
+    assert scenes.same_caption(scenes.count_caption(others), text) == (Counter(others) == Counter(names))
+    assert not scenes.same_caption(text + " and", text)
+    assert not scenes.same_caption(f"{text} and a snark", text)
+    assert not scenes.same_caption(text, "")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=30))
+def test_same_caption_never_raises(text):
+    assert not scenes.same_caption(text, text) or scenes.parse_caption(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": 0, "split": "test"}, "split is 'test'; choose one of train, validation"),
+        ({"seed": -1}, "seed is -1; give a whole number"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": 0, "size": 8}, "size is 8; give a whole number of pixels"),
+        ({"seed": 0, "size": 10_000}, "size is 10000"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scenes.make_scene(**arguments)
+
+
+def test_bad_names():
+    for call in (scenes.plural, scenes.with_article):
+        with pytest.raises(ValueError, match="'snark' is not an object"):
+            call("snark")
+    with pytest.raises(ValueError, match="artist is 'me'"):
+        scenes.draw_sprite("cat", "me", 32)
+    with pytest.raises(ValueError, match="count is 9"):
+        scenes.count_phrase("cat", 9)
+    with pytest.raises(ValueError, match="no true pixel"):
+        scenes.mask_box(np.zeros((4, 4), bool))
