@@ -1,0 +1,73 @@
+"""The KV cache: what every layer has already computed for the tokens behind the one being written.
+
+    B batch · K key/value heads · S tokens so far · T new tokens · d width of a head
+
+Keys and values of a token never change once computed, since no later token may alter an earlier one: image and prefix are
+complete before the first word is written, and the words are causal. Two kinds with one interface:
+
+    keys, values = cache.update(layer, k, v)     # stores the new ones, returns all S + T
+    cache.length                                  # tokens stored
+
+``GrowingCache`` concatenates: simple, and copies everything for every token. ``StaticCache`` allocates once and writes in
+place. Sizes in bytes: 2 (keys and values) × layers × K × d × tokens × bytes per number.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minivlm.config import GemmaConfig
+
+Pair = tuple[Float[Tensor, "B K S d"], Float[Tensor, "B K S d"]]
+
+
+class GrowingCache:
+    """One tensor of keys and one of values per layer, longer after every update."""
+
+    def __init__(self):
+        self.layers: list[Pair] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens that the last layer has stored: the others are ahead of it only during a forward pass."""
+        return self.layers[-1][0].shape[2] if self.layers else 0
+
+    def update(self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"]) -> Pair:
+        if layer == len(self.layers):
+            self.layers.append((k, v))
+        else:
+            keys, values = self.layers[layer]
+            self.layers[layer] = (torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2))
+        return self.layers[layer]
+
+
+class StaticCache:
+    """Room for ``max_length`` tokens, allocated once; an update writes into it and returns a view of what is filled."""
+
+    def __init__(self, config: GemmaConfig, batch_size: int, max_length: int, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.filled = [0] * config.num_hidden_layers
+
+    @property
+    def length(self) -> int:
+        return self.filled[-1]
+
+    def update(self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"]) -> Pair:
+        start, end = self.filled[layer], self.filled[layer] + k.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens and {end} are needed: make it longer.")
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
+        self.filled[layer] = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+Cache = GrowingCache | StaticCache
+
+
+def cache_bytes(config: GemmaConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a cache of ``tokens`` tokens: 18 KB a token for PaliGemma 3B in bfloat16, 106 KB for PaliGemma 2 3B."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return per_token * tokens * batch_size

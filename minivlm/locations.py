@@ -1,0 +1,145 @@
+"""Boxes ↔ text: how a language model points at things.
+
+PaliGemma writes a box as four tokens of its vocabulary, then what is in it, and joins several with " ; ":
+
+    <loc0102><loc0051><loc0870><loc0512> cat ; <loc0000><loc0600><loc0400><loc1023> dog
+     y min    x min    y max    x max
+
+Each number is a bin of 0…1023 along that side of the picture, round(v / side × 1023), so a box does not depend on how
+the picture was squashed for the model. Sixteen `<seg…>` tokens may stand between box and label: the code of a mask.
+
+Source: big_vision, configs/proj/paligemma (README and evaluators/proj/paligemma/transfers/segmentation.py).
+Units: boxes are (x0, y0, x1, y1) in pixels of the original picture, x to the right, y down, 0 at its edge.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Real
+
+BINS = 1024  # <loc0000> … <loc1023>
+CODES = 128  # <seg000> … <seg127>
+CODES_PER_MASK = 16
+SEPARATOR = " ; "
+
+Box = tuple[Real, Real, Real, Real]  # x0, y0, x1, y1 in pixels
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A thing found: its name, its box in pixels, and the 16 codes of its mask, or none."""
+
+    label: str
+    box: Box
+    codes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What could be read from a text, and a sentence for everything that could not."""
+
+    detections: list[Detection]
+    problems: list[str]
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def to_bin(value: Real, side: Real) -> int:
+    """Pixels along a side of that many pixels → bin 0…1023."""
+    return round(value / side * (BINS - 1))
+
+
+def from_bin(index: int, side: Real) -> float:
+    """Bin 0…1023 → pixels; at most half a bin, side / 2046, from where it came."""
+    return index / (BINS - 1) * side
+
+
+# --- boxes → text --------------------------------------------------------------------------------------------------
+
+
+def format_boxes(detections: Iterable[Detection], width: Real, height: Real) -> str:
+    """Detections in a picture of width × height pixels → the text that PaliGemma is trained to answer.
+
+    Raises ValueError for a box that is upside down or leaves the picture, and for a label that could not be read back.
+    """
+    check_size(width, height)
+    return SEPARATOR.join(format_box(detection, width, height) for detection in detections)
+
+
+def format_box(detection: Detection, width: Real, height: Real) -> str:
+    """One detection → `<locYMIN><locXMIN><locYMAX><locXMAX> label`, with the codes before the label where it has any."""
+    x0, y0, x1, y1 = detection.box
+    label, codes = detection.label, detection.codes
+    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):  # NaN fails too
+        raise ValueError(
+            f"The box {detection.box} of {label!r} must satisfy 0 ≤ x0 ≤ x1 ≤ {width} and 0 ≤ y0 ≤ y1 ≤ {height}; "
+            "order its corners and clip it to the picture."
+        )
+    if not label or label != label.strip() or any(mark in label for mark in ";<>"):
+        raise ValueError(f"The label {label!r} must be a text without ';', '<', '>' or spaces around it.")
+    if len(codes) not in (0, CODES_PER_MASK) or not all(0 <= code < CODES for code in codes):
+        raise ValueError(f"The mask of {label!r} must have 16 codes of 0…127, or none; it has {list(codes)}.")
+    places = to_bin(y0, height), to_bin(x0, width), to_bin(y1, height), to_bin(x1, width)
+    return "".join(f"<loc{i:04d}>" for i in places) + "".join(f"<seg{i:03d}>" for i in codes) + f" {label}"
+
+
+# --- text → boxes --------------------------------------------------------------------------------------------------
+
+
+def parse(text: str, width: Real, height: Real) -> Parsed:
+    """A model's answer about a picture of width × height pixels → what it found, and what is wrong with the answer.
+
+    Never raises on a text, however malformed: an item that cannot be read is left out, and `problems` says which and
+    why. An empty text is an answer without boxes. Raises ValueError only for a width or height that is not positive.
+    """
+    check_size(width, height)
+    detections, problems = [], []
+    for number, item in enumerate(text.split(";") if text.strip() else [], start=1):
+        detection, complaints = parse_item(item.strip(), width, height)
+        if detection in detections:
+            detection, complaints = None, ["repeats an earlier one"]
+        if detection is not None:
+            detections.append(detection)
+        problems += [f"Item {number} {complaint}: {shorten(item.strip())}." for complaint in complaints]
+    return Parsed(detections, problems)
+
+
+def parse_item(item: str, width: Real, height: Real) -> tuple[Detection | None, list[str]]:
+    """The text between two ";" → a detection, or None, and what is wrong with it."""
+    locs, segs, label = re.fullmatch(r"((?:<loc[^<>]*>\s*)*)((?:<seg[^<>]*>\s*)*)(.*)", item, re.DOTALL).groups()
+    places, label = read_tokens(locs, "loc", 4, BINS), label.strip()
+    if places is None:
+        return None, [f"has a place that is not one of <loc0000> to <loc{BINS - 1}>"]
+    if len(places) != 4:
+        return None, [f"has {len(places)} of the 4 places of a box"]
+    if "<" in label or ">" in label:
+        return None, ["has a token, or a piece of one, where only the label may stand"]
+    if not label:
+        return None, ["has no label"]
+    y0, x0, y1, x1 = places
+    if y0 > y1 or x0 > x1:
+        return None, ["has a box that is upside down or mirrored"]
+    codes, complaints = read_tokens(segs, "seg", 3, CODES), []
+    if codes is None or len(codes) not in (0, CODES_PER_MASK):
+        codes, complaints = [], ["has a mask that is not 16 tokens of <seg000> to <seg127>, so only its box is kept"]
+    box = from_bin(x0, width), from_bin(y0, height), from_bin(x1, width), from_bin(y1, height)
+    return Detection(label, box, tuple(codes)), complaints
+
+
+def read_tokens(text: str, kind: str, digits: int, count: int) -> list[int] | None:
+    """The numbers of `<loc0001><loc0002>…`, or None where one does not have that many digits or is not below count."""
+    inside = re.findall(r"<(?:loc|seg)([^<>]*)>", text)
+    well_formed = all(re.fullmatch(f"[0-9]{{{digits}}}", number) and int(number) < count for number in inside)
+    return [int(number) for number in inside] if well_formed else None
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """A text in quotes, cut so that a sentence about it stays readable."""
+    return repr(text if len(text) <= length else text[: length - 1] + "…")
+
+
+def check_size(width: Real, height: Real) -> None:
+    if not all(math.isfinite(side) and side > 0 for side in (width, height)):
+        raise ValueError(f"The picture is {width}×{height} pixels; both sides must be positive.")

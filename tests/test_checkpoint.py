@@ -1,0 +1,536 @@
+"""Checkpoints: every layout in the wild opens, what is written opens in transformers, and nothing is read leniently."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from minivlm import checkpoint
+from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.paligemma import PaliGemma
+
+EMBED = "language_model.model.embed_tokens.weight"
+NORM = "language_model.model.norm.weight"
+REPO = "google/paligemma-3b-pt-224"
+
+
+def tiny_config(kind: str) -> PaliGemmaConfig:
+    text = dict(vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=3, head_dim=16)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, rope_theta=500.0)
+    if kind == "gemma2":
+        caps = dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+        text |= caps | dict(model_type="gemma2", query_pre_attn_scalar=24, sliding_window=6)
+    return PaliGemmaConfig(
+        SiglipVisionConfig(32, 64, num_hidden_layers=2, num_attention_heads=2, image_size=28),
+        GemmaConfig(**text),
+        image_token_index=299,
+    )
+
+
+def tiny_model(kind: str = "gemma") -> PaliGemma:
+    return PaliGemma(tiny_config(kind)).init_weights(seed=1).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint to spoil."""
+    tiny_model().save_pretrained(tmp_path / "ok")
+    return tmp_path / "ok"
+
+
+def rewrite(folder: Path, change) -> None:
+    """Passes the weights of ``folder`` through ``change``, a function of the dict that edits it or returns another."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights) or weights, folder / "changed", metadata={"format": "pt"})
+    os.replace(folder / "changed", folder / "model.safetensors")  # the old one may still be mapped
+
+
+def refusal(folder, **arguments) -> str:
+    with pytest.raises(ValueError) as caught:
+        PaliGemma.from_pretrained(folder, **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def inputs(dtype) -> dict:
+    ids = torch.tensor([[299] * 4 + [2, 5, 6, 108, 9, 10, 1], [299] * 4 + [2, 15, 16, 108, 19, 20, 21]])
+    types = torch.tensor([[0] * 8 + [1] * 3] * 2)
+    pixels = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 2 - 1
+    return dict(input_ids=ids, pixel_values=pixels.to(dtype), attention_mask=torch.ones_like(ids), token_type_ids=types)
+
+
+# --- both ways with transformers ---
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_opens_what_we_write_and_we_what_it_writes(kind, dtype, tmp_path):
+    from transformers import PaliGemmaForConditionalGeneration
+
+    ours = tiny_model(kind).to(dtype)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs, report = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert theirs.dtype == dtype
+    with torch.no_grad():
+        expected, actual = theirs.eval()(**inputs(dtype)).logits, ours(**inputs(dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+    theirs.save_pretrained(tmp_path / "single")
+    assert_same_weights(PaliGemma.from_pretrained(tmp_path / "single"), ours)
+    assert PaliGemma.from_pretrained(tmp_path / "single").config == ours.config
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert_same_weights(PaliGemma.from_pretrained(tmp_path / "sharded"), ours)
+
+    in_memory = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    assert "lm_head.weight" in in_memory
+    rewrite(tmp_path / "ours", lambda weights: in_memory)
+    assert_same_weights(PaliGemma.from_pretrained(tmp_path / "ours"), ours)
+
+
+# --- names ---
+
+LAYOUTS = {
+    "hub files": {},
+    "saved by transformers 5": {"vision_tower.vision_model.": "vision_tower."},
+    "transformers 5 in memory": {
+        "language_model.model.": "model.language_model.",
+        "vision_tower.vision_model.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+    "no model. anywhere": {"language_model.model.": "language_model.", "vision_tower.vision_model.": "vision_tower."},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_name_layouts(layout, folder):
+    def rename(weights):
+        renamed = {}
+        for name, tensor in weights.items():
+            old = next((old for old in LAYOUTS[layout] if name.startswith(old)), "")
+            renamed[LAYOUTS[layout].get(old, "") + name.removeprefix(old)] = tensor
+        return renamed
+
+    rewrite(folder, rename)
+    assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
+
+
+def test_hub_names_are_what_is_written(folder):
+    names = set(load_file(folder / "model.safetensors"))
+    some = {EMBED, "multi_modal_projector.linear.bias", "vision_tower.vision_model.encoder.layers.1.mlp.fc2.bias"}
+    assert some | {"language_model.model.layers.2.self_attn.q_proj.weight"} <= names
+    assert not [name for name in names if "lm_head" in name]
+    assert {checkpoint.hub_name(name) for name in names} == names
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_output_head_must_be_the_embedding(name, folder):
+    rewrite(folder, lambda weights: weights | {name: weights[EMBED].clone()})
+    assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
+    rewrite(folder, lambda weights: weights | {name: weights[EMBED] + 1e-3})
+    message = refusal(folder)
+    assert name in message and "embedding" in message
+    assert name in refusal(folder, dtype=torch.bfloat16)
+    rewrite(folder, lambda weights: weights | {name: weights[EMBED].bfloat16()})
+    assert name in refusal(folder, dtype=torch.bfloat16)
+
+
+def test_buffers_of_old_files_are_ignored(folder):
+    rotary = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    ids = "vision_tower.vision_model.embeddings.position_ids"
+    rewrite(folder, lambda weights: weights | {rotary: torch.ones(8), ids: torch.arange(4)[None]})
+    assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
+
+
+# --- strictness ---
+
+
+def test_all_faults_are_in_one_error(folder):
+    gone, wide, whole = "multi_modal_projector.linear.bias", NORM, "language_model.model.layers.1.mlp.up_proj.weight"
+
+    def spoil(weights):
+        del weights[gone]
+        weights[wide] = torch.zeros(49)
+        weights[whole] = weights[whole].to(torch.int8)
+        weights["language_model.model.layers.7.input_layernorm.weight"] = torch.zeros(48)
+        weights["vision_tower.vision_model.head.probe"] = torch.zeros(1, 1, 32)
+
+    rewrite(folder, spoil)
+    message = refusal(folder)
+    assert f"1 missing: {gone};" in message
+    assert "2 extra: " in message and "layers.7.input_layernorm" in message and "head.probe" in message
+    assert f"1 misshapen: {wide} [49] instead of [48];" in message
+    assert f"{whole} I8" in message
+
+
+def test_long_lists_are_cut(folder):
+    rewrite(folder, lambda weights: {EMBED: weights[EMBED]})
+    message = refusal(folder)
+    assert " missing: " in message and "… and " in message and message.count("weight,") <= 8 and len(message) < 900
+
+
+def test_one_weight_under_two_names(folder):
+    rewrite(folder, lambda weights: weights | {"model.language_model.norm.weight": weights[NORM] + 1})
+    assert "1 extra: " in refusal(folder)
+
+
+def test_gemma2_file_with_gemma_config(tmp_path):
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["model_type"] = "gemma"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "pre_feedforward_layernorm" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_are_not_finite(value, dtype, folder):
+    def spoil(weights):
+        weights[EMBED][7, 3] = value
+        weights[NORM][-1] = value
+
+    rewrite(folder, spoil)
+    message = refusal(folder, dtype=dtype)
+    assert message.startswith("2 weights hold NaN or infinity") and EMBED in message and NORM in message
+
+
+def test_overflow_on_conversion(folder):
+    rewrite(folder, lambda weights: weights | {NORM: weights[NORM] + 1e5})
+    PaliGemma.from_pretrained(folder)
+    message = refusal(folder, dtype=torch.float16)
+    assert NORM in message and "float16" in message
+
+
+def test_mixed_types_need_a_choice(folder):
+    rewrite(folder, lambda weights: weights | {NORM: weights[NORM].bfloat16()})
+    assert "dtype=torch.float32" in refusal(folder)
+    assert {p.dtype for p in PaliGemma.from_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_types_that_cannot_be_asked_for(dtype, folder):
+    assert "torch.bfloat16" in refusal(folder, dtype=dtype)
+
+
+# --- damaged folders ---
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_file(keep, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refusal(folder)
+    assert "model.safetensors is damaged, cut short or no safetensors file" in message and "fetch it again" in message
+
+
+def test_lfs_pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refusal(folder)
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_pickles_are_not_opened(folder, tmp_path):
+    os.replace(folder / "model.safetensors", tmp_path / "aside")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    shutil.copy(folder / "pytorch_model.bin", folder / "model.pt")
+    message = refusal(folder)
+    assert "safetensors" in message and "pickle" in message
+    assert not (tmp_path / "exploded").exists()
+    shutil.copy(folder / "model.pt", folder / "model.safetensors")  # nor under another name
+    assert "damaged" in refusal(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def shard(folder: Path) -> dict:
+    """Splits the weights of ``folder`` by hand; returns the index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {}}
+    for i in range(3):
+        part = dict(list(weights.items())[i::3])
+        save_file(part, folder / f"model-{i}.safetensors")
+        index["weight_map"] |= dict.fromkeys(part, f"model-{i}.safetensors")
+    write_index(folder, index)
+    return index
+
+
+def write_index(folder: Path, index) -> None:
+    (folder / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+
+
+def test_shards(folder):
+    index = shard(folder)
+    assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
+    (folder / "model-1.safetensors").rename(folder / "aside")
+    assert "lacks model-1.safetensors" in refusal(folder)
+    lost = [name for name, file in index["weight_map"].items() if file == "model-1.safetensors"]
+    index["weight_map"] |= dict.fromkeys(lost, "model-2.safetensors")  # an index that promises too much
+    write_index(folder, index)
+    assert f"{len(lost)} missing: " in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../b.safetensors",
+                                  "..\\b.safetensors", "C:b.safetensors", "model.bin", "..", 5])  # fmt: skip
+def test_index_that_leaves_its_folder(name, folder):
+    index = shard(folder)
+    shutil.copy(folder / "model-1.safetensors", folder.parent / "stolen.safetensors")
+    index["weight_map"][NORM] = name
+    write_index(folder, index)
+    message = refusal(folder)
+    assert ("names the file" in message and repr(name) in message) or (name == 5 and "weight_map" in message)
+
+
+@pytest.mark.parametrize("index", ["<html>", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}'])
+def test_index_that_is_none(index, folder):
+    shard(folder)
+    write_index(folder, index)
+    assert "index.json is no JSON with a weight_map" in refusal(folder)
+
+
+# --- what loading gives ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_conversion(dtype, folder):
+    loaded = PaliGemma.from_pretrained(folder, dtype=dtype)
+    assert not loaded.training
+    assert_same_weights(loaded, tiny_model().to(dtype))
+
+
+def test_training_never_touches_the_file(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = PaliGemma.from_pretrained(folder)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    batch = inputs(torch.float32)
+    model.loss(labels=batch["input_ids"], **batch).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not torch.equal(model.state_dict()[EMBED], tiny_model().state_dict()[EMBED])
+    model.save_pretrained(folder)  # over the very file that the weights are mapped from
+    assert_same_weights(PaliGemma.from_pretrained(folder), model)
+
+
+MEASURE = """
+import os, sys
+import torch
+from minivlm.paligemma import PaliGemma
+def memory(kind):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+before = memory("VmRSS")
+model = PaliGemma.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2], None))
+print((memory("VmHWM") - before) / os.path.getsize(sys.argv[1] + "/model.safetensors"))
+assert not {"huggingface_hub", "transformers"} & set(sys.modules), "imported for nothing"
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """About 200 MB of float32."""
+    folder = tmp_path_factory.mktemp("big")
+    text = GemmaConfig(vocab_size=12000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, head_dim=32)
+    config = PaliGemmaConfig(tiny_config("gemma").vision_config, text)
+    with torch.device("meta"):
+        shapes = PaliGemma(config).state_dict()
+    save_file({name: torch.zeros(shape.shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    assert 180e6 < (folder / "model.safetensors").stat().st_size < 220e6
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("dtype, limit", [("None", 1.1), ("bfloat16", 1.1)])
+def test_peak_memory_of_loading(dtype, limit, big):
+    command = [sys.executable, "-c", MEASURE, str(big), dtype]
+    root = Path(checkpoint.__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert 0.4 < float(done.stdout) <= limit
+
+
+# --- saving ---
+
+
+def test_saved_files(folder):
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    with checkpoint.safe_open(folder / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    tiny_model().bfloat16().save_pretrained(folder / "new" / "deep")
+    assert {p.dtype for p in PaliGemma.from_pretrained(folder / "new" / "deep").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+def test_interrupted_saving_leaves_the_old_file(stop, folder, monkeypatch):
+    def half(tensors, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise stop
+
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(stop):
+        tiny_model("gemma2").save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    with pytest.raises(stop):
+        tiny_model().save_pretrained(folder / "new")
+    assert not list((folder / "new").iterdir())
+
+
+def test_saving_into_a_file_or_an_impossible_config(folder, tmp_path):
+    with pytest.raises(ValueError, match="is a file"):
+        tiny_model().save_pretrained(folder / "config.json")
+    model = tiny_model()
+    model.config.text_config.final_logit_softcapping = 30.0  # no Gemma 1 in transformers has one
+    with pytest.raises(ValueError, match="gemma2"):
+        model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+# --- where checkpoints are found ---
+
+
+def test_embedded_checkpoint_is_the_default(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "EMBEDDED", folder)
+    assert checkpoint.resolve(None) == folder
+    assert_same_weights(PaliGemma.from_pretrained(), tiny_model())
+    monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path / "absent")
+    with pytest.raises(OSError, match="embedded checkpoint is not at .*absent: install minivlm from a clone"):
+        PaliGemma.from_pretrained()
+
+
+def test_a_folder_is_never_a_hub_id(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    name = f"{folder.parent.name}/{folder.name}"
+    assert checkpoint.resolve(name) == Path(name)
+    assert checkpoint.resolve(str(folder)) == folder and checkpoint.resolve(folder) == folder
+
+
+@pytest.mark.parametrize("path", ["absent", "./absent/x", "/absent/x", "a/b/c", "owner/", "a b/c", "../x", "a/b--c",
+                                  "https://huggingface.co/google/paligemma-3b-pt-224", Path("owner/name")])  # fmt: skip
+def test_neither_folder_nor_hub_id(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+        checkpoint.resolve(path)
+
+
+def test_a_file_is_no_checkpoint(folder):
+    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+        checkpoint.resolve(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_download_is_pinned_and_takes_only_what_is_needed(weights, folder, monkeypatch):
+    asked = {}
+
+    def download(repo_id, **arguments):
+        asked.update(arguments, repo_id=repo_id)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoint.resolve(REPO, revision="35e4f46", weights=weights) == folder
+    assert asked["repo_id"] == REPO and asked["revision"] == "35e4f46"
+    wanted = ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"]
+    if weights:
+        wanted += ["model-00001-of-00003.safetensors", "model.safetensors", "model.safetensors.index.json"]
+    unwanted = ["pytorch_model.bin", "model.py", "README.md", "optimizer.pt", "training_args.bin", "tokenizer.model"]
+    heavy = [] if weights else ["model.safetensors", "model.safetensors.index.json"]
+    offered = wanted + unwanted + heavy
+    assert list(filter_repo_objects(offered, allow_patterns=asked["allow_patterns"])) == wanted
+
+
+def response(status: int):
+    return SimpleNamespace(headers={}, request=None, status_code=status)
+
+
+def http(kind, status: int):
+    return kind(f"{status} Client Error.\n\nSee elsewhere.", response=response(status))
+
+
+def not_cached(cause: Exception):
+    error = errors.LocalEntryNotFoundError("An error happened.\nSo it did.")
+    error.__cause__ = cause
+    return error
+
+
+GATED = ["https://huggingface.co/" + REPO, "Acknowledge license", "hf auth login"]
+FAILURES = {
+    "gated": (http(errors.GatedRepoError, 403), GATED),
+    "not logged in": (http(errors.GatedRepoError, 401), GATED),
+    "bad token": (http(errors.HfHubHTTPError, 401), GATED),
+    "forbidden": (http(errors.HfHubHTTPError, 403), GATED),
+    "forbidden, hidden": (not_cached(http(errors.HfHubHTTPError, 403)), GATED),
+    "absent": (http(errors.RepositoryNotFoundError, 404), ["no folder", "no public repository", "check the spelling"]),
+    "no such revision": (http(errors.RevisionNotFoundError, 404), ["no revision 'v9'"]),
+    "hub down": (not_cached(http(errors.HfHubHTTPError, 503)), ["could not be fetched", "503", "network"]),
+    "offline mode": (not_cached(errors.OfflineModeIsEnabled("offline mode is enabled")), ["offline mode", "network"]),
+    "disk full": (OSError(28, "No space left on device"), ["No space left"]),
+    "timeout": (TimeoutError(), ["TimeoutError", "network"]),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_the_hub_refuses_is_one_sentence(failure, monkeypatch):
+    error, expected = FAILURES[failure]
+
+    def download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(OSError) as caught:
+        PaliGemma.from_pretrained(REPO, revision="v9")
+    message = str(caught.value)
+    assert [part for part in expected if part not in message] == []
+    assert "\n" not in message and "embedded checkpoint" in message
+    assert ("Acknowledge" in message) == (expected is GATED)
+
+
+def test_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(OSError, match="could not be fetched and is not in the local cache .*check the network"):
+        checkpoint.resolve(REPO)
+
+
+def test_cached_repository_opens_without_network(monkeypatch, tmp_path, folder):
+    repo, commit = tmp_path / "models--google--paligemma-3b-pt-224", "35e4f46485b4d07967e7e9935bc3786aad50687c"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    for i, file in enumerate(folder.iterdir()):  # the cache's own way: links to blobs outside the snapshot
+        shutil.copy(file, repo / "blobs" / str(i))
+        (repo / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / str(i))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_same_weights(PaliGemma.from_pretrained(REPO, revision=commit), tiny_model())
+    with pytest.raises(OSError, match="could not be fetched"):
+        PaliGemma.from_pretrained(REPO)  # no branch is in the cache

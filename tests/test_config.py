@@ -1,0 +1,223 @@
+"""Configurations: sparse files get the right numbers, whole files go there and back, odd ones are refused."""
+
+import json
+
+import pytest
+import torch
+
+from minivlm.checkpoint import NoInit
+from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.paligemma import PaliGemma
+
+# config.json as sparse as on the hub: head_dim, theta, eps, image_size and more are left out
+VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_image_tokens": 256,
+    "patch_size": 14,
+    "projector_hidden_act": "gelu_fast",
+    "torch_dtype": "float32",
+    "vision_use_head": False,
+}
+SHELL = {
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "ignore_index": -100,
+    "image_token_index": 257152,
+    "model_type": "paligemma",
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+}
+GEMMA = {
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "model_type": "gemma",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 18,
+    "num_image_tokens": 256,
+    "num_key_value_heads": 1,
+    "torch_dtype": "float32",
+    "vocab_size": 257216,
+}
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 107],
+    "final_logit_softcapping": 30.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "model_type": "gemma2",
+    "num_image_tokens": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "vocab_size": 257216,
+}
+
+
+def sparse(text: dict, **vision) -> dict:
+    width = text.get("hidden_size", 2304)
+    vision = VISION | {"projection_dim": width} | vision
+    return SHELL | {"hidden_size": 2048, "projection_dim": width, "text_config": text, "vision_config": vision}
+
+
+def gemma2(width: int, layers: int, mlp: int, heads: int, kv_heads: int, **more) -> dict:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
+    return sparse(GEMMA2 | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | more)
+
+
+FILES = {
+    "PaliGemma 3B": sparse(GEMMA),
+    "PaliGemma 2 3B": gemma2(2304, 26, 9216, 8, 4),
+    "PaliGemma 2 10B": gemma2(3584, 42, 14336, 16, 8),
+    "PaliGemma 2 28B": gemma2(4608, 46, 36864, 32, 16, head_dim=128, query_pre_attn_scalar=144),
+}
+# width, layers, MLP, heads, KV heads, head_dim, query scale ** -2, cap of attention, of logits, window; 10⁹ parameters
+SIZES = {
+    "PaliGemma 3B": (2048, 18, 16384, 8, 1, 256, 256, None, None, None, 2.923),
+    "PaliGemma 2 3B": (2304, 26, 9216, 8, 4, 256, 256, 50.0, 30.0, 4096, 3.03),
+    "PaliGemma 2 10B": (3584, 42, 14336, 16, 8, 256, 256, 50.0, 30.0, 4096, 9.66),
+    "PaliGemma 2 28B": (4608, 46, 36864, 32, 16, 128, 144, 50.0, 30.0, 4096, 27.65),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sparse_hub_files_have_the_published_sizes(name):
+    config = PaliGemmaConfig.from_dict(FILES[name])
+    t, v = config.text_config, config.vision_config
+    text = (t.hidden_size, t.num_hidden_layers, t.intermediate_size, t.num_attention_heads, t.num_key_value_heads)
+    text += (t.head_dim, t.query_pre_attn_scalar, t.attn_logit_softcapping, t.final_logit_softcapping, t.sliding_window)
+    *expected, billions = SIZES[name]
+    assert text == tuple(expected)
+    assert (t.rms_norm_eps, t.rope_theta, t.vocab_size) == (1e-6, 10000.0, 257216)
+    assert v == SiglipVisionConfig(1152, 4304, 27, 16, 3, 224, 14, 1e-6) and v.num_image_tokens == 256
+    ids = (config.image_token_index, config.pad_token_id, config.eos_token_id, config.bos_token_id)
+    assert ids == (257152, 0, 1, 2) and config.projection_dim == t.hidden_size
+    with torch.device("meta"), NoInit():
+        parameters = sum(weight.numel() for weight in PaliGemma(config).parameters())
+    assert round(parameters / 1e9, 3 if billions == 2.923 else 2) == billions
+
+
+def test_sparser_still():
+    """What a Gemma 2 file leaves out is not what a Gemma 1 file leaves out."""
+    shell = {"model_type": "paligemma"}
+    assert PaliGemmaConfig.from_dict(shell) == PaliGemmaConfig() == PaliGemmaConfig.from_dict(FILES["PaliGemma 3B"])
+    second = PaliGemmaConfig.from_dict(shell | {"text_config": {"model_type": "gemma2"}})
+    assert second == PaliGemmaConfig.from_dict(FILES["PaliGemma 2 3B"])
+    assert [second.text_config.window(layer) for layer in range(3)] == [4096, None, 4096]
+    assert [PaliGemmaConfig().text_config.window(layer) for layer in range(2)] == [None, None]
+    assert second.text_config.four_norms and not PaliGemmaConfig().text_config.four_norms
+
+
+@pytest.mark.parametrize("size, tokens", [(224, 256), (448, 1024), (896, 4096)])
+def test_resolutions(size, tokens):
+    assert PaliGemmaConfig.from_dict(sparse(GEMMA, image_size=size)).vision_config.num_image_tokens == tokens
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_transformers_reads_the_same_numbers(name):
+    """Its reading of the sparse file, of the file it would save itself, and of ours: all are one configuration."""
+    from transformers import PaliGemmaConfig as Reference
+
+    ours = PaliGemmaConfig.from_dict(FILES[name])
+    theirs = Reference(**FILES[name])
+    for reading in (theirs, Reference(**ours.to_dict())):
+        assert reading.image_token_id == 257152
+        for mine, other in ((ours.text_config, reading.text_config), (ours.vision_config, reading.vision_config)):
+            values = vars(mine) | {"rope_theta": None}
+            for field in values.keys() - {"rope_theta"}:
+                absent = None if field != "query_pre_attn_scalar" else other.head_dim  # Gemma 1 has no such field
+                assert getattr(other, field, absent) == values[field], field
+        assert reading.text_config.rope_parameters["rope_theta"] == ours.text_config.rope_theta
+    assert PaliGemmaConfig.from_dict(json.loads(theirs.to_json_string(use_diff=False))) == ours
+    assert PaliGemmaConfig.from_dict(json.loads(theirs.to_json_string(use_diff=True))) == ours
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_there_and_back(name, tmp_path):
+    config = PaliGemmaConfig.from_dict(FILES[name])
+    config.text_config.rope_theta, config.vision_config.layer_norm_eps, config.eos_token_id = 500.0, 1e-5, 106
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert PaliGemmaConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_theta": 500},
+        {"rope_theta": 500.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 500}},
+    ],
+)
+def test_theta_of_transformers_4_and_5(text):
+    theta = PaliGemmaConfig.from_dict(sparse(GEMMA | text)).text_config.rope_theta
+    assert theta == 500.0 and type(theta) is float
+
+
+def test_null_means_left_out_except_where_it_means_none():
+    nulls = {"head_dim": None, "rms_norm_eps": None, "hidden_size": None, "query_pre_attn_scalar": None}
+    values = FILES["PaliGemma 2 3B"] | {"image_token_index": None, "pad_token_id": None}
+    config = PaliGemmaConfig.from_dict(values | {"text_config": GEMMA2 | nulls | {"final_logit_softcapping": None}})
+    expected = PaliGemmaConfig.from_dict(FILES["PaliGemma 2 3B"])
+    expected.text_config.final_logit_softcapping = None
+    assert config == expected
+
+
+def test_query_scale_defaults_to_head_dim():
+    assert GemmaConfig(head_dim=64).query_pre_attn_scalar == 64
+
+
+def test_early_gemma_files_say_gelu():
+    config = PaliGemmaConfig.from_dict(sparse(GEMMA | {"hidden_act": "gelu", "hidden_activation": None}))
+    assert config == PaliGemmaConfig.from_dict(FILES["PaliGemma 3B"])
+
+
+LAYERS = ["full_attention", "sliding_attention"] * 13
+REFUSED = {
+    "another model": (SHELL | {"model_type": "llava"}, "'llava' model"),
+    "no model type": ({"text_config": GEMMA}, "None model"),
+    "another decoder": (sparse(GEMMA | {"model_type": "llama"}), "'llama' is not known"),
+    "another tower": (sparse(GEMMA, model_type="clip_vision_model"), "'clip_vision_model' is not known"),
+    "scaled rope": (sparse(GEMMA | {"rope_scaling": {"type": "linear", "factor": 2}}), "rope type"),
+    "biases": (sparse(GEMMA | {"attention_bias": True}), "biases"),
+    "untied head": (sparse(GEMMA | {"tie_word_embeddings": False}), "unties"),
+    "order of layers": (sparse(GEMMA2 | {"layer_types": LAYERS}), "layer_types"),
+    "relu": (sparse(GEMMA | {"hidden_act": "relu"}), "'relu'"),
+    "exact gelu, text": (sparse(GEMMA2 | {"hidden_activation": "gelu"}), "'gelu'"),
+    "exact gelu, vision": (sparse(GEMMA, hidden_act="gelu"), "'gelu'"),
+    "projection": (FILES["PaliGemma 3B"] | {"projection_dim": 2304}, "2304 dimensions"),
+    "patches": (sparse(GEMMA, image_size=230), "choose 224"),
+    "tower heads": (sparse(GEMMA, num_attention_heads=7), "7 heads"),
+    "decoder heads": (sparse(GEMMA | {"num_key_value_heads": 3}), "8 query heads"),
+    "odd head": (sparse(GEMMA | {"head_dim": 15}), "head_dim 15 is odd"),
+    "no layers": (sparse(GEMMA | {"num_hidden_layers": 0}), "num_hidden_layers must be"),
+    "part of another kind": (SHELL | {"text_config": "gemma"}, "has a str"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    values, reason = REFUSED[case]
+    with pytest.raises(ValueError) as caught:
+        PaliGemmaConfig.from_dict(values)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[1, 2]", b"null"])
+def test_a_file_that_is_no_configuration(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json .*fetch it again"):
+        PaliGemmaConfig.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"sliding_window": 4096}, {"attn_logit_softcapping": 50.0}, {"query_pre_attn_scalar": 144}]
+)
+def test_gemma_2_numbers_cannot_be_saved_as_gemma_1(change):
+    with pytest.raises(ValueError, match="gemma2"):
+        PaliGemmaConfig(text_config=GemmaConfig(**change)).to_dict()

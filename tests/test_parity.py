@@ -1,0 +1,176 @@
+"""The whole model against transformers: every layer, the loss, every gradient, every generated token.
+
+Errors are relative, the largest difference over the largest value, and at most 1e-5 in float32: these models' rounding is
+about 1e-6, and the smallest of the known mistakes shows at 1e-3. token_type_ids are always given, since
+transformers without them is causal in one attention backend and bidirectional in another.
+"""
+
+import pytest
+import torch
+from conftest import in_transformers, labels_of, random_batch, relative_error, row_alone, their_name, tiny_model
+
+from minivlm.generation import generate_ids
+
+BATCHES = {
+    "prompt": dict(prefixes=[7], suffixes=[0]),
+    "answer": dict(prefixes=[4, 4], suffixes=[9, 9]),
+    "left": dict(prefixes=[8, 2, 5], suffixes=[3, 6, 0], side="left"),
+    "right": dict(prefixes=[8, 2, 5], suffixes=[3, 6, 1], side="right"),
+}
+every_batch = pytest.mark.parametrize("shape", BATCHES.values(), ids=BATCHES.keys())
+
+
+def outputs(model, names: list[str], **batch) -> dict[str, torch.Tensor]:
+    """What the named modules return during one forward pass, and the logits."""
+    seen, hooks = {}, []
+    for name in names:
+        hooks.append(
+            model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, name=name: seen.__setitem__(
+                    name, output[0] if isinstance(output, tuple) else output
+                )
+            )
+        )
+    with torch.no_grad():
+        result = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return seen | {"logits": getattr(result, "logits", result)}
+
+
+@every_batch
+def test_every_layer_is_the_same(pair, shape):
+    batch = random_batch(pair.ours.config, **shape)
+    tower, decoder = "vision_tower.vision_model.", "language_model.model."
+    names = [
+        tower + "embeddings",
+        *(f"{tower}encoder.layers.{i}" for i in range(3)),
+        tower + "post_layernorm",
+        "multi_modal_projector",
+        *(f"{decoder}layers.{i}" for i in range(4)),
+        decoder + "norm",
+    ]
+    ours = outputs(pair.ours, names, **batch)
+    theirs = outputs(pair.theirs, [their_name(name) for name in names], **batch)
+    real = batch["attention_mask"].bool()
+    for name in [*names, "logits"]:
+        a, b = ours[name], theirs["logits" if name == "logits" else their_name(name)]
+        if name.startswith(decoder) or name == "logits":  # nobody reads what stands at padding
+            a, b = a[real], b[real]
+        assert relative_error(a, b) <= 1e-5, name
+
+
+@every_batch
+def test_a_row_of_a_padded_batch_is_the_row_alone(model, shape):
+    batch = random_batch(model.config, **shape)
+    with torch.no_grad():
+        together = model(**batch)
+        for row in range(len(together)):
+            alone = model(**row_alone(batch, row))
+            assert relative_error(together[row, batch["attention_mask"][row].bool()], alone[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [BATCHES[name] for name in ("answer", "left", "right")], ids=["answer", "left", "right"])
+def test_loss_and_every_gradient_are_the_same(pair, shape):
+    batch = random_batch(pair.ours.config, **shape)
+    labels = labels_of(batch)
+    pair.ours.zero_grad()
+    pair.theirs.zero_grad()
+    ours, theirs = pair.ours.loss(labels, **batch), pair.theirs(**batch, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours.backward()
+    theirs.backward()
+    gradients = {name: weight.grad for name, weight in pair.theirs.named_parameters()}
+    for name, weight in pair.ours.named_parameters():
+        if name.endswith("k_proj.bias"):  # shifts all scores of a query alike: its gradient is zero but for rounding
+            scale = gradients[their_name(name).replace("k_proj", "q_proj")].abs().max()
+            assert weight.grad.abs().max() <= 1e-5 * scale, name
+        else:
+            assert relative_error(weight.grad, gradients[their_name(name)]) <= 2e-5, name
+    assert len(gradients) == len(list(pair.ours.parameters()))
+
+
+def test_loss_is_the_mean_over_suffix_tokens_by_hand(model):
+    batch = random_batch(model.config, [5, 2], [2, 6])
+    labels = labels_of(batch)
+    with torch.no_grad():
+        log_probs = model(**batch).log_softmax(-1)
+        loss = model.loss(labels, **batch)
+    chosen = [
+        log_probs[b, t - 1, labels[b, t]] for b in range(2) for t in range(1, labels.shape[1]) if labels[b, t] >= 0
+    ]
+    assert len(chosen) == 2 + 6
+    assert loss.item() == pytest.approx(-torch.stack(chosen).mean().item(), rel=1e-5)
+
+
+def test_one_picture_serves_consecutive_rows(model):
+    batch = random_batch(model.config, [3, 5, 4, 6], [2, 0, 1, 3], side="left")
+    pictures = batch.pop("pixel_values")[:2]
+    with torch.no_grad():
+        shared = model(**batch, pixel_values=pictures)
+        repeated = model(**batch, pixel_values=pictures[[0, 0, 1, 1]])
+        swapped = model(**batch, pixel_values=pictures[[0, 1, 0, 1]])
+    assert relative_error(shared, repeated) <= 1e-5
+    assert relative_error(shared, swapped) > 1e-3
+
+
+def test_last_only_is_the_last_column(model):
+    batch = random_batch(model.config, [3, 5], [2, 4], side="left")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, last_only=True), model(**batch)[:, -1:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_answers_are_the_same_token_for_token(pair, seed):
+    batch = random_batch(pair.ours.config, [9, 3, 6, 6], [0, 0, 0, 0], side="left", seed=seed)
+    whole = generate_ids(pair.ours, batch, max_new_tokens=24).sequences
+    assert len(set(whole.flatten().tolist())) > 12, "answers too dull to tell anything"
+    stop = int(whole[0, 5])  # a token that surely comes: the end-of-text of this test
+    theirs = pair.theirs.generate(
+        **batch, max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=0, bos_token_id=2
+    )
+    eos, pair.ours.config.eos_token_id = pair.ours.config.eos_token_id, stop
+    try:
+        ours = generate_ids(pair.ours, batch, max_new_tokens=24).sequences
+    finally:
+        pair.ours.config.eos_token_id = eos
+    assert ours.tolist() == theirs[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("version, attention", [(1, "eager"), (1, "sdpa"), (2, "eager")])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(version, attention):
+    """Both round, in places of their own. Neither may be further from the float32 logits than half as far again."""
+    ours_off, theirs_off = [], []
+    for seed in range(4):
+        ours = tiny_model(version, seed=seed).bfloat16()
+        theirs = in_transformers(ours, attention)
+        batch = random_batch(ours.config, [8, 2, 5], [3, 6, 1], seed=seed)
+        real = batch["attention_mask"].bool()
+        rounded = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
+        with torch.no_grad():
+            a, b = ours(**rounded), theirs(**rounded).logits
+            exact = ours.float()(**rounded | {"pixel_values": rounded["pixel_values"].float()})  # the rounded weights
+        assert a.dtype == b.dtype == torch.bfloat16
+        ours_off.append((a - exact)[real].pow(2).mean())
+        theirs_off.append((b - exact)[real].pow(2).mean())
+    ours_off, theirs_off = (torch.stack(off).mean().sqrt().item() for off in (ours_off, theirs_off))
+    assert 0 < ours_off <= 1.5 * theirs_off
+    assert ours_off < 0.1  # of logits that spread by about 1
+
+
+def test_bad_input_is_named(model):
+    batch = random_batch(model.config, [3, 5], [0, 0], side="left")
+    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 12, 12\]"):
+        model(**batch | {"pixel_values": torch.zeros(2, 3, 8, 8)})
+    with pytest.raises(ValueError, match="3 pictures of 9 tokens do not fit 2 rows"):
+        model(**batch | {"pixel_values": torch.zeros(3, 3, 12, 12)})
+    with pytest.raises(ValueError, match=r"do not fit 2 rows with \[8, 9\] <image> tokens"):
+        fewer = batch["input_ids"].clone()
+        fewer[0, 2] = 5
+        model(**batch | {"input_ids": fewer})
+    with pytest.raises(ValueError, match="there is no picture"):
+        model(batch["input_ids"])
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
+    for name in ("attention_mask", "token_type_ids"):
+        with pytest.raises(ValueError, match=rf"{name} must be \[2, 15\]"):
+            model(**inputs, **{name: torch.ones(2, 4, dtype=torch.long)})
