@@ -1,0 +1,311 @@
+"""The command line: ``python -m minivlm COMMAND --help``.
+
+A command imports what it needs when it runs, so that help and mistyped options are answered at once. A user's mistake
+is one sentence on stderr and exit code 2; ``--debug`` shows where it was raised.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from minivlm import __version__
+
+LONGEST_ANSWER = 8192  # tokens: what Gemma was trained to read and write at most
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = new_parser(argv).parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        note(f"minivlm {args.command}: {error}")
+        return 2
+    return 0
+
+
+def new_parser(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser. Only the command that ``argv`` names gets its options: those of ``train`` need torch to be listed."""
+    about = "PaliGemma, small enough to read in an evening."
+    parser = argparse.ArgumentParser(prog="python -m minivlm", description=about)
+    parser.add_argument("--version", action="version", version=f"minivlm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (text, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        if name in argv:
+            add_arguments(command)
+    return parser
+
+
+def note(text: str) -> None:
+    """Says something on stderr, so that stdout holds answers alone."""
+    print(text, file=sys.stderr)
+
+
+# --- what several commands share -----------------------------------------------------------------------------------
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="C", help="a folder or hub id; the embedded checkpoint when not given")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_argument(parser)
+    parser.add_argument("--revision", help="the hub branch, tag or commit to use")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; a CUDA GPU where there is one when not given")
+    parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as stored when not given")
+
+
+def load(args: argparse.Namespace):
+    """The model and the processor that the arguments of ``add_model_arguments`` ask for."""
+    import torch
+
+    import minivlm
+    from minivlm import checkpoint
+
+    device = find_device(args.device)
+    folder = checkpoint.resolve(args.checkpoint, args.revision)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        model = minivlm.PaliGemma.from_pretrained(folder, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"{folder} does not fit into {device}: try --dtype bfloat16 or --device cpu.") from None
+    return model, minivlm.Processor.from_pretrained(folder)
+
+
+def find_device(name: str | None) -> str:
+    """The device asked for, if it is there; a CUDA GPU or else the CPU when ``name`` is None."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    there = {"cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))}
+    if torch.backends.mps.is_available():
+        there.add("mps")
+    if name is not None and name not in there:
+        raise ValueError(f"There is no device {name!r} here, only {', '.join(sorted(there))}.")
+    return name or ("cuda" if gpus else "cpu")
+
+
+def check_output(path: Path | None) -> None:
+    """Better to hear before a long computation that its result cannot be written."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise ValueError(f"Pictures are written as PNG, so {str(path)!r} must end in .png.")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name a file to write.")
+
+
+def find_boxes(answer: str, size: tuple[int, int]) -> list:
+    """The detections in an answer about a picture of ``size`` pixels; says on stderr what could not be read."""
+    from minivlm import locations
+
+    if "<loc" not in answer:
+        return []
+    parsed = locations.parse(answer, *size)
+    for problem in parsed.problems:
+        note(problem)
+    return parsed.detections
+
+
+def without_places(answer: str) -> str:
+    """An answer as people read it: "<loc0102><loc0051>… cat" becomes "cat", and no words at all become "(nothing)"."""
+    return re.sub(r"<(loc|seg)\d+>\s*", "", answer).strip() or "(nothing)"
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", required=True, type=Path, help="a picture file")
+    examples = '"caption en" "answer en what is this?" "detect cat ; dog"'
+    parser.add_argument("--prompt", required=True, nargs="+", help=f"one or more, such as {examples}")
+    add_model_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer; default 64")
+    parser.add_argument("--sample", action="store_true", help="draw tokens at random instead of taking the likeliest")
+    parser.add_argument("--temperature", type=float, metavar="T", help="with --sample: below 1 surer, above 1 wilder")
+    parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample: among the likeliest that make up P")
+    parser.add_argument("--seed", type=int, help="with --sample: the same seed gives the same answer")
+    parser.add_argument("--save", type=Path, metavar="OUT.png", help="write the picture with its boxes and answers")
+
+
+def generation_options(args: argparse.Namespace) -> dict:
+    """The arguments as ``minivlm.generate`` wants them, checked before any model is loaded."""
+    from minivlm.generation import Options
+
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not args.sample:
+        names = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{names} changes nothing without --sample: add it, or leave {names} out.")
+    if not 0 <= given.get("seed", 0) < 2**63:
+        raise ValueError(f"--seed must be a whole number from 0 to 2**63 - 1, not {args.seed}.")
+    if args.max_new_tokens > LONGEST_ANSWER:
+        raise ValueError(f"--max-new-tokens must be at most {LONGEST_ANSWER}, not {args.max_new_tokens}.")
+    options = given | {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
+    Options(**options)
+    return options
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    import minivlm
+    from minivlm.processor import open_image
+
+    options = generation_options(args)
+    check_output(args.save)
+    image = open_image(args.image)
+    model, processor = load(args)
+    if len(args.prompt) == 1:  # shown while it is written
+        answers = [minivlm.generate(model, processor, image, args.prompt[0], stream=print_piece, **options)]
+        print()
+    else:
+        answers = minivlm.generate(model, processor, image, args.prompt, **options)
+    boxes = []
+    for prompt, answer in zip(args.prompt, answers, strict=True):
+        if len(args.prompt) > 1:
+            print(f"{prompt}: {answer}")
+        boxes += print_boxes(answer, image.size)
+    if args.save:
+        lines = [f"{p}: {without_places(a)}" for p, a in zip(args.prompt, answers, strict=True)]
+        save_sheet([(image, boxes, lines)], args.save)
+
+
+def print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def print_boxes(answer: str, size: tuple[int, int], indent: str = "  ") -> list:
+    """Prints each box of an answer in pixels; returns the detections."""
+    from minivlm.viz.boxes import in_words
+
+    found = find_boxes(answer, size)
+    for detection in found:
+        print(f"{indent}{in_words(detection)}")
+    return found
+
+
+def save_sheet(panels: list, path: Path) -> None:
+    """Writes pictures with their boxes, and their lines below them: ``panels`` holds (image, detections, lines)."""
+    from minivlm.viz import draw_boxes, draw_sheet
+
+    draw_sheet([(draw_boxes(image, boxes), "\n".join(lines)) for image, boxes, lines in panels]).save(path)
+    note(f"Wrote {path}.")
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+DEMO = (("validation", 0), ("validation", 1), ("pairs", 0), ("artist", 0))  # split and seed of the scenes, none chosen
+SPLIT_MEANS = {
+    "validation": "a new scene",
+    "pairs": "a new scene with two objects that training never showed together",
+    "artist": "a new scene by an artist whom training never showed",
+}
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    out = Path("out/demo.png")
+    parser.add_argument("--save", type=Path, default=out, metavar="OUT.png", help=f"picture to write; default {out}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Captions, answers and boxes for a few scenes that training never showed, beside the truth where they differ."""
+    from minivlm import scenes
+
+    check_output(args.save)
+    model, processor = load(args)
+    panels = []
+    for split, seed in DEMO:
+        scene = scenes.make_scene(seed, split)
+        print(f"{SPLIT_MEANS[split]} ({split}, seed {seed})")
+        panels.append(show_scene(model, processor, scene))
+        print()
+    save_sheet(panels, args.save)
+    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
+    print(f"""
+Next:
+  make lab
+    opens JupyterLab on the course
+  {python} -m minivlm generate --image YOUR.png --prompt "caption en"
+    asks about a picture of yours; this small model knows emoji, README.md says how to get one that knows photos""")
+
+
+def show_scene(model, processor, scene) -> tuple:
+    """Asks for a caption, two answers and every object; prints them and returns a panel for ``save_sheet``."""
+    from PIL import Image
+
+    import minivlm
+    from minivlm import scenes
+
+    image = Image.fromarray(scene.image)
+    names = list(dict.fromkeys(thing.name for thing in scene.objects))
+    asked = {"caption en": scene.captions["caption"]} | {q.prompt: q.answers for q in scene.questions[:2]}
+    prompts = [*asked, f"detect {' ; '.join(names)}"]
+    *answers, found = minivlm.generate(model, processor, image, prompts, max_new_tokens=64)
+    lines = []
+    for (prompt, right), answer in zip(asked.items(), answers, strict=True):
+        is_right = answer in right or scenes.same_caption(answer, right[0])
+        lines.append(f"{prompt}: {answer or '(nothing)'}" + ("" if is_right else f"  (truth: {right[0]})"))
+        print(f"  {lines[-1]}")
+    print(f"  {prompts[-1]}: {len(scene.objects)} to find")
+    boxes = print_boxes(found, image.size, indent="    ")
+    return image, boxes, lines
+
+
+# --- evaluate, train, doctor ---------------------------------------------------------------------------------------
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_argument(parser)
+    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="scenes of each split; default 1000")
+    parser.add_argument("--split", nargs="+", metavar="S", help="validation, pairs, artist; all when not given")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from minivlm import evaluation
+
+    if args.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, not {args.scenes}.")
+    for split in args.split or ():
+        if split not in SPLIT_MEANS:
+            raise ValueError(f"There is no split {split!r} to evaluate on, only {', '.join(SPLIT_MEANS)}.")
+    evaluation.run(args.checkpoint, args.scenes, tuple(args.split or SPLIT_MEANS), args.json)
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    from minivlm import training
+
+    training.add_arguments(parser)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from minivlm import training
+
+    training.run(args)
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    from minivlm import doctor
+
+    print(doctor.report())
+
+
+COMMANDS = {
+    "demo": ("show what the embedded checkpoint can do", add_demo_arguments, run_demo),
+    "generate": ("answer prompts about a picture", add_generate_arguments, run_generate),
+    "evaluate": ("measure a checkpoint on held-out scenes", add_evaluate_arguments, run_evaluate),
+    "train": ("train a small PaliGemma from nothing", add_train_arguments, run_train),
+    "doctor": ("say what is installed and what would run, for a bug report", lambda parser: None, run_doctor),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

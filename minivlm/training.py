@@ -1,0 +1,529 @@
+"""Training a small PaliGemma from nothing: first pictures and words meet, then the whole model learns to answer.
+
+    S scenes a step · E examples of a scene · B = S · E rows · P patches · M names · T tokens · D width
+
+Stage 1, ``align``: the tower, the projector and the decoder's word embeddings, with the sigmoid loss (losses.py). Each pair
+of that loss stands alone, so a pair may be *one patch* and one name: true where the patch shows the thing. The text encoder
+is a bag of words, the mean of the decoder's own embeddings: what a patch learns to say is at once the word the decoder
+will write.
+
+Stage 2, ``answer``: everything, on captions, questions and detections, with the prefix-LM mask and the loss on the suffix
+alone. The tower comes along slowly: a long linear warm-up to a fraction of the learning rate, or what stage 1 taught is lost.
+
+Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on from
+its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower arXiv:2407.07726,
+section 3.2.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from minivlm import losses, scenes
+from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.paligemma import PaliGemma
+from minivlm.processor import Processor, train_tokenizer
+
+
+LOG_EVERY = 50  # steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run. The defaults are the recipe of the embedded checkpoint."""
+
+    seed: int = 0
+    image_size: int = 112  # pixels
+    patch_size: int = 16  # pixels
+    width: int = 192  # of tower and decoder
+    mlp_width: int = 512
+    tower_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 4
+    align_scenes: int = 120_000
+    align_batch: int = 64  # scenes a step
+    align_lr: float = 1.5e-3
+    answer_scenes: int = 280_000
+    answer_batch: int = 16  # scenes a step
+    examples: int = 4  # of each scene
+    answer_lr: float = 1e-3
+    tower_lr: float = 0.2  # of the learning rate of the rest
+    tower_warmup: float = 0.2  # of stage 2
+    warmup: float = 0.01  # of either stage
+    weight_decay: float = 0.02
+    precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32. Or "float32"
+
+    def __post_init__(self):
+        if self.precision not in ("bfloat16", "float32"):
+            raise ValueError(f"precision must be 'bfloat16' or 'float32', not {self.precision!r}.")
+        for name in ("align_scenes", "answer_scenes"):
+            batch = getattr(self, name.replace("scenes", "batch"))
+            if batch < 1 or getattr(self, name) < batch:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must fill at least one step of {batch} scenes.")
+
+
+# How often each kind of example is drawn in stage 2, relative to the others. Relations are learnt last, captions next.
+MIXTURE = {
+    "caption": 4.0,
+    "cap": 1.0,
+    "describe": 1.0,
+    "what": 0.75,
+    "how many": 1.0,
+    "is there": 0.5,
+    "where": 0.75,
+    "relation": 3.0,
+    "detect": 1.5,
+}
+
+
+# --- what is trained ---------------------------------------------------------------------------------------------------
+
+
+def new_processor(recipe: Recipe) -> Processor:
+    """A processor whose tokenizer has just learnt the words of the scenes."""
+    tokenizer = train_tokenizer(scenes.texts(range(2000)), vocab_size=2560)
+    return Processor(tokenizer, recipe.image_size, (recipe.image_size // recipe.patch_size) ** 2)
+
+
+def new_model(recipe: Recipe, processor: Processor) -> PaliGemma:
+    """PaliGemma's architecture, small, with random weights."""
+    vision = SiglipVisionConfig(
+        hidden_size=recipe.width,
+        intermediate_size=recipe.mlp_width,
+        num_hidden_layers=recipe.tower_layers,
+        num_attention_heads=recipe.heads,
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+    )
+    text = GemmaConfig(
+        vocab_size=math.ceil(processor.tokenizer.get_vocab_size() / 64) * 64,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.mlp_width,
+        num_hidden_layers=recipe.decoder_layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=1,
+        head_dim=recipe.width // recipe.heads,
+        max_position_embeddings=512,
+    )
+    ids = {f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    return PaliGemma(PaliGemmaConfig(vision, text, processor.image_token_id, **ids)).init_weights(recipe.seed)
+
+
+class Alignment(nn.Module):
+    """Stage 1: scores every patch against every name with the sigmoid loss."""
+
+    def __init__(self, model: PaliGemma):
+        super().__init__()
+        self.model = model
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def names(self, name_ids: Int[Tensor, "M W"]) -> Float[Tensor, "M D"]:
+        """Bags of words: the mean embedding of each row's tokens, 0 being padding."""
+        embeddings = self.model.language_model.model.embed(name_ids)
+        words = (name_ids != 0)[..., None]
+        return (embeddings * words).sum(1) / words.sum(1)
+
+    def forward(
+        self, pixel_values: Float[Tensor, "S 3 H W"], name_ids: Int[Tensor, "M W"], shows: Bool[Tensor, "S P M"]
+    ) -> Float[Tensor, ""]:
+        patches, names = self.model.encode_image(pixel_values).flatten(0, 1), self.names(name_ids)
+        with torch.autocast(patches.device.type, enabled=False):  # the scores in float32
+            return losses.sigmoid_loss(patches, names, self.log_temperature, self.bias, shows.flatten(0, 1))
+
+
+class Answering(nn.Module):
+    """Stage 2: the suffix's cross-entropy."""
+
+    def __init__(self, model: PaliGemma):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Float[Tensor, ""]:
+        return self.model.loss(**batch)
+
+
+# --- what it is trained on ---------------------------------------------------------------------------------------------
+
+
+def patches_show(scene: scenes.Scene, patch_size: int, covers: float = 0.25) -> Bool[np.ndarray, "P M"]:
+    """Which patch shows which of ``scenes.OBJECTS``: those that cover at least ``covers`` of the patch."""
+    side = scene.size // patch_size
+    shows = np.zeros((side * side, len(scenes.OBJECTS)), dtype=bool)
+    for thing in scene.objects:
+        share = thing.mask.reshape(side, patch_size, side, patch_size).mean(axis=(1, 3))
+        shows[:, scenes.OBJECTS.index(thing.name)] |= share.ravel() >= covers
+    return shows
+
+
+def choose_examples(scene: scenes.Scene, count: int, rng: np.random.Generator) -> list[scenes.Example]:
+    """``count`` examples of a scene, drawn by MIXTURE: different ones as long as they last."""
+    weights = np.array([MIXTURE[example.kind] for example in scene.examples])
+    repeat = len(weights) < count
+    chosen = rng.choice(len(weights), size=count, replace=repeat, p=weights / weights.sum())
+    return [scene.examples[i] for i in chosen]
+
+
+class Steps(Dataset):
+    """Item ``i`` is the batch of step ``i``: the share of process ``rank`` out of ``world``."""
+
+    def __init__(self, recipe: Recipe, processor: Processor, scenes_a_step: int, rank: int = 0, world: int = 1):
+        if scenes_a_step % world:
+            raise ValueError(f"{scenes_a_step} scenes a step do not divide among {world} processes: change one of them.")
+        self.recipe, self.processor = recipe, processor
+        self.batch, self.rank, self.world = scenes_a_step, rank, world
+
+    def scenes(self, step: int) -> list[scenes.Scene]:
+        share = self.batch // self.world
+        first = step * self.batch + self.rank * share
+        return [scenes.make_scene(first + i, "train", self.recipe.image_size) for i in range(share)]
+
+
+class AlignSteps(Steps):
+    """Pictures, names, and which patch shows which. A name stands three times: "cat", " cat" and " cats"."""
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        drawn = self.scenes(step)
+        shows = np.stack([patches_show(scene, self.recipe.patch_size) for scene in drawn])
+        return {
+            "pixel_values": self.processor.pixels([scene.image for scene in drawn]),
+            "name_ids": self.name_ids(),
+            "shows": torch.from_numpy(shows).repeat(1, 1, 3),
+        }
+
+    def name_ids(self) -> Int[Tensor, "M W"]:
+        names = scenes.OBJECTS
+        forms = [*names, *(f" {n}" for n in names), *(f" {scenes.plural(n)}" for n in names)]
+        rows = [torch.tensor(ids) for ids in self.processor.encode(forms)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.processor.pad_token_id)
+
+
+class AnswerSteps(Steps):
+    """E rows of text a scene, one picture for the E of them."""
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        drawn = self.scenes(step)
+        chosen = []
+        for scene in drawn:
+            rng = np.random.default_rng((self.recipe.seed, 2, scene.seed))
+            chosen += choose_examples(scene, self.recipe.examples, rng)
+        prompts, answers = [e.prompt for e in chosen], [e.answers[0] for e in chosen]
+        batch = self.processor.tokens(prompts, answers, "right")
+        return batch | {"pixel_values": self.processor.pixels([scene.image for scene in drawn])}
+
+
+# --- a stage -----------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """A linear rise over the first ``warmup`` of the steps, then half a cosine down to nothing."""
+    rise = max(1, round(warmup * steps))
+    return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def new_optimizer(module: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with the tower in groups of its own; only matrices decay, embeddings and scalars do not."""
+    groups = {}
+    for name, weight in module.named_parameters():
+        decays = weight.ndim > 1 and "embed" not in name
+        groups.setdefault(("vision_tower" in name, decays), []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "tower": tower, "weight_decay": weight_decay * decays}
+            for (tower, decays), weights in groups.items()
+        ],
+        lr=0.0,
+        betas=(0.9, 0.98),
+    )
+
+
+@dataclass
+class Stage:
+    name: str
+    module: nn.Module
+    batches: Steps
+    steps: int
+    lr: float
+    tower_lr: float
+    tower_warmup: float
+    warmup: float
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for group in optimizer.param_groups:
+            lr = self.lr * learning_rate(step, self.steps, self.warmup)
+            if group["tower"]:
+                lr *= self.tower_lr * min(1.0, (step + 1) / max(1, round(self.tower_warmup * self.steps)))
+            group["lr"] = lr
+
+
+def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0, world: int = 1) -> list[Stage]:
+    """The two stages of a recipe."""
+
+    def steps(kind, batch):
+        return kind(recipe, processor, batch, rank, world)
+
+    return [
+        Stage(
+            "align",
+            Alignment(model),
+            steps(AlignSteps, recipe.align_batch),
+            recipe.align_scenes // recipe.align_batch,
+            recipe.align_lr,
+            tower_lr=1.0,
+            tower_warmup=0.0,
+            warmup=recipe.warmup,
+        ),
+        Stage(
+            "answer",
+            Answering(model),
+            steps(AnswerSteps, recipe.answer_batch),
+            recipe.answer_scenes // recipe.answer_batch,
+            recipe.answer_lr,
+            recipe.tower_lr,
+            recipe.tower_warmup,
+            recipe.warmup,
+        ),
+    ]
+
+
+def share_of_loss(batch: dict[str, Tensor], world: int) -> float:
+    """What a process's mean loss counts in the mean over all: suffixes differ in length from process to process."""
+    if world == 1 or "labels" not in batch:
+        return 1.0
+    count = (batch["labels"][:, 1:] != -100).sum().float()
+    total = count.clone()
+    dist.all_reduce(total)
+    return float(count * world / total)
+
+
+def train_step(
+    module: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, world: int, precision: str
+) -> float:
+    """One update; returns the loss over the batches of all processes."""
+    device = next(module.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    share = share_of_loss(batch, world)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = module(**batch) * share
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    loss = loss.detach().clone()
+    if world > 1:
+        dist.all_reduce(loss)
+    return float(loss) / world
+
+
+# --- the state of a run ------------------------------------------------------------------------------------------------
+
+
+def save_state(path: Path, stage: int, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Everything needed to go on, in one file, replaced in one move: a kill leaves the old one or the new one."""
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    for name, weight in module.named_parameters():
+        tensors |= {f"adam.{name}.{key}": value for key, value in optimizer.state[weight].items()}
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(whole, path.with_suffix(".part"), metadata={"stage": str(stage), "step": str(step)})
+    os.replace(path.with_suffix(".part"), path)
+
+
+def state_position(path: Path) -> tuple[int, int]:
+    """(stage, step) that a saved run has come to; (0, 0) where there is none."""
+    if not path.exists():
+        return 0, 0
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata()
+            return int(found["stage"]), int(found["step"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no state of a training run ({error}): delete it to start anew.") from error
+
+
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Puts a saved state into a module and, where given, its optimizer."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    module.load_state_dict({n.removeprefix("module."): v for n, v in tensors.items() if n.startswith("module.")})
+    if optimizer is None:
+        return
+    for name, weight in module.named_parameters():
+        prefix = f"adam.{name}."
+        optimizer.state[weight] = {
+            n.removeprefix(prefix): v.to(weight.device if v.ndim else "cpu")
+            for n, v in tensors.items()
+            if n.startswith(prefix) and "." not in n.removeprefix(prefix)
+        }
+
+
+# --- a run -------------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, one line a record; on going on, lines after the saved step are dropped and written again."""
+
+    def __init__(self, path: Path, stage: int, step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _position(line) <= (stage, step)]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self.started = time.monotonic()
+
+    def write(self, **record) -> None:
+        seconds = round(self.seconds + time.monotonic() - self.started, 1)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record | {"seconds": seconds}) + "\n")
+
+
+def _position(line: str) -> tuple[int, int]:
+    record = json.loads(line)
+    return record["stage"], record["step"]
+
+
+def draw_curve(out: Path) -> None:
+    """metrics.jsonl → curve.png: the loss of both stages over the scenes seen."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, (stage, title) in zip(figure.subplots(1, 2), enumerate(("1: align", "2: answer")), strict=True):
+        points = [(r["scenes"], r["loss"]) for r in records if r["stage"] == stage]
+        axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
+        axes.set(title=f"stage {title}", xlabel="scenes seen", ylabel="loss (nats)", yscale="log")
+    figure.savefig(out / "curve.png", dpi=120)
+
+
+def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Place", save_every: float) -> None:
+    """Trains one stage from wherever its saved state is, writing state, metrics and curve as it goes."""
+    state = out / "state.safetensors"
+    at_stage, start = state_position(state)
+    start = start if at_stage == number else 0
+    module = stage.module.to(place.device).train()
+    optimizer = new_optimizer(module, recipe.weight_decay)
+    if at_stage == number and start:
+        load_state(state, module, optimizer)
+    wrapped = DistributedDataParallel(module) if place.world > 1 else module
+    log = Log(out / "metrics.jsonl", number, start) if place.first else None
+    loader = DataLoader(
+        stage.batches, batch_size=None, sampler=range(start, stage.steps), num_workers=place.workers, prefetch_factor=4
+    )
+    size = stage.batches.batch
+    bar = tqdm(total=stage.steps * size, initial=start * size, unit="img", desc=stage.name, disable=not place.first)
+    recent, saved = [], time.monotonic()
+    for step, batch in enumerate(loader, start):
+        stage.set_learning_rate(optimizer, step)
+        recent.append(train_step(wrapped, batch, optimizer, place.world, recipe.precision))
+        bar.update(size)
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == stage.steps:
+            loss = sum(recent) / len(recent)
+            recent = []
+            bar.set_postfix(loss=f"{loss:.4f}")
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {done} of {stage.name}: lower the learning rate.")
+            if log:
+                log.write(stage=number, step=done, scenes=done * size, loss=loss)
+                due = time.monotonic() - saved > save_every or done == stage.steps
+                if due:
+                    save_state(state, number, done, module, optimizer)
+                    draw_curve(out)
+                    saved = time.monotonic()
+    bar.close()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens: its device, its processes, and the helpers of each that draw scenes."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    workers: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def find_place(device: str | None, workers: int) -> Place:
+    """The device asked for, or a GPU where there is one; one process, or as many as ``torchrun`` started."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Place(torch.device(device), rank, world, workers)
+
+
+def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) -> PaliGemma:
+    """Runs a recipe, or goes on with it, and writes the checkpoint to ``out/checkpoint``.
+
+    Raises:
+        ValueError: ``out`` holds a run of another recipe, or a damaged one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    check_recipe(recipe, out, place)
+    torch.manual_seed(recipe.seed)
+    processor = new_processor(recipe)
+    model = new_model(recipe, processor)
+    plan = stages(recipe, model, processor, place.rank, place.world)
+    reached, _ = state_position(out / "state.safetensors")
+    if reached > 0:  # the earlier stage's result is in the later one's state; run_stage loads it
+        plan[0].steps = 0
+    for number, stage in enumerate(plan):
+        if stage.steps:
+            run_stage(stage, number, out, recipe, place, save_every)
+    if place.first:
+        model = model.to("cpu").eval()
+        model.save_pretrained(out / "checkpoint", dtype=torch.bfloat16)
+        processor.save_pretrained(out / "checkpoint")
+    return model
+
+
+def check_recipe(recipe: Recipe, out: Path, place: Place) -> None:
+    """A folder holds one recipe: writes it there, or compares."""
+    path = out / "recipe.json"
+    if path.exists() and json.loads(path.read_text()) != asdict(recipe):
+        raise ValueError(f"{path} records another recipe: choose an empty folder, or repeat its options.")
+    if place.first:
+        path.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m minivlm train``: where to, on what, and every number of the recipe."""
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run; an unfinished one goes on")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one when not given")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
+    parser.add_argument("--save-every", type=float, default=180.0, help="seconds between saved states")
+    for entry in fields(Recipe):
+        name = "--" + entry.name.replace("_", "-")
+        parser.add_argument(name, type=type(entry.default), default=entry.default, help=f"default {entry.default}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """``python -m minivlm train``."""
+    recipe = Recipe(**{entry.name: getattr(args, entry.name) for entry in fields(Recipe)})
+    place = find_place(args.device, args.workers)
+    train(recipe, args.out, place, args.save_every)
+    if place.first:
+        print(f"Trained. Look at it with: python -m minivlm evaluate --checkpoint {args.out / 'checkpoint'}")
+    if place.world > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,271 @@
+"""The command line: what it prints, what it writes, and how it answers a user's mistakes."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+from PIL import Image
+
+import minivlm
+from minivlm import __main__ as cli
+from minivlm import checkpoint, doctor, generation
+from minivlm.__main__ import COMMANDS, find_device, main
+
+ROOT = Path(__file__).resolve().parents[1]
+CAT = str(ROOT / "data" / "images" / "cat.jpg")
+embedded = pytest.mark.skipif(not checkpoint.EMBEDDED.is_dir(), reason="there is no embedded checkpoint yet")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_processor, tmp_path_factory) -> str:
+    """A checkpoint with random weights, which says nonsense in words that it knows."""
+    path = tmp_path_factory.mktemp("tiny")
+    model = tiny_model(1, vocab_size=tiny_processor.tokenizer.get_vocab_size())
+    model.config.image_token_index = tiny_processor.image_token_id
+    model.save_pretrained(path)
+    tiny_processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """``says("two cats")`` makes every model answer that."""
+
+    def fix(*answers: str) -> None:
+        def generate(model, processor, image, prompt, stream=None, **options):
+            if isinstance(prompt, str):
+                stream(answers[0])
+                return answers[0]
+            return [answers[i % len(answers)] for i in range(len(prompt))]
+
+        monkeypatch.setattr(generation, "generate", generate)
+
+    return fix
+
+
+def run(*args: str, **options) -> subprocess.CompletedProcess:
+    """``python -m minivlm`` as a user starts it."""
+    command = [sys.executable, "-m", "minivlm", *args]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, **options)
+
+
+# --- as a user starts it -------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_without_loading_torch():
+    code = "import sys, minivlm.__main__ as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert all(f"  {name} " in ran.stdout for name in COMMANDS)
+
+
+def test_the_four_names_of_the_package():
+    assert set(minivlm.__all__) <= set(dir(minivlm))
+    assert minivlm.PaliGemma.__name__ == "PaliGemma" and minivlm.PaliGemmaConfig().projection_dim == 2048
+    assert minivlm.generate is generation.generate and minivlm.Processor.__module__ == "minivlm.processor"
+    with pytest.raises(AttributeError, match="no attribute 'Paligemma'"):
+        _ = minivlm.Paligemma
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    if command == "evaluate":
+        pytest.importorskip("minivlm.evaluation")
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert COMMANDS[command][0][1:] in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_mistake_is_one_sentence_and_code_2():
+    ran = run("generate", "--image", "absent.png", "--prompt", "caption en")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "minivlm generate: There is no picture file at 'absent.png'; check the path.\n"
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_what_the_package_says(folder, capsys):
+    assert main(["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder]) == 0
+    model, processor = minivlm.PaliGemma.from_pretrained(folder), minivlm.Processor.from_pretrained(folder)
+    expected = minivlm.generate(model, processor, CAT, "caption en", max_new_tokens=64)
+    assert capsys.readouterr().out.startswith(expected + "\n")
+
+
+def test_generate_samples_the_same_with_the_same_seed(folder, capsys):
+    said = []
+    for seed in ("1", "1", "2"):
+        main(["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder, "--sample", "--seed", seed])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_generate_prints_boxes_in_pixels_of_the_picture(folder, says, capsys):
+    width, height = Image.open(CAT).size
+    says("<loc0000><loc0000><loc1023><loc1023> cat ; <loc0000><loc0512> dog")
+    assert main(["generate", "--image", CAT, "--prompt", "detect cat ; dog", "--checkpoint", folder]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == [f"  cat, x 0 to {width}, y 0 to {height}"]
+    assert err == "Item 2 has 2 of the 4 places of a box: '<loc0000><loc0512> dog'.\n"
+
+
+def test_generate_answers_several_prompts_and_draws_one_picture(folder, says, capsys, tmp_path):
+    says("a cat", "<loc0100><loc0100><loc0900><loc0900> cat")
+    saved = tmp_path / "new" / "cat.png"
+    argv = ["generate", "--image", CAT, "--prompt", "caption en", "detect cat", "--checkpoint", folder]
+    assert main([*argv, "--save", str(saved)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "caption en: a cat"
+    assert err == f"Wrote {saved}.\n"
+    with Image.open(saved) as picture:
+        assert "1 box: cat" in picture.info["Description"] and "caption en: a cat" in picture.info["Description"]
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no such picture": (["--image", "absent.jpg"], "no picture file at 'absent.jpg'"),
+    "a folder as picture": (["--image", "."], "no picture file at '.'"),
+    "no picture at all": (["--image", __file__], "cannot be read as a picture"),
+    "empty prompt": (["--prompt", " "], "prompt is empty"),
+    "<image> in the prompt": (["--prompt", "<image> caption en"], "contains <image>"),
+    "no such checkpoint": (["--checkpoint", "no such folder"], "neither a folder nor a hub id"),
+    "a folder without a model": (["--checkpoint", str(ROOT / "tests")], "has no config.json"),
+    "temperature 0": (["--sample", "--temperature", "0"], "temperature must be above 0"),
+    "top-p 0": (["--sample", "--top-p", "0"], "top_p must be above 0"),
+    "top-k 0": (["--sample", "--top-k", "0"], "top_k must be a whole number"),
+    "temperature alone": (["--temperature", "0.5"], "--temperature changes nothing without --sample"),
+    "seed below 0": (["--sample", "--seed", "-1"], "--seed must be"),
+    "no tokens": (["--max-new-tokens", "0"], "max_new_tokens must be"),
+    "too many tokens": (["--max-new-tokens", "1000000000"], "--max-new-tokens must be at most"),
+    "no such device": (["--device", "cuda:99"], "no device 'cuda:99' here"),
+    "not a PNG": (["--save", "out.gif"], "must end in .png"),
+}
+
+
+@pytest.mark.parametrize("options, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_users_mistake(options, message, folder, capsys):
+    good = ["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder]
+    assert main(good + options) == 2  # of an option given twice, the last counts
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err and err.count("\n") == 1 and err.startswith("minivlm generate: ")
+
+
+@pytest.mark.parametrize(
+    "line", ["", "caption", "generate", "generate --image x", "evaluate --scenes", "train --seed x"]
+)
+def test_mistyped_options(line, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(line.split())
+    assert left.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_was_raised():
+    with pytest.raises(ValueError, match="no picture file"):
+        main(["--debug", "generate", "--image", "absent.jpg", "--prompt", "caption en"])
+
+
+def test_other_mistakes(capsys):
+    assert main(["evaluate", "--scenes", "0"]) == 2
+    assert main(["evaluate", "--split", "train"]) == 2
+    assert main(["demo", "--save", str(ROOT)]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_interrupting_is_no_error(monkeypatch):
+    def interrupt(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", ("wait", lambda parser: None, interrupt))
+    assert main(["doctor"]) == 130
+
+
+def test_find_device_takes_what_is_there():
+    assert find_device("cpu") == "cpu"
+    assert find_device(None) in ("cpu", "cuda")
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+
+def test_demo_says_what_is_true_where_an_answer_is_wrong(folder, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    says("a unicorn")
+    assert main(["demo", "--checkpoint", folder]) == 0
+    out = capsys.readouterr().out
+    assert out.count("caption en: a unicorn  (truth: ") == len(cli.DEMO)
+    assert "make lab" in out
+    with Image.open("out/demo.png") as picture:
+        assert np.asarray(picture).std() > 10
+        assert picture.info["Description"].count("A picture of 112×112 pixels") == len(cli.DEMO)
+
+
+@embedded
+def test_the_embedded_checkpoint_knows_the_demo(tmp_path):
+    ran = run("demo", "--save", str(tmp_path / "demo.png"))
+    assert ran.returncode == 0, ran.stderr
+    captions = [line for line in ran.stdout.splitlines() if line.startswith("  caption en: ")]
+    assert len(captions) == len(cli.DEMO)
+    assert sum("truth" not in line for line in captions[:2]) >= 1
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+# --- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_without_places_or_names(folder, monkeypatch, capsys):
+    elsewhere = Path.home() / "secret" / "minivlm" / "data" / "checkpoints" / "absent"
+    monkeypatch.setattr(checkpoint, "EMBEDDED", elsewhere)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"minivlm {minivlm.__version__}" in out and "torch 2" in out and "memory" in out
+    assert "not at ./data/checkpoints/absent" in out
+    assert "secret" not in out and str(Path.home()) not in out and str(ROOT) not in out
+
+
+def test_doctor_loads_the_embedded_checkpoint(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EMBEDDED", Path(folder))
+    count = sum(weight.numel() for weight in minivlm.PaliGemma.from_pretrained(folder).parameters())
+    assert f"loads, {count / 1e6:.2f} M parameters in float32" in doctor.report()
+
+
+def test_doctor_says_which_weights_fit(monkeypatch):
+    monkeypatch.setattr(doctor, "cpu_memory", lambda: 8e9)
+    monkeypatch.setattr(doctor, "find_gpu", lambda: ("a large one", 24e9))
+    rows = {line.split("|")[1].strip(): line for line in doctor.report().splitlines() if "google/" in line}
+    assert rows["google/paligemma-3b-mix-224"].endswith("| 5.8 GB | fits | fits |")
+    assert rows["google/paligemma2-10b-mix-224"].endswith("| 19.3 GB | too large | fits |")
+    assert rows["google/paligemma2-28b-mix-224"].endswith("| 55.3 GB | too large | too large |")
+
+
+@embedded
+def test_doctor_asks_nothing_of_the_network():
+    ran = run("doctor", env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"})
+    assert ran.returncode == 0 and "loads" in ran.stdout
+
+
+# --- train and evaluate hand over their arguments --------------------------------------------------------------------
+
+
+def test_train_and_evaluate_hand_over_their_arguments(monkeypatch, tmp_path):
+    evaluation = pytest.importorskip("minivlm.evaluation")
+    from minivlm import training
+
+    calls = []
+    monkeypatch.setattr(training, "run", lambda args: calls.append(json.loads(json.dumps(vars(args), default=str))))
+    monkeypatch.setattr(evaluation, "run", lambda *args: calls.append(args))
+    assert main(["train", "--seed", "7"]) == 0
+    assert calls.pop()["seed"] == 7
+    assert main(["evaluate", "--scenes", "5", "--split", "pairs", "--json", str(tmp_path / "x.json")]) == 0
+    assert calls.pop() == (None, 5, ("pairs",), tmp_path / "x.json")
+    assert main(["evaluate"]) == 0
+    assert calls.pop() == (None, 1000, ("validation", "pairs", "artist"), None)
