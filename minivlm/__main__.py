@@ -278,6 +278,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     for split in args.split or ():
         if split not in SPLIT_MEANS:
             raise ValueError(f"There is no split {split!r} to evaluate on, only {', '.join(SPLIT_MEANS)}.")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"There is no folder {str(args.json.parent)!r} to write {args.json.name} into.")
     evaluation.run(args.checkpoint, args.scenes, tuple(args.split or SPLIT_MEANS), args.json)
 
 

@@ -2,14 +2,14 @@
 
     B batch · K key/value heads · S tokens so far · T new tokens · d width of a head
 
-Keys and values of a token never change once computed, since no later token may alter an earlier one: image and prefix are
-complete before the first word is written, and the words are causal. Two kinds with one interface:
+Keys and values of a token never change once computed, since no later token may alter an earlier one: image and prefix
+are complete before the first word is written, and the words are causal. Two kinds with one interface:
 
     keys, values = cache.update(layer, k, v)     # stores the new ones, returns all S + T
     cache.length                                  # tokens stored
 
-``GrowingCache`` concatenates: simple, and copies everything for every token. ``StaticCache`` allocates once and writes in
-place. Sizes in bytes: 2 (keys and values) × layers × K × d × tokens × bytes per number.
+``GrowingCache`` concatenates: simple, and copies everything for every token. ``StaticCache`` allocates once and
+writes in place. Sizes in bytes: 2 (keys and values) × layers × K × d × tokens × bytes per number.
 """
 
 import torch

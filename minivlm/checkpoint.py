@@ -164,7 +164,7 @@ def _working_type(config: Path) -> torch.dtype | None:
     """The type that a configuration names (``dtype`` since transformers 5, ``torch_dtype`` before), if any."""
     values = json.loads(config.read_text(encoding="utf-8"))
     name = values.get("dtype") or values.get("torch_dtype")
-    return {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}.get(name)
+    return {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}.get(str(name))
 
 
 class NoInit(TorchFunctionMode):

@@ -4,8 +4,8 @@ A model that answers "2" to every question is right sometimes: so the same quest
 square for a picture, and what the model knows from the question alone is subtracted by eye. Splits as in scenes.py:
 ``validation`` (new scenes), ``pairs`` (objects never seen together), ``artist`` (drawings by an unseen hand).
 
-Average precision is computed by pycocotools (the COCO evaluation, https://cocodataset.org/#detection-eval); a box counts
-with the mean probability of its four tokens.
+Average precision is computed by pycocotools (the COCO evaluation, https://cocodataset.org/#detection-eval); a box
+counts with the mean probability of its four tokens.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Figure:
         return f"{100 * self.value:.1f} ± {100 * self.margin:.1f}"
 
 
-# --- asking ------------------------------------------------------------------------------------------------------------
+# --- asking ---------------------------------------------------------------------------------------------------------
 
 
 def prompts_of(scene: Scene) -> list[Example]:
@@ -83,7 +83,7 @@ def scored_items(processor: Processor, ids: list[int], probabilities: list[float
     ]
 
 
-# --- counting ----------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------------------------
 
 
 def is_right(example: Example, answer: str) -> bool:
@@ -192,7 +192,7 @@ def evaluate(
     return figures(asked, answer_all(model, processor, shown))
 
 
-# --- a report ----------------------------------------------------------------------------------------------------------
+# --- a report -------------------------------------------------------------------------------------------------------
 
 
 def markdown(columns: dict[str, dict[str, Figure]]) -> str:

@@ -1,10 +1,12 @@
 """Gemma: embeddings in, the next word out. Gemma 1 and Gemma 2 are one code, told apart by their configuration.
 
-    B batch · T tokens (queries) · S tokens (keys) · D width · H heads · K key/value heads · d width of a head · V vocabulary
+    B batch · T tokens (queries) · S tokens (keys) · D width · V vocabulary
+    H heads · K key/value heads · d width of a head
 
-What is Gemma's own: RMSNorm multiplies by (1 + w); token embeddings are multiplied by √D; the feed-forward block is a GELU
-gate; positions are rotations of queries and keys; a few key/value heads serve many query heads; the output head is the
-embedding table itself. Gemma 2 adds soft caps, a second norm after each block, and a sliding window on even layers.
+What is Gemma's own: RMSNorm multiplies by (1 + w); token embeddings are multiplied by √D; the feed-forward block is a
+GELU gate; positions are rotations of queries and keys; a few key/value heads serve many query heads; the output head
+is the embedding table itself. Gemma 2 adds soft caps, a second norm after each block, and a sliding window on even
+layers.
 
 Sources: "Gemma" (arXiv:2403.08295), "Gemma 2" (arXiv:2408.00118); RoPE arXiv:2104.09864; multi-query attention
 arXiv:1911.02150; GeGLU arXiv:2002.05202. Parameter names as in transformers ``models/gemma*/modeling_gemma*.py``.
@@ -140,7 +142,7 @@ class GemmaMLP(nn.Module):
 class GemmaDecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); in Gemma 2 each result is normalised once more before it is added.
 
-    The hub's names mislead here: Gemma 1's ``post_attention_layernorm`` stands before the MLP, Gemma 2's after attention.
+    The hub's names mislead: ``post_attention_layernorm`` stands before the MLP in Gemma 1, after attention in Gemma 2.
     """
 
     def __init__(self, config: GemmaConfig, layer: int):

@@ -71,9 +71,9 @@ class Options:
 
     max_new_tokens: int = 32
     do_sample: bool = False
-    temperature: float = 1.0
+    temperature: int | float = 1.0
     top_k: int | None = None
-    top_p: float | None = None
+    top_p: int | float | None = None
     seed: int | None = None
     cache: str | None = "static"
 
@@ -101,11 +101,11 @@ def choose(
     """The next token of each row, as ``options`` say."""
     if not options.do_sample:
         return greedy(logits)
-    logits = apply_temperature(logits, options.temperature)
+    logits = apply_temperature(logits, float(options.temperature))
     if options.top_k is not None:
         logits = top_k_filter(logits, options.top_k)
     if options.top_p is not None:
-        logits = top_p_filter(logits, options.top_p)
+        logits = top_p_filter(logits, float(options.top_p))
     return sample(logits, generator)
 
 
@@ -218,9 +218,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that ``token`` completes; "" while it is part of an unfinished character."""
         self.ids.append(token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", self.processor.tokenizer.id_to_token(token) or ""):
-            return ""
-        return self.end()
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", self.processor.tokenizer.id_to_token(token) or "")
+        writes_nothing = not self.processor.decode([token])  # special tokens do not end a run of bytes
+        return "" if is_byte or writes_nothing else self.end()
 
     def end(self) -> str:
         """All text not written yet."""
@@ -229,7 +229,7 @@ class TextStream:
         return piece
 
 
-def generate_pieces(model: PaliGemma, processor: Processor, image, prompt: str, **options) -> Iterator[str]:
+def generate_pieces(model: PaliGemma, processor: Processor, image, prompt, **options) -> Iterator[str]:
     """Yields the answer as it is written: ``for piece in generate_pieces(…): print(piece, end="", flush=True)``.
 
     Arguments and errors as for ``generate``, with one picture and one prompt.

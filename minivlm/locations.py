@@ -69,7 +69,7 @@ def format_boxes(detections: Iterable[Detection], width: Real, height: Real) -> 
 
 
 def format_box(detection: Detection, width: Real, height: Real) -> str:
-    """One detection → `<locYMIN><locXMIN><locYMAX><locXMAX> label`, with the codes before the label where it has any."""
+    """One detection → `<locYMIN><locXMIN><locYMAX><locXMAX> label`, with its codes, if any, before the label."""
     x0, y0, x1, y1 = detection.box
     label, codes = detection.label, detection.codes
     if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):  # NaN fails too

@@ -2,10 +2,10 @@
 
     N pictures · M texts · D width · C texts of one chunk · W processes · n pairs of one process (N = n · W)
 
-Both losses score every picture against every text by the cosine of their embeddings: logit = temperature · x·y + bias.
+Both losses score every picture against every text by the cosine of their embeddings: logit = temperature · x·y.
 CLIP asks "which of these texts?" of each picture, and the reverse: a softmax over a row, a softmax over a column.
-SigLIP asks "do these two match?" of each pair on its own: a sigmoid. So its sum over pairs may be cut anywhere, into
-chunks that fit in memory or blocks that live on other machines, which a softmax does not allow as simply.
+SigLIP adds a bias and asks "do these two match?" of each pair on its own: a sigmoid. So its sum over pairs may be cut
+anywhere, into chunks that fit in memory or blocks on other machines, which a softmax does not allow as simply.
 
 All losses normalise the embeddings themselves, as both papers' listings do, take the *logarithm* of the temperature,
 and compute in float32 (float64 for float64 inputs) unless autocast decides otherwise.

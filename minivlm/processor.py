@@ -6,8 +6,8 @@ of the picture in front of it:
     <image> <image> … <image> <bos> caption en \\n        a cat <eos>
     └───── P of them ───────┘ └─── prefix ──────┘        └─ suffix ─┘
 
-Sources: big_vision (configs/proj/paligemma) for the layout; transformers 5.23 (models/paligemma/processing_paligemma.py,
-models/siglip/image_processing_pil_siglip.py), whose batches this file reproduces to the bit in ids and to 1e-6 in pixels.
+Sources: big_vision (configs/proj/paligemma) for the layout; transformers 5.23, whose batches this file reproduces:
+ids exactly (models/paligemma/processing_paligemma.py), pixels to 1e-6 (models/siglip/image_processing_pil_siglip.py).
 
 Letters: B batch, T tokens of a sequence, P patches = image tokens, H height, W width, V vocabulary.
 """
@@ -18,6 +18,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +167,8 @@ class Processor:
         num_image_tokens: int = 256,
         image_token: str = IMAGE,
         resample: int = BICUBIC,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
+        mean: Real | Sequence[Real] = 0.5,
+        std: Real | Sequence[Real] = 0.5,
         padding_side: str = "left",
     ):
         tokenizer.no_padding()
@@ -405,11 +406,11 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def image_settings(folder: Path) -> dict:
-    """How a hub folder wants its pictures; what a sparse file leaves out comes from config.json, then from PaliGemma."""
-    nested = read_json(folder / "processor_config.json").get("image_processor", {})  # where transformers 5 puts it
+    """How a hub folder wants its pictures; what its files leave out comes from config.json, then from PaliGemma."""
+    nested = read_json(folder / "processor_config.json").get("image_processor") or {}  # where transformers 5 puts it
     found = {**read_json(folder / "preprocessor_config.json"), **nested}
     found = {name: value for name, value in found.items() if value is not None}
-    vision = read_json(folder / "config.json").get("vision_config", {})
+    vision = read_json(folder / "config.json").get("vision_config") or {}
     size = found.get("size", vision.get("image_size", 224))
     height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
     if height != width or not isinstance(height, int):
@@ -452,8 +453,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A small tokenizer built as Gemma's is: byte-pair encoding, "▁" for a space, bytes for unknown characters.
 
     Ids: pad 0, eos 1, bos 2, unk 3, mask 4, newline 5, 256 bytes, the learned pieces, and last the 1153 tokens of
-    PaliGemma. `vocab_size` counts all of them and is an upper bound: training ends early once every word of the texts is
-    one token. A word is learned with and without a space before it. Raises ValueError for a size below 1510.
+    PaliGemma. `vocab_size` counts all of them and is an upper bound: training ends early once every word of the texts
+    is one token. A word is learned with and without a space before it. Raises ValueError for a size below 1510.
     """
     fixed = [PAD, EOS, BOS, UNK, MASK, "\n"] + [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = [chr(code) for code in range(33, 127)] + ["▁"]

@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import combinations, pairwise
@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
+
+from minivlm.locations import Detection, format_boxes
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -378,16 +380,10 @@ def at_cell(cell: str) -> str:
     return f"{'in' if cell == 'center' else 'at'} the {cell}"
 
 
-def box_tokens(box: Sequence[int | float], size: int) -> str:
-    """A box (x0, y0, x1, y1) in pixels → "<locYMIN><locXMIN><locYMAX><locXMAX>", each a bin of 0 to 1023."""
-    x0, y0, x1, y1 = (min(1023, max(0, round(v / size * 1023))) for v in box)
-    return f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}>"
-
-
 def detect_target(objects: Iterable[SceneObject], classes: Iterable[str], size: int) -> str:
     """What `detect a ; b` should say: classes in the order asked, boxes from left to right within a class."""
     by_x = sorted(objects, key=lambda o: (o.box[0], o.box[1]))
-    return " ; ".join(f"{box_tokens(o.box, size)} {name}" for name in classes for o in by_x if o.name == name)
+    return format_boxes([Detection(name, o.box) for name in classes for o in by_x if o.name == name], size, size)
 
 
 def relation_answer(objects: tuple[SceneObject, ...], name: str, direction: str, size: int) -> str | None:

@@ -7,11 +7,10 @@ every other, layer by layer. The layers are *pre-norm*: each block reads a norma
 result to the stream itself. (Only the very last LayerNorm has "post" in its name.) There is no [class] token and no
 pooling: PaliGemma's decoder receives all P vectors.
 
-Sources: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343); big_vision ``models/vit.py``; parameter names
-as in transformers ``models/siglip/modeling_siglip.py``.
+Sources: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343); big_vision ``models/vit.py``; parameter
+names as in transformers ``models/siglip/modeling_siglip.py``.
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -6,8 +6,10 @@ are low enough to bite, and norm weights and biases are not zero. pyproject.toml
 annotation of the package while the tests run.
 """
 
+import copy
 from dataclasses import dataclass
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor, train_tokenizer
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("patient", deadline=None)  # machines differ, and may be busy
+hypothesis.settings.load_profile("patient")
 
 VISION = SiglipVisionConfig(
     hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=12, patch_size=4
@@ -132,6 +136,14 @@ def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tenso
         name: value[row : row + 1] if name == "pixel_values" else value[row : row + 1, real]
         for name, value in batch.items()
     }
+
+
+def with_eos(model: PaliGemma, token: int) -> PaliGemma:
+    """The same model, whose answers end with ``token``."""
+    model = copy.copy(model)
+    model.config = copy.copy(model.config)
+    model.config.eos_token_id = token
+    return model
 
 
 def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:

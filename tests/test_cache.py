@@ -1,4 +1,4 @@
-"""cache.py: however a sequence is cut, and whichever cache holds it, the logits are those of one pass without a cache."""
+"""cache.py: however a sequence is cut, and whichever cache holds it, the logits are those of one pass without one."""
 
 import pytest
 import torch

@@ -56,6 +56,13 @@ def rewrite(folder: Path, change) -> None:
     os.replace(folder / "changed", folder / "model.safetensors")  # the old one may still be mapped
 
 
+def state_type(folder: Path, **entries) -> None:
+    """Makes ``entries`` all that ``config.json`` says about the type of the weights."""
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(values | entries))
+
+
 def refusal(folder, **arguments) -> str:
     with pytest.raises(ValueError) as caught:
         PaliGemma.from_pretrained(folder, **arguments)
@@ -223,6 +230,8 @@ def test_overflow_on_conversion(folder):
 
 def test_mixed_types_need_a_choice(folder):
     rewrite(folder, lambda weights: weights | {NORM: weights[NORM].bfloat16()})
+    assert {p.dtype for p in PaliGemma.from_pretrained(folder).parameters()} == {torch.float32}  # config.json chose
+    state_type(folder)
     assert "dtype=torch.float32" in refusal(folder)
     assert {p.dtype for p in PaliGemma.from_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
 
@@ -327,6 +336,33 @@ def test_conversion(dtype, folder):
     loaded = PaliGemma.from_pretrained(folder, dtype=dtype)
     assert not loaded.training
     assert_same_weights(loaded, tiny_model().to(dtype))
+
+
+@pytest.mark.parametrize(
+    "entries, expected",
+    [
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, torch.bfloat16),
+        ({}, torch.float32),
+        ({"dtype": None, "torch_dtype": ["?"]}, torch.float32),
+    ],
+)
+def test_type_is_what_config_says_or_as_stored(entries, expected, folder):
+    state_type(folder, **entries)
+    assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model().to(expected))
+    assert_same_weights(PaliGemma.from_pretrained(folder, dtype=torch.float64), tiny_model().double())
+
+
+def test_stored_in_half_the_room(folder, tmp_path):
+    """bfloat16 in the file, float32 in memory, here and in transformers."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    tiny_model().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "half", folder)]
+    assert sizes[0] < 0.55 * sizes[1]
+    assert_same_weights(PaliGemma.from_pretrained(tmp_path / "half"), tiny_model().bfloat16().float())
+    assert PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "half").dtype == torch.float32
 
 
 def test_training_never_touches_the_file(folder):

@@ -43,7 +43,7 @@ def test_every_object_is_asked_for_once():
 
 
 def test_average_precision_of_a_case_by_hand():
-    """Two cats; a sure hit, a sure miss, a less sure hit: precision 1 up to recall 0.5, then 2/3. Dogs: nothing found."""
+    """Cats: a sure hit, a miss, a less sure hit: precision 1 up to recall 0.5, then 2/3. Dogs: nothing found."""
     truth = [[Detection("cat", (0, 0, 10, 10)), Detection("cat", (20, 20, 30, 30)), Detection("dog", (50, 50, 60, 60))]]
     hit, miss, second = (0, 0, 10, 10), (40, 0, 50, 10), (20, 20, 30, 30)
     found = [[(Detection("cat", hit), 0.9), (Detection("cat", miss), 0.8), (Detection("cat", second), 0.7)]]
@@ -55,7 +55,8 @@ def test_average_precision_of_a_case_by_hand():
 
 def test_average_precision_falls_with_the_overlap():
     """A box shifted by a quarter of its side overlaps by 0.6: right at IoU 0.5, 0.55 and 0.6 of the ten thresholds."""
-    at_half, over_all = average_precision([[Detection("cat", (0, 0, 40, 40))]], [[(Detection("cat", (10, 0, 50, 40)), 1.0)]])
+    truth, found = Detection("cat", (0, 0, 40, 40)), Detection("cat", (10, 0, 50, 40))
+    at_half, over_all = average_precision([[truth]], [[(found, 1.0)]])
     assert at_half == pytest.approx(1) and over_all == pytest.approx(0.3)
     assert average_precision([[Detection("cat", (0, 0, 9, 9))]], [[]]) == (0, 0)
     assert all(map(math.isnan, average_precision([[]], [[]])))

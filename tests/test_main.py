@@ -177,8 +177,9 @@ def test_debug_shows_where_an_error_was_raised():
 def test_other_mistakes(capsys):
     assert main(["evaluate", "--scenes", "0"]) == 2
     assert main(["evaluate", "--split", "train"]) == 2
+    assert main(["evaluate", "--json", "absent/figures.json"]) == 2
     assert main(["demo", "--save", str(ROOT)]) == 2
-    assert capsys.readouterr().err.count("\n") == 3
+    assert capsys.readouterr().err.count("\n") == 4
 
 
 def test_interrupting_is_no_error(monkeypatch):

@@ -31,7 +31,7 @@ def as_table(mask: torch.Tensor | None, B: int, T: int, S: int) -> torch.Tensor:
 
 @st.composite
 def sequences(draw):
-    """Rows of prefix and suffix with padding on both sides, as (types, real), and how many of the tokens are queries."""
+    """Rows of prefix and suffix, padded on both sides, as (types, real), and how many of the tokens are queries."""
     S = draw(st.integers(1, 9))
     rows = []
     for _ in range(draw(st.integers(1, 3))):
@@ -40,9 +40,11 @@ def sequences(draw):
         right = min(right, S - 1 - left)
         suffix = min(suffix, S - left - right)
         prefix = S - left - right - suffix
-        rows.append(([0] * (left + prefix) + [1] * suffix + [0] * right, [0] * left + [1] * (prefix + suffix) + [0] * right))
+        types = [0] * (left + prefix) + [1] * suffix + [0] * right
+        rows.append((types, [0] * left + [1] * (prefix + suffix) + [0] * right))
     prefix_end = max((i + 1 for types, real in rows for i in range(S) if real[i] and not types[i]), default=0)
-    queries = draw(st.sampled_from(sorted({S, *range(1, S - prefix_end + 1)})))  # with a cache, queries are of the suffix
+    # either all tokens are queries, or, with a cache, the last ones, which must be of the suffix
+    queries = draw(st.sampled_from(sorted({S, *range(1, S - prefix_end + 1)})))
     return torch.tensor([types for types, _ in rows]), torch.tensor([real for _, real in rows]), queries
 
 

@@ -281,11 +281,6 @@ def test_detection_targets_are_the_boxes(drawn):
     assert 0.02 < empty / total < 0.12
 
 
-def test_box_tokens_clip_and_pad():
-    assert scenes.box_tokens((0, 7, 112, 120), 112) == "<loc0064><loc0000><loc1023><loc1023>"
-    assert scenes.box_tokens((-5, -5, 1, 1), 1023) == "<loc0000><loc0000><loc0001><loc0001>"
-
-
 def test_what_a_scene_offers(drawn):
     for scene in (s for group in drawn.values() for s in group):
         kinds = Counter(e.kind for e in scene.examples)

@@ -93,7 +93,8 @@ def test_processes_share_a_step_without_overlap(processor):
 
 
 def test_examples_are_drawn_by_the_mixture():
-    scene = next(s for s in map(scenes.make_scene, range(99)) if len({e.kind for e in s.examples}) == len(training.MIXTURE))
+    drawn = map(scenes.make_scene, range(99))
+    scene = next(s for s in drawn if {e.kind for e in s.examples} == set(training.MIXTURE))
     rng = np.random.default_rng(0)
     drawn = [training.choose_examples(scene, 1, rng)[0].kind for _ in range(4000)]
     total = sum(training.MIXTURE[e.kind] for e in scene.examples)
@@ -195,3 +196,16 @@ def test_bad_runs_say_what_to_do(tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="no state of a training run"):
         training.train(TINY, tmp_path, HERE)
+
+
+def test_halves_give_the_loss_and_gradient_of_the_whole(processor):
+    one, two = (training.Answering(training.new_model(TINY, processor)) for _ in range(2))
+    batch = training.AnswerSteps(TINY, processor, 4)[0]
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths.sort().values[3] < lengths.max()  # the halves differ, or this would test nothing
+    whole, halves = one.model.loss(**batch), two(**batch)
+    whole.backward()
+    halves.backward()
+    torch.testing.assert_close(halves, whole, rtol=1e-6, atol=0)
+    for (name, weight), other in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, weight.grad, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
