@@ -54,12 +54,8 @@ def note(text: str) -> None:
 # --- what several commands share -----------------------------------------------------------------------------------
 
 
-def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="C", help="a folder or hub id; the embedded checkpoint when not given")
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_argument(parser)
+    parser.add_argument("--checkpoint", metavar="C", help="a folder or hub id; the embedded checkpoint when not given")
     parser.add_argument("--revision", help="the hub branch, tag or commit to use")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; a CUDA GPU where there is one when not given")
     parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as stored when not given")
@@ -202,7 +198,8 @@ def save_sheet(panels: list, path: Path) -> None:
 
 # --- demo ----------------------------------------------------------------------------------------------------------
 
-DEMO = (("validation", 0), ("validation", 1), ("pairs", 0), ("artist", 0))  # split and seed of the scenes, none chosen
+# Split and seed of the scenes in data/images/scenes, the first of each kind: none chosen.
+DEMO = (("validation", 0), ("validation", 1), ("pairs", 0), ("artist", 0))
 SPLIT_MEANS = {
     "validation": "a new scene",
     "pairs": "a new scene with two objects that training never showed together",
@@ -240,12 +237,11 @@ Next:
 
 def show_scene(model, processor, scene) -> tuple:
     """Asks for a caption, two answers and every object; prints them and returns a panel for ``save_sheet``."""
-    from PIL import Image
-
     import minivlm
     from minivlm import scenes
+    from minivlm.processor import open_image
 
-    image = Image.fromarray(scene.image)
+    image = open_image(scenes.DATA / "images" / "scenes" / f"{scene.split}-{scene.seed}.png")
     names = list(dict.fromkeys(thing.name for thing in scene.objects))
     asked = {"caption en": scene.captions["caption"]} | {q.prompt: q.answers for q in scene.questions[:2]}
     prompts = [*asked, f"detect {' ; '.join(names)}"]
@@ -264,7 +260,7 @@ def show_scene(model, processor, scene) -> tuple:
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_argument(parser)
+    add_model_arguments(parser)
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="scenes of each split; default 1000")
     parser.add_argument("--split", nargs="+", metavar="S", help="validation, pairs, artist; all when not given")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
@@ -280,7 +276,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"There is no split {split!r} to evaluate on, only {', '.join(SPLIT_MEANS)}.")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"There is no folder {str(args.json.parent)!r} to write {args.json.name} into.")
-    evaluation.run(args.checkpoint, args.scenes, tuple(args.split or SPLIT_MEANS), args.json)
+    evaluation.run(*load(args), args.scenes, tuple(args.split or SPLIT_MEANS), args.json)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -205,13 +205,13 @@ def markdown(columns: dict[str, dict[str, Figure]]) -> str:
 
 
 def run(
-    checkpoint: str | Path | None,
+    model: PaliGemma,
+    processor: Processor,
     count: int = 1000,
     splits: tuple[str, ...] = ("validation", "pairs", "artist"),
     json_path: Path | None = None,
 ) -> dict[str, dict[str, Figure]]:
     """``python -m minivlm evaluate``: prints the table, with a last column for the blank picture; writes it as JSON."""
-    model, processor = PaliGemma.from_pretrained(checkpoint), Processor.from_pretrained(checkpoint)
     columns = {split: evaluate(model, processor, split, count) for split in splits}
     columns[f"{splits[0]}, blank picture"] = evaluate(model, processor, splits[0], count, blank=True)
     print(markdown(columns))

@@ -1,4 +1,4 @@
-"""Build data/emoji (one sprite sheet per artist, index.json) and data/images (photos, textures).
+"""Build data/emoji (one sprite sheet per artist, index.json) and data/images (photos, textures, scenes).
 
     python scripts/make_sprites.py NOTO TWEMOJI FLUENT
 
@@ -161,6 +161,18 @@ def main() -> None:
     lines = json.dumps(index, indent=1, ensure_ascii=False)
     (DATA / "emoji" / "index.json").write_text(lines + "\n", encoding="utf-8")
     write_photos()
+    write_scenes()
+
+
+def write_scenes() -> None:
+    """The pictures of `python -m minivlm demo`, drawn from the sheets just written."""
+    from minivlm import scenes
+    from minivlm.__main__ import DEMO
+
+    (DATA / "images" / "scenes").mkdir(parents=True, exist_ok=True)
+    for split, seed in DEMO:
+        picture = Image.fromarray(scenes.make_scene(seed, split).image)
+        picture.save(DATA / "images" / "scenes" / f"{split}-{seed}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,8 @@ def test_scores_belong_to_their_boxes():
 def test_a_report_of_random_weights(tmp_path, capsys):
     recipe = training.Recipe(width=32, mlp_width=32, tower_layers=1, decoder_layers=1, heads=2)
     processor = training.new_processor(recipe)
-    training.new_model(recipe, processor).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    columns = evaluation.run(tmp_path, 3, ("validation", "artist"), tmp_path / "figures.json")
+    model = training.new_model(recipe, processor)
+    columns = evaluation.run(model, processor, 3, ("validation", "artist"), tmp_path / "figures.json")
     assert list(columns) == ["validation", "artist", "validation, blank picture"]
     assert "| caption |" in capsys.readouterr().out
     written = json.loads((tmp_path / "figures.json").read_text())

@@ -341,3 +341,11 @@ def test_bad_names():
         scenes.count_phrase("cat", 9)
     with pytest.raises(ValueError, match="no true pixel"):
         scenes.mask_box(np.zeros((4, 4), bool))
+
+
+def test_the_demo_scenes_are_what_the_seeds_draw():
+    paths = sorted((scenes.DATA / "images" / "scenes").iterdir())
+    assert len(paths) == 4
+    for path in paths:
+        split, seed = path.stem.split("-")
+        assert np.array_equal(np.asarray(Image.open(path)), scenes.make_scene(int(seed), split).image), path

@@ -208,4 +208,6 @@ def test_halves_give_the_loss_and_gradient_of_the_whole(processor):
     halves.backward()
     torch.testing.assert_close(halves, whole, rtol=1e-6, atol=0)
     for (name, weight), other in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, weight.grad, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
+        # the tower's key biases shift all scores of a softmax alike: their true gradient is zero
+        scale = 1.0 if name.endswith("k_proj.bias") else weight.grad.abs().max()
+        assert (other.grad - weight.grad).abs().max() <= 1e-5 * scale, name
