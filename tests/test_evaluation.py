@@ -93,4 +93,4 @@ def test_a_report_of_random_weights(tmp_path, capsys):
     assert written["scenes"] == 3
     assert Figure(**written["splits"]["artist"]["caption"]) == columns["artist"]["caption"]
     with pytest.raises(ValueError, match="at least 1"):
-        evaluation.evaluate(None, processor, "validation", 0)
+        evaluation.evaluate(model, processor, "validation", 0)
