@@ -317,7 +317,7 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
     working = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = json.dumps(model.config.to_dict() | {"torch_dtype": working}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().to(dtype=dtype).contiguous() for name, tensor in model.state_dict().items()}
     _write(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
     _write(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))
 

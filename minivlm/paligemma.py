@@ -164,4 +164,7 @@ class PaliGemma(nn.Module):
         """
         hidden = self.hidden_states(**inputs)
         wanted = labels[:, 1:] != -100
-        return F.cross_entropy(self.language_model.logits(hidden[:, :-1][wanted]).float(), labels[:, 1:][wanted])
+        targets = labels[:, 1:][wanted]
+        if not len(targets):
+            raise ValueError("all labels are -100, so there is nothing to learn: give the processor suffixes.")
+        return F.cross_entropy(self.language_model.logits(hidden[:, :-1][wanted]).float(), targets)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_batch, row_alone, tiny_model, with_eos
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minivlm import generation
@@ -339,6 +339,7 @@ def test_no_piece_breaks_a_character(tiny_processor, text):
 
 
 @given(st.lists(st.integers(0, 400), max_size=12))  # special tokens, bytes, letters, some of <loc…>
+@example([6, 0, 134])  # a byte, a special token that is not shown, a byte
 def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
     stream = TextStream(tiny_processor)
     assert "".join([stream.push(i) for i in ids] + [stream.end()]) == tiny_processor.decode(ids)

@@ -257,16 +257,16 @@ def test_doctor_asks_nothing_of_the_network():
 # --- train and evaluate hand over their arguments --------------------------------------------------------------------
 
 
-def test_train_and_evaluate_hand_over_their_arguments(monkeypatch, tmp_path):
-    evaluation = pytest.importorskip("minivlm.evaluation")
-    from minivlm import training
+def test_train_and_evaluate_hand_over_their_arguments(monkeypatch, folder, tmp_path):
+    from minivlm import evaluation, training
 
     calls = []
     monkeypatch.setattr(training, "run", lambda args: calls.append(json.loads(json.dumps(vars(args), default=str))))
-    monkeypatch.setattr(evaluation, "run", lambda *args: calls.append(args))
+    monkeypatch.setattr(evaluation, "run", lambda model, processor, *args: calls.append(args))
     assert main(["train", "--seed", "7"]) == 0
     assert calls.pop()["seed"] == 7
-    assert main(["evaluate", "--scenes", "5", "--split", "pairs", "--json", str(tmp_path / "x.json")]) == 0
-    assert calls.pop() == (None, 5, ("pairs",), tmp_path / "x.json")
-    assert main(["evaluate"]) == 0
-    assert calls.pop() == (None, 1000, ("validation", "pairs", "artist"), None)
+    to_file = ["--scenes", "5", "--split", "pairs", "--json", str(tmp_path / "x.json")]
+    assert main(["evaluate", "--checkpoint", folder, *to_file]) == 0
+    assert calls.pop() == (5, ("pairs",), tmp_path / "x.json")
+    assert main(["evaluate", "--checkpoint", folder]) == 0
+    assert calls.pop() == (1000, ("validation", "pairs", "artist"), None)

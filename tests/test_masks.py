@@ -31,18 +31,17 @@ def as_table(mask: torch.Tensor | None, B: int, T: int, S: int) -> torch.Tensor:
 
 @st.composite
 def sequences(draw):
-    """Rows of prefix and suffix, padded on both sides, as (types, real), and how many of the tokens are queries."""
-    S = draw(st.integers(1, 9))
-    rows = []
-    for _ in range(draw(st.integers(1, 3))):
-        left, suffix, right = (draw(st.integers(0, S)) for _ in range(3))
-        left = min(left, S - 1)
-        right = min(right, S - 1 - left)
-        suffix = min(suffix, S - left - right)
-        prefix = S - left - right - suffix
-        types = [0] * (left + prefix) + [1] * suffix + [0] * right
-        rows.append((types, [0] * left + [1] * (prefix + suffix) + [0] * right))
-    prefix_end = max((i + 1 for types, real in rows for i in range(S) if real[i] and not types[i]), default=0)
+    """Rows of prefix and suffix, padded left or right, as (types, real), and how many of the tokens are queries."""
+    lengths = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=3))
+    S = max(prefix + suffix for prefix, suffix in lengths) + draw(st.integers(0, 1))
+    rows, prefix_end = [], 0
+    for prefix, suffix in lengths:
+        padding = S - prefix - suffix
+        left = draw(st.sampled_from([0, padding]))
+        types = [0] * (left + prefix) + [1] * suffix
+        real = [0] * left + [1] * (prefix + suffix)
+        rows.append((types + [0] * (S - len(types)), real + [0] * (S - len(real))))
+        prefix_end = max(prefix_end, left + prefix)
     # either all tokens are queries, or, with a cache, the last ones, which must be of the suffix
     queries = draw(st.sampled_from(sorted({S, *range(1, S - prefix_end + 1)})))
     return torch.tensor([types for types, _ in rows]), torch.tensor([real for _, real in rows]), queries

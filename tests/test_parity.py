@@ -175,6 +175,8 @@ def test_bad_input_is_named(model):
         model(**batch | {"input_ids": fewer})
     with pytest.raises(ValueError, match="there is no picture"):
         model(batch["input_ids"])
+    with pytest.raises(ValueError, match="all labels are -100"):
+        model.loss(labels_of(batch), **batch)
     inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
     for name in ("attention_mask", "token_type_ids"):
         with pytest.raises(ValueError, match=rf"{name} must be \[2, 15\]"):
