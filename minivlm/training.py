@@ -1,6 +1,6 @@
 """Training a small PaliGemma from nothing: first pictures and words meet, then the whole model learns to answer.
 
-    S scenes a step · E examples of a scene · B = S · E rows · P patches · M names · T tokens · D width
+    S scenes a step · E examples of a scene · B = S · E rows · P patches · M names of L words · T tokens · D width
 
 Stage 1, ``align``: the tower, the projector and the decoder's word embeddings, with the sigmoid loss (losses.py).
 Each pair of that loss stands alone, so a pair may be *one patch* and one name: true where the patch shows the thing.
@@ -10,6 +10,8 @@ the word the decoder will write.
 Stage 2, ``answer``: everything, on captions, questions and detections, with the prefix-LM mask and the loss on the
 suffix alone. The tower comes along slowly: a long linear warm-up to a fraction of the learning rate, or what stage 1
 taught is lost.
+
+Stage 3, ``polish``: the same on new scenes, with more of what is still hard, while the learning rate falls to nothing.
 
 Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on
 from its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower
@@ -61,26 +63,29 @@ class Recipe:
     align_scenes: int = 120_000
     align_batch: int = 64  # scenes a step
     align_lr: float = 1.5e-3
-    answer_scenes: int = 280_000
+    answer_scenes: int = 184_000
+    answer_horizon: int = 280_000  # scenes after which the learning rate would be nothing: stage 3 goes on before that
     answer_batch: int = 16  # scenes a step
-    examples: int = 4  # of each scene
+    examples: int = 4  # of each scene, in stages 2 and 3
     answer_lr: float = 1e-3
     tower_lr: float = 0.2  # of the learning rate of the rest
     tower_warmup: float = 0.2  # of stage 2
-    warmup: float = 0.01  # of either stage
+    polish_scenes: int = 144_000
+    polish_lr: float = 6e-4
+    polish_tower_lr: float = 0.3  # of it
+    warmup: float = 0.01  # of each stage
     weight_decay: float = 0.02
     precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32. Or "float32"
 
     def __post_init__(self):
         if self.precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision must be 'bfloat16' or 'float32', not {self.precision!r}.")
-        for name in ("align_scenes", "answer_scenes"):
-            batch = getattr(self, name.replace("scenes", "batch"))
+        for name, batch in (("align_scenes", self.align_batch), ("answer_scenes", self.answer_batch)):
             if batch < 1 or getattr(self, name) < batch:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must fill at least one step of {batch} scenes.")
 
 
-# How often each kind of example is drawn in stage 2, relative to the others. Relations are learnt last, captions next.
+# How often each kind of example is drawn in stage 2, relative to the others.
 MIXTURE = {
     "caption": 4.0,
     "cap": 1.0,
@@ -92,6 +97,8 @@ MIXTURE = {
     "relation": 3.0,
     "detect": 1.5,
 }
+# And in stage 3: questions are known by then, several things at once are still hard.
+POLISH = MIXTURE | {"how many": 1.5, "relation": 1.5, "detect": 3.0}
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
@@ -136,14 +143,14 @@ class Alignment(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
-    def names(self, name_ids: Int[Tensor, "M W"]) -> Float[Tensor, "M D"]:
+    def names(self, name_ids: Int[Tensor, "M L"]) -> Float[Tensor, "M D"]:
         """Bags of words: the mean embedding of each row's tokens, 0 being padding."""
         embeddings = self.model.language_model.model.embed(name_ids)
         words = (name_ids != 0)[..., None]
         return (embeddings * words).sum(1) / words.sum(1)
 
     def forward(
-        self, pixel_values: Float[Tensor, "S 3 H W"], name_ids: Int[Tensor, "M W"], shows: Bool[Tensor, "S P M"]
+        self, pixel_values: Float[Tensor, "S 3 H W"], name_ids: Int[Tensor, "M L"], shows: Bool[Tensor, "S P M"]
     ) -> Float[Tensor, ""]:
         patches, names = self.model.encode_image(pixel_values).flatten(0, 1), self.names(name_ids)
         with torch.autocast(patches.device.type, enabled=False):  # the scores in float32
@@ -185,9 +192,11 @@ def patches_show(scene: scenes.Scene, patch_size: int, covers: float = 0.25) -> 
     return shows
 
 
-def choose_examples(scene: scenes.Scene, count: int, rng: np.random.Generator) -> list[scenes.Example]:
-    """``count`` examples of a scene, drawn by MIXTURE: different ones as long as they last."""
-    weights = np.array([MIXTURE[example.kind] for example in scene.examples])
+def choose_examples(
+    scene: scenes.Scene, count: int, rng: np.random.Generator, mixture: dict[str, float]
+) -> list[scenes.Example]:
+    """``count`` examples of a scene, drawn by the weights of their kinds: different ones as long as they last."""
+    weights = np.array([mixture[example.kind] for example in scene.examples])
     repeat = len(weights) < count
     chosen = rng.choice(len(weights), size=count, replace=repeat, p=weights / weights.sum())
     return [scene.examples[i] for i in chosen]
@@ -195,6 +204,9 @@ def choose_examples(scene: scenes.Scene, count: int, rng: np.random.Generator) -
 
 class Steps(Dataset):
     """Item ``i`` is the batch of step ``i``: the share of process ``rank`` out of ``world``."""
+
+    first_seed = 0
+    mixture = MIXTURE
 
     def __init__(self, recipe: Recipe, processor: Processor, scenes_a_step: int, rank: int = 0, world: int = 1):
         if scenes_a_step % world:
@@ -204,7 +216,7 @@ class Steps(Dataset):
 
     def scenes(self, step: int) -> list[scenes.Scene]:
         share = self.batch // self.world
-        first = step * self.batch + self.rank * share
+        first = self.first_seed + step * self.batch + self.rank * share
         return [scenes.make_scene(first + i, "train", self.recipe.image_size) for i in range(share)]
 
 
@@ -220,7 +232,7 @@ class AlignSteps(Steps):
             "shows": torch.from_numpy(shows).repeat(1, 1, 3),
         }
 
-    def name_ids(self) -> Int[Tensor, "M W"]:
+    def name_ids(self) -> Int[Tensor, "M L"]:
         names = scenes.OBJECTS
         forms = [*names, *(f" {n}" for n in names), *(f" {scenes.plural(n)}" for n in names)]
         rows = [torch.tensor(ids) for ids in self.processor.encode(forms)]
@@ -235,10 +247,20 @@ class AnswerSteps(Steps):
         chosen = []
         for scene in drawn:
             rng = np.random.default_rng((self.recipe.seed, 2, scene.seed))
-            chosen += choose_examples(scene, self.recipe.examples, rng)
+            chosen += choose_examples(scene, self.recipe.examples, rng, self.mixture)
         prompts, answers = [e.prompt for e in chosen], [e.answers[0] for e in chosen]
         batch = self.processor.tokens(prompts, answers, "right")
         return batch | {"pixel_values": self.processor.pixels([scene.image for scene in drawn])}
+
+
+class PolishSteps(AnswerSteps):
+    """The same on the scenes after those of stage 2, with another mixture."""
+
+    mixture = POLISH
+
+    @property
+    def first_seed(self) -> int:
+        return self.recipe.answer_scenes
 
 
 # --- a stage --------------------------------------------------------------------------------------------------------
@@ -272,6 +294,7 @@ class Stage:
     module: nn.Module
     batches: Steps
     steps: int
+    horizon: int  # steps after which the learning rate is nothing
     lr: float
     tower_lr: float
     tower_warmup: float
@@ -279,38 +302,30 @@ class Stage:
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for group in optimizer.param_groups:
-            lr = self.lr * learning_rate(step, self.steps, self.warmup)
+            lr = self.lr * learning_rate(step, self.horizon, self.warmup)
             if group["tower"]:
-                lr *= self.tower_lr * min(1.0, (step + 1) / max(1, round(self.tower_warmup * self.steps)))
+                lr *= self.tower_lr * min(1.0, (step + 1) / max(1, round(self.tower_warmup * self.horizon)))
             group["lr"] = lr
 
 
 def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0, world: int = 1) -> list[Stage]:
-    """The two stages of a recipe."""
+    """The stages of a recipe, in order; all train the same model."""
 
-    def steps(kind, batch):
-        return kind(recipe, processor, batch, rank, world)
+    def stage(name, module, kind, scenes, horizon, batch, lr, tower_lr, tower_warmup=0.0):
+        batches = kind(recipe, processor, batch, rank, world)
+        steps = scenes // batch, horizon // batch
+        return Stage(name, module, batches, *steps, lr, tower_lr, tower_warmup, recipe.warmup)
 
+    r, answering = recipe, Answering(model)
     return [
-        Stage(
-            "align",
-            Alignment(model),
-            steps(AlignSteps, recipe.align_batch),
-            recipe.align_scenes // recipe.align_batch,
-            recipe.align_lr,
-            tower_lr=1.0,
-            tower_warmup=0.0,
-            warmup=recipe.warmup,
+        stage("align", Alignment(model), AlignSteps, r.align_scenes, r.align_scenes, r.align_batch, r.align_lr, 1.0),
+        stage(
+            *("answer", answering, AnswerSteps, r.answer_scenes, r.answer_horizon, r.answer_batch, r.answer_lr),
+            *(r.tower_lr, r.tower_warmup),
         ),
-        Stage(
-            "answer",
-            Answering(model),
-            steps(AnswerSteps, recipe.answer_batch),
-            recipe.answer_scenes // recipe.answer_batch,
-            recipe.answer_lr,
-            recipe.tower_lr,
-            recipe.tower_warmup,
-            recipe.warmup,
+        stage(
+            *("polish", answering, PolishSteps, r.polish_scenes, r.polish_scenes, r.answer_batch, r.polish_lr),
+            r.polish_tower_lr,
         ),
     ]
 
@@ -422,12 +437,13 @@ def _position(line: str) -> tuple[int, int]:
 
 
 def draw_curve(out: Path) -> None:
-    """metrics.jsonl → curve.png: the loss of both stages over the scenes seen."""
+    """metrics.jsonl → curve.png: the loss of each stage over the scenes seen."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, (stage, title) in zip(figure.subplots(1, 2), enumerate(("1: align", "2: answer")), strict=True):
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    titles = enumerate(("1: align", "2: answer", "3: polish"))
+    for axes, (stage, title) in zip(figure.subplots(1, 3), titles, strict=True):
         points = [(r["scenes"], r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
         axes.set(title=f"stage {title}", xlabel="scenes seen", ylabel="loss (nats)", yscale="log")
@@ -511,10 +527,8 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
     model = new_model(recipe, processor)
     plan = stages(recipe, model, processor, place.rank, place.world)
     reached, _ = state_position(out / "state.safetensors")
-    if reached > 0:  # the earlier stage's result is in the later one's state; run_stage loads it
-        plan[0].steps = 0
     for number, stage in enumerate(plan):
-        if stage.steps:
+        if number >= reached:  # what earlier stages gave is in the saved state, which run_stage loads
             run_stage(stage, number, out, recipe, place, save_every)
     if place.first:
         model = model.to("cpu").eval()

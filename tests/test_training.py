@@ -29,7 +29,9 @@ TINY = training.Recipe(
     align_scenes=24,
     align_batch=4,
     answer_scenes=24,
+    answer_horizon=32,
     answer_batch=4,
+    polish_scenes=8,
     examples=2,
 )
 HERE = training.Place(torch.device("cpu"), workers=1)
@@ -96,12 +98,12 @@ def test_examples_are_drawn_by_the_mixture():
     drawn = map(scenes.make_scene, range(99))
     scene = next(s for s in drawn if {e.kind for e in s.examples} == set(training.MIXTURE))
     rng = np.random.default_rng(0)
-    drawn = [training.choose_examples(scene, 1, rng)[0].kind for _ in range(4000)]
+    drawn = [training.choose_examples(scene, 1, rng, training.MIXTURE)[0].kind for _ in range(4000)]
     total = sum(training.MIXTURE[e.kind] for e in scene.examples)
     for kind, weight in training.MIXTURE.items():
         expected = weight * sum(e.kind == kind for e in scene.examples) / total
         assert abs(drawn.count(kind) / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
-    assert len(set(training.choose_examples(scene, 4, rng))) == 4
+    assert len(set(training.choose_examples(scene, 4, rng, training.POLISH))) == 4
 
 
 def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
@@ -110,11 +112,19 @@ def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
     assert rates.index(max(rates)) == 99
     stage = training.stages(TINY, training.new_model(TINY, processor), processor)[1]
     optimizer = training.new_optimizer(stage.module, 0.1)
-    stage.steps = 1000
+    stage.horizon = 1000
     for step, share in ((0, 0.005), (99, 0.5), (199, 1.0), (500, 1.0)):
         stage.set_learning_rate(optimizer, step)
         by_tower = {group["tower"]: group["lr"] for group in optimizer.param_groups}
         assert by_tower[True] / by_tower[False] == pytest.approx(TINY.tower_lr * share)
+
+
+def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
+    align, answer, polish = training.stages(TINY, training.new_model(TINY, processor), processor)
+    assert (align.steps, answer.steps, answer.horizon, polish.steps) == (6, 6, 8, 2)
+    assert answer.module is polish.module and answer.module.model is align.module.model
+    assert [scene.seed for scene in polish.batches.scenes(0)] == [24, 25, 26, 27]
+    assert polish.batches.mixture is training.POLISH
 
 
 def test_only_matrices_decay(processor):
@@ -127,8 +137,8 @@ def test_only_matrices_decay(processor):
             assert (group["weight_decay"] > 0) == (weight.ndim > 1 and "embed" not in name), name
 
 
-def test_loss_falls_in_both_stages(tmp_path):
-    recipe = replace(TINY, align_scenes=240, align_batch=8, answer_scenes=240, answer_batch=8, answer_lr=5e-3)
+def test_loss_falls(tmp_path):
+    recipe = replace(TINY, align_scenes=240, answer_scenes=480, answer_horizon=480, answer_lr=5e-3)
     training.train(recipe, tmp_path, HERE)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     module = training.Answering(PaliGemma.from_pretrained(tmp_path / "checkpoint"))
@@ -136,7 +146,7 @@ def test_loss_falls_in_both_stages(tmp_path):
     batch = training.AnswerSteps(recipe, Processor.from_pretrained(tmp_path / "checkpoint"), 8)[1000]
     with torch.no_grad():
         assert float(module(**batch)) < 0.7 * float(new(**batch))
-    assert [r["stage"] for r in records] == [0, 1] and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {r["stage"] for r in records} == {0, 1, 2} and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def train_in_subprocess(out: Path, *options: str, launcher=(sys.executable, "-m", "minivlm")) -> subprocess.Popen:
@@ -151,18 +161,18 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def test_killed_run_goes_on_to_the_same_result(tmp_path):
-    """SIGKILL, at no chosen moment, in both stages: same losses, same weights, bit for bit."""
-    options = ("--align-scenes", "240", "--answer-scenes", "480")
+    """SIGKILL, at no chosen moment, in every stage: same losses, same weights, bit for bit."""
+    options = ("--align-scenes", "240", "--answer-scenes", "480", "--answer-horizon", "480", "--polish-scenes", "480")
     finish(train_in_subprocess(tmp_path / "whole", *options))
-    for stage in ("0", "1"):
+    for stage in range(3):
         process = train_in_subprocess(tmp_path / "killed", *options)
         state = tmp_path / "killed" / "state.safetensors"
         deadline = time.monotonic() + 120
-        while training.state_position(state) <= (int(stage), 0) and time.monotonic() < deadline:
+        while training.state_position(state) <= (stage, 0) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert training.state_position(state)[0] == int(stage) and not (tmp_path / "killed" / "checkpoint").exists()
+        assert training.state_position(state)[0] == stage and not (tmp_path / "killed" / "checkpoint").exists()
     finish(train_in_subprocess(tmp_path / "killed", *options))
     whole, killed = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed"))
     for one, other in zip(whole, killed, strict=True):
@@ -182,7 +192,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
-    assert len(one) == 2 and one == pytest.approx(two, rel=1e-5)
+    assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_bad_runs_say_what_to_do(tmp_path):
