@@ -459,7 +459,8 @@ def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Plac
     optimizer = new_optimizer(module, recipe.weight_decay)
     if at_stage == number and start:
         load_state(state, module, optimizer)
-    wrapped = DistributedDataParallel(module) if place.world > 1 else module
+    # stage 1 leaves the decoder's layers aside, so not every weight has a gradient
+    wrapped = DistributedDataParallel(module, find_unused_parameters=number == 0) if place.world > 1 else module
     log = Log(out / "metrics.jsonl", number, start) if place.first else None
     loader = DataLoader(
         stage.batches, batch_size=None, sampler=range(start, stage.steps), num_workers=place.workers, prefetch_factor=4
