@@ -75,7 +75,7 @@ def resolve(path: str | Path | None, revision: str | None = None, weights: bool 
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub  # here, not above: most sessions never download
+    import huggingface_hub  # here, not above: most runs never download
 
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
