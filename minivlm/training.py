@@ -158,7 +158,7 @@ class Alignment(nn.Module):
 
 
 class Answering(nn.Module):
-    """Stage 2: the suffix's cross-entropy. The short half of the rows and the long half go apart, to spare padding."""
+    """Stages 2 and 3: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
 
     def __init__(self, model: PaliGemma):
         super().__init__()
@@ -543,8 +543,9 @@ def check_recipe(recipe: Recipe, out: Path, place: Place) -> None:
     path = out / "recipe.json"
     if path.exists() and json.loads(path.read_text()) != asdict(recipe):
         raise ValueError(f"{path} records another recipe: choose an empty folder, or repeat its options.")
-    if place.first:
-        path.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    if place.first:  # in one move: another process may be reading
+        path.with_suffix(".part").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        os.replace(path.with_suffix(".part"), path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

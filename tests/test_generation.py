@@ -133,7 +133,7 @@ def test_greedy_is_the_model_asked_anew_for_every_token(model):
         with torch.no_grad():
             logits = model(ids, pixel_values=batch["pixel_values"], token_type_ids=types)[:, -1]
         assert torch.equal(token, logits.argmax(-1))
-        torch.testing.assert_close(log_prob, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(log_prob, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
         ids = torch.cat((ids, token[:, None]), dim=1)
         types = torch.cat((types, torch.ones_like(types[:, :1])), dim=1)
     assert len(set(generated.sequences.flatten().tolist())) > 4
@@ -146,7 +146,7 @@ def test_every_cache_gives_the_same_answers(model, do_sample):
     static, growing, none = (generate_ids(model, batch, cache=kind, **options) for kind in ("static", "growing", None))
     for other in (growing, none):
         assert torch.equal(static.sequences, other.sequences)
-        torch.testing.assert_close(static.log_probs, other.log_probs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(static.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_of_a_batch_is_the_row_alone(model):
@@ -155,7 +155,7 @@ def test_a_row_of_a_batch_is_the_row_alone(model):
     for row in range(3):
         alone = generate_ids(model, row_alone(batch, row), max_new_tokens=10)
         assert torch.equal(together.sequences[row], alone.sequences[0])
-        torch.testing.assert_close(together.log_probs[row], alone.log_probs[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.log_probs[row], alone.log_probs[0], atol=1e-5, rtol=1e-5)
 
 
 def test_each_row_ends_with_its_eos(model):
@@ -195,7 +195,7 @@ def test_log_probs_are_the_models_own_whatever_the_sampling(model):
     with torch.no_grad():
         log_probs = model(**whole)[:, -9:-1].log_softmax(-1)
     wanted = log_probs.gather(-1, generated.sequences[..., None])[..., 0]
-    torch.testing.assert_close(generated.log_probs, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(generated.log_probs, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_first_tokens_are_drawn_with_the_models_probabilities(model):

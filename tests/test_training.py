@@ -186,7 +186,7 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path):
 def test_two_processes_give_the_loss_of_one(tmp_path):
     options = ("--precision", "float32")
     finish(train_in_subprocess(tmp_path / "one", *options))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     finish(train_in_subprocess(tmp_path / "two", *options, launcher=(*launcher, "-m", "minivlm")))
     one, two = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
