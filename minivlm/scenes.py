@@ -334,6 +334,11 @@ def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
             return Scene(seed, split, size, image, tuple(objects))
 
 
+def planned_count(seed: int, split: str = "train") -> int:
+    """How many objects the scene of this seed sets out to show, without drawing it; now and then one finds no place."""
+    return len(_choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split))
+
+
 # ------------------------------------------------------------------------------------------------------------- language
 
 

@@ -13,6 +13,9 @@ taught is lost.
 
 Stage 3, ``polish``: the same on new scenes, with more of what is still hard, while the learning rate falls to nothing.
 
+Stage 4, ``finish``: the learning rate rises and falls once more (a warm restart, arXiv:1608.03983), on scenes with many
+objects and on the two tasks that must name them all, captions and detections.
+
 Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on
 from its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower
 arXiv:2407.07726, section 3.2.
@@ -66,13 +69,16 @@ class Recipe:
     answer_scenes: int = 184_000
     answer_horizon: int = 280_000  # scenes after which the learning rate would be nothing: stage 3 goes on before that
     answer_batch: int = 16  # scenes a step
-    examples: int = 4  # of each scene, in stages 2 and 3
+    examples: int = 4  # of each scene, in stages 2 to 4
     answer_lr: float = 1e-3
     tower_lr: float = 0.2  # of the learning rate of the rest
     tower_warmup: float = 0.2  # of stage 2
     polish_scenes: int = 144_000
     polish_lr: float = 6e-4
     polish_tower_lr: float = 0.3  # of it
+    finish_scenes: int = 384_000
+    finish_lr: float = 1e-3
+    finish_tower_lr: float = 0.4  # of it
     warmup: float = 0.01  # of each stage
     weight_decay: float = 0.02
     precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32. Or "float32"
@@ -99,6 +105,18 @@ MIXTURE = {
 }
 # And in stage 3: questions are known by then, several things at once are still hard.
 POLISH = MIXTURE | {"how many": 1.5, "relation": 1.5, "detect": 3.0}
+# And in stage 4: a little of everything, so that nothing is forgotten.
+FINISH = {
+    "caption": 5.0,
+    "cap": 0.5,
+    "describe": 0.5,
+    "what": 0.5,
+    "how many": 1.5,
+    "is there": 0.25,
+    "where": 0.5,
+    "relation": 1.0,
+    "detect": 5.0,
+}
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
@@ -158,7 +176,7 @@ class Alignment(nn.Module):
 
 
 class Answering(nn.Module):
-    """Stages 2 and 3: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
+    """Stages 2 to 4: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
 
     def __init__(self, model: PaliGemma):
         super().__init__()
@@ -214,10 +232,15 @@ class Steps(Dataset):
         self.recipe, self.processor = recipe, processor
         self.batch, self.rank, self.world = scenes_a_step, rank, world
 
+    def seeds(self, step: int) -> list[int]:
+        """The scenes of a step, of all processes together."""
+        first = self.first_seed + step * self.batch
+        return list(range(first, first + self.batch))
+
     def scenes(self, step: int) -> list[scenes.Scene]:
         share = self.batch // self.world
-        first = self.first_seed + step * self.batch + self.rank * share
-        return [scenes.make_scene(first + i, "train", self.recipe.image_size) for i in range(share)]
+        mine = self.seeds(step)[self.rank * share : (self.rank + 1) * share]
+        return [scenes.make_scene(seed, "train", self.recipe.image_size) for seed in mine]
 
 
 class AlignSteps(Steps):
@@ -261,6 +284,23 @@ class PolishSteps(AnswerSteps):
     @property
     def first_seed(self) -> int:
         return self.recipe.answer_scenes
+
+
+class FinishSteps(AnswerSteps):
+    """The same on the scenes after those of stage 3: half of them, drawn in proportion to how much they show."""
+
+    mixture = FINISH
+
+    @property
+    def first_seed(self) -> int:
+        return self.recipe.answer_scenes + self.recipe.polish_scenes
+
+    def seeds(self, step: int) -> list[int]:
+        first = self.first_seed + 2 * step * self.batch
+        offered = range(first, first + 2 * self.batch)
+        weights = np.array([scenes.planned_count(seed) for seed in offered])
+        rng = np.random.default_rng((self.recipe.seed, 3, step))
+        return rng.choice(offered, self.batch, replace=False, p=weights / weights.sum()).tolist()
 
 
 # --- a stage --------------------------------------------------------------------------------------------------------
@@ -326,6 +366,10 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
         stage(
             *("polish", answering, PolishSteps, r.polish_scenes, r.polish_scenes, r.answer_batch, r.polish_lr),
             r.polish_tower_lr,
+        ),
+        stage(
+            *("finish", answering, FinishSteps, r.finish_scenes, r.finish_scenes, r.answer_batch, r.finish_lr),
+            r.finish_tower_lr,
         ),
     ]
 
@@ -441,9 +485,9 @@ def draw_curve(out: Path) -> None:
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    titles = enumerate(("1: align", "2: answer", "3: polish"))
-    for axes, (stage, title) in zip(figure.subplots(1, 3), titles, strict=True):
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    titles = enumerate(("1: align", "2: answer", "3: polish", "4: finish"))
+    for axes, (stage, title) in zip(figure.subplots(1, 4), titles, strict=True):
         points = [(r["scenes"], r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
         axes.set(title=f"stage {title}", xlabel="scenes seen", ylabel="loss (nats)", yscale="log")

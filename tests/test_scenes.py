@@ -349,3 +349,13 @@ def test_the_demo_scenes_are_what_the_seeds_draw():
     for path in paths:
         split, seed = path.stem.split("-")
         assert np.array_equal(np.asarray(Image.open(path)), scenes.make_scene(int(seed), split).image), path
+
+
+def test_planned_count_is_what_is_shown_where_everything_finds_a_place():
+    shown = [
+        (scenes.planned_count(seed, split), len(scenes.make_scene(seed, split).objects))
+        for seed in range(60)
+        for split in ("train", "artist")
+    ]
+    assert all(0 < there <= planned <= 4 for planned, there in shown)
+    assert sum(there == planned for planned, there in shown) > 0.9 * len(shown)

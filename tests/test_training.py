@@ -32,6 +32,7 @@ TINY = training.Recipe(
     answer_horizon=32,
     answer_batch=4,
     polish_scenes=8,
+    finish_scenes=8,
     examples=2,
 )
 HERE = training.Place(torch.device("cpu"), workers=1)
@@ -120,11 +121,27 @@ def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
 
 
 def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
-    align, answer, polish = training.stages(TINY, training.new_model(TINY, processor), processor)
-    assert (align.steps, answer.steps, answer.horizon, polish.steps) == (6, 6, 8, 2)
+    align, answer, polish, finish = training.stages(TINY, training.new_model(TINY, processor), processor)
+    assert (align.steps, answer.steps, answer.horizon, polish.steps, finish.steps) == (6, 6, 8, 2, 2)
     assert answer.module is polish.module and answer.module.model is align.module.model
     assert [scene.seed for scene in polish.batches.scenes(0)] == [24, 25, 26, 27]
     assert polish.batches.mixture is training.POLISH
+    assert finish.module is polish.module and finish.batches.mixture is training.FINISH
+
+
+def test_stage_four_draws_new_scenes_in_proportion_to_what_they_show(processor):
+    batches = training.FinishSteps(TINY, processor, 16)
+    first = TINY.answer_scenes + TINY.polish_scenes
+    drawn = [batches.seeds(step) for step in range(300)]
+    for step, seeds in enumerate(drawn):
+        window = range(first + 32 * step, first + 32 * (step + 1))
+        assert len(set(seeds)) == 16 and set(seeds) <= set(window)
+    planned = [scenes.planned_count(seed) for seeds in drawn for seed in seeds]
+    everywhere = [scenes.planned_count(seed) for seed in range(first, first + 9600)]
+    kept = [planned.count(n) / everywhere.count(n) for n in (1, 2, 3, 4)]
+    assert kept == sorted(kept) and kept[0] < 0.35 and kept[3] > 0.6
+    two = [training.FinishSteps(TINY, processor, 16, rank, 2).scenes(0) for rank in (0, 1)]
+    assert [scene.seed for half in two for scene in half] == drawn[0]
 
 
 def test_only_matrices_decay(processor):
@@ -146,7 +163,9 @@ def test_loss_falls(tmp_path):
     batch = training.AnswerSteps(recipe, Processor.from_pretrained(tmp_path / "checkpoint"), 8)[1000]
     with torch.no_grad():
         assert float(module(**batch)) < 0.7 * float(new(**batch))
-    assert {r["stage"] for r in records} == {0, 1, 2} and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {r["stage"] for r in records} == {0, 1, 2, 3} and (tmp_path / "curve.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
 
 
 def train_in_subprocess(out: Path, *options: str, launcher=(sys.executable, "-m", "minivlm")) -> subprocess.Popen:
@@ -162,9 +181,11 @@ def finish(process: subprocess.Popen) -> None:
 
 def test_killed_run_goes_on_to_the_same_result(tmp_path):
     """SIGKILL, at no chosen moment, in every stage: same losses, same weights, bit for bit."""
-    options = ("--align-scenes", "240", "--answer-scenes", "480", "--answer-horizon", "480", "--polish-scenes", "480")
+    scenes_of = {"align": 240, "answer": 480, "polish": 480, "finish": 480}
+    options = [word for stage, count in scenes_of.items() for word in (f"--{stage}-scenes", str(count))]
+    options += ["--answer-horizon", "480"]
     finish(train_in_subprocess(tmp_path / "whole", *options))
-    for stage in range(3):
+    for stage in range(4):
         process = train_in_subprocess(tmp_path / "killed", *options)
         state = tmp_path / "killed" / "state.safetensors"
         deadline = time.monotonic() + 120
