@@ -24,6 +24,7 @@ CODES_PER_MASK = 16
 SEPARATOR = " ; "
 
 Box = tuple[Real, Real, Real, Real]  # x0, y0, x1, y1 in pixels
+Places = tuple[int, int, int, int]  # y min, x min, y max, x max, each a bin
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ def from_bin(index: int, side: Real) -> float:
     return index / (BINS - 1) * side
 
 
+def box_to_places(box: Box, width: Real, height: Real) -> Places:
+    """Pixels (x0, y0, x1, y1) → bins, in the order in which PaliGemma writes them: y before x."""
+    x0, y0, x1, y1 = box
+    return to_bin(y0, height), to_bin(x0, width), to_bin(y1, height), to_bin(x1, width)
+
+
+def places_to_box(places: Places, width: Real, height: Real) -> Box:
+    """Bins (y min, x min, y max, x max) → pixels, x before y."""
+    y0, x0, y1, x1 = places
+    return from_bin(x0, width), from_bin(y0, height), from_bin(x1, width), from_bin(y1, height)
+
+
 # --- boxes → text --------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +94,7 @@ def format_box(detection: Detection, width: Real, height: Real) -> str:
         raise ValueError(f"The label {label!r} must be a text without ';', '<', '>' or spaces around it.")
     if len(codes) not in (0, CODES_PER_MASK) or not all(0 <= code < CODES for code in codes):
         raise ValueError(f"The mask of {label!r} must have 16 codes of 0…127, or none; it has {list(codes)}.")
-    places = to_bin(y0, height), to_bin(x0, width), to_bin(y1, height), to_bin(x1, width)
+    places = box_to_places(detection.box, width, height)
     return "".join(f"<loc{i:04d}>" for i in places) + "".join(f"<seg{i:03d}>" for i in codes) + f" {label}"
 
 
@@ -124,8 +137,7 @@ def parse_item(item: str, width: Real, height: Real) -> tuple[Detection | None, 
     codes, complaints = read_tokens(segs, "seg", 3, CODES), []
     if codes is None or len(codes) not in (0, CODES_PER_MASK):
         codes, complaints = [], ["has a mask that is not 16 tokens of <seg000> to <seg127>, so only its box is kept"]
-    box = from_bin(x0, width), from_bin(y0, height), from_bin(x1, width), from_bin(y1, height)
-    return Detection(label, box, tuple(codes)), complaints
+    return Detection(label, places_to_box(tuple(places), width, height), tuple(codes)), complaints
 
 
 def read_tokens(text: str, kind: str, digits: int, count: int) -> list[int] | None:

@@ -49,6 +49,17 @@ def sliding_window_mask(length: int, window: int) -> Bool[Tensor, "T T"]:
     return position[:, None] - position[None, :] < window
 
 
+def close_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B T S"]:
+    """The mask with every padding key closed, except that the last T tokens, which are the queries, see themselves.
+
+    Without that exception a padding query would see nothing, and the softmax of nothing is NaN.
+    """
+    T, S = mask.shape[1:]
+    key = torch.arange(S, device=mask.device)
+    itself = key[S - T :, None] == key
+    return (mask & padding_mask(attention_mask)) | itself
+
+
 def attention_masks(
     attention_mask: Int[Tensor, "B S"],
     token_type_ids: Int[Tensor, "B S"],
@@ -65,13 +76,13 @@ def attention_masks(
         return _newest_token_masks(attention_mask, window)
     S, device = attention_mask.shape[1], attention_mask.device
     visible = prefix_lm_mask(token_type_ids)[:, S - queries :]
-    full = _close_padding(visible, attention_mask)
+    full = close_padding(visible, attention_mask)
     if window is None or window >= S:
         return _none_if_open(full), _none_if_open(full)
     near = sliding_window_mask(S, window).to(device)[S - queries :]
     prefix = token_type_ids == 0
     both_prefix = prefix[:, S - queries :, None] & prefix[:, None, :]
-    sliding = _close_padding(visible & (near | both_prefix), attention_mask)
+    sliding = close_padding(visible & (near | both_prefix), attention_mask)
     return _none_if_open(full), _none_if_open(sliding)
 
 
@@ -86,13 +97,6 @@ def _newest_token_masks(
     sliding = full.clone()
     sliding[..., :-window] = False
     return _none_if_open(full), sliding
-
-
-def _close_padding(mask: Bool[Tensor, "B T S"], attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B T S"]:
-    T, S = mask.shape[1:]
-    key = torch.arange(S, device=mask.device)
-    itself = key[S - T :, None] == key
-    return (mask & padding_mask(attention_mask)) | itself
 
 
 def _none_if_open(mask: Bool[Tensor, "B T S"]) -> Bool[Tensor, "B T S"] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minivlm import checkpoint
@@ -23,6 +23,13 @@ from minivlm.cache import Cache
 from minivlm.config import PaliGemmaConfig
 from minivlm.gemma import GemmaForCausalLM
 from minivlm.siglip import SiglipVisionModel, init_linear
+
+
+def merge_image_features(
+    x: Float[Tensor, "B T D"], is_image: Bool[Tensor, "B T"], features: Float[Tensor, "B P D"]
+) -> Float[Tensor, "B T D"]:
+    """Each row's P image vectors in the places of its P ``<image>`` tokens, in order; all else stays as it is."""
+    return x.masked_scatter(is_image[..., None], features)
 
 
 class PaliGemmaMultiModalProjector(nn.Module):
@@ -103,7 +110,7 @@ class PaliGemma(nn.Module):
                 "tokens: let the processor build both."
             )
         shared = image_features.repeat_interleave(B // pictures, dim=0).to(x.dtype)
-        return x.masked_scatter(is_image[..., None], shared)
+        return merge_image_features(x, is_image, shared)
 
     def hidden_states(
         self,

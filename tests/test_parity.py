@@ -19,6 +19,7 @@ from conftest import (
 )
 
 from minivlm.generation import generate_ids
+from minivlm.viz import decoder_attention, tower_attention
 
 BATCHES = {
     "prompt": dict(prefixes=[7], suffixes=[0]),
@@ -181,3 +182,27 @@ def test_bad_input_is_named(model):
     for name in ("attention_mask", "token_type_ids"):
         with pytest.raises(ValueError, match=rf"{name} must be \[2, 15\]"):
             model(**inputs, **{name: torch.ones(2, 4, dtype=torch.long)})
+
+
+# --- attention weights ----------------------------------------------------------------------------------------------
+
+
+def test_decoder_attention_is_that_of_transformers(model):
+    batch = random_batch(model.config, [3, 5], [4, 2])
+    weights = decoder_attention(model, **batch)
+    with torch.no_grad():
+        theirs = in_transformers(model)(**batch, output_attentions=True)
+    real = batch["attention_mask"].bool()
+    assert len(weights) == len(theirs.attentions)
+    for ours, other in zip(weights, theirs.attentions, strict=True):
+        assert relative_error(ours.transpose(1, 2)[real], other.transpose(1, 2)[real]) < 1e-5
+
+
+def test_tower_attention_is_that_of_transformers(model):
+    pixels = random_batch(model.config, [1], [1])["pixel_values"]
+    weights = tower_attention(model, pixels)
+    tower = in_transformers(model).model.vision_tower
+    with torch.no_grad():
+        theirs = tower(pixels, output_attentions=True).attentions
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(weights, theirs, strict=True))
+    assert len(weights) == model.config.vision_config.num_hidden_layers

@@ -1,0 +1,326 @@
+"""Every exercise: its solution passes, its stub is "not attempted", its mistakes are named, garbage gets a sentence."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minivlm
+from minivlm import exercises, masks, scenes
+from minivlm.exercises import CHAPTERS, EXERCISES, kept
+from minivlm.exercises.exercise import call, examine, what_is_wrong
+from minivlm.exercises.patch import replaced
+
+SOURCES = Path(__file__).resolve().parents[1] / "notebooks" / "source"
+EACH = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=lambda e: f"{e.key} {e.name}")
+MISTAKES = [(e, m) for e in EXERCISES.values() for m in e.mistakes]
+
+
+@pytest.fixture(autouse=True)
+def learners_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIVLM_HOME", str(tmp_path / "learner"))
+    return tmp_path / "learner"
+
+
+def solutions() -> dict[str, str]:
+    """Source of every solved exercise, from the chapters."""
+    found = {}
+    for path in sorted(SOURCES.glob("*.py")):
+        for cell in path.read_text(encoding="utf-8").split("\n# %%"):
+            if "### BEGIN SOLUTION" in cell:
+                name = re.search(r"^def (\w+)", cell, re.MULTILINE).group(1)
+                found[name] = cell.split("\n", 1)[1]
+    return found
+
+
+SOLUTIONS = solutions()
+
+
+def keep_source(name: str, source: str) -> None:
+    path = kept.path_of(EXERCISES[name])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf-8")
+
+
+# --- the declarations -----------------------------------------------------------------------------------------------
+
+
+def test_three_to_five_exercises_a_chapter_and_thirty_in_all():
+    per_chapter = [sum(e.chapter == number for e in EXERCISES.values()) for number in CHAPTERS]
+    assert all(3 <= count <= 5 for count in per_chapter), per_chapter
+    assert sum(per_chapter) >= 30
+
+
+@EACH
+def test_declaration_is_complete(exercise):
+    assert len(exercise.mistakes) >= 5
+    assert len({m.name for m in exercise.mistakes}) == len(exercise.mistakes)
+    assert exercise.difficulty in (1, 2, 3) and exercise.minutes > 0
+    for mistake in exercise.mistakes:
+        assert mistake.hint[-1] in ".?`" and mistake.name[0].islower() and mistake.name[-1] != "."
+
+
+@EACH
+def test_cases_follow_the_seed(exercise):
+    one, again, other = (list(exercise.cases(np.random.default_rng(seed))) for seed in (1, 1, 2))
+    assert len(one) >= 3
+    assert str(one) == str(again) != str(other)
+
+
+@EACH
+def test_reference_answers_every_case_the_same_way_twice(exercise):
+    for seed in range(3):
+        for case in exercise.cases(np.random.default_rng(seed)):
+            assert (
+                what_is_wrong(call(exercise.reference, case), call(exercise.reference, case), exercise.reference)
+                is None
+            )
+
+
+@pytest.mark.parametrize(("exercise", "mistake"), MISTAKES, ids=lambda x: getattr(x, "name", ""))
+def test_known_mistake_is_rejected_and_named(exercise, mistake):
+    for seed in (0, 1, 2):
+        result = examine(exercise, mistake.function, seed)
+        assert not result.passed and result.attempted
+        assert result.mistake == mistake.name, result
+        assert mistake.hint in str(result)
+
+
+# --- solutions and stubs --------------------------------------------------------------------------------------------
+
+
+def test_every_exercise_has_a_solution():
+    assert set(SOLUTIONS) == set(EXERCISES)
+
+
+@EACH
+def test_solution_passes_and_is_kept(exercise, learners_folder):
+    keep_source(exercise.name, SOLUTIONS[exercise.name])
+    function, trouble = exercises.own(exercise)
+    assert function, trouble
+    for seed in (1, 2):
+        result = examine(exercise, function, seed)
+        assert result.passed and result.score == 1, result
+    assert exercises.piece(exercise.name).__code__.co_name == exercise.name
+
+
+@EACH
+def test_stub_is_not_attempted(exercise):
+    def stub(*args):
+        raise NotImplementedError("write your solution here")
+
+    result = examine(exercise, stub, 0)
+    assert not result.attempted and not result.passed and result.score == 0
+    assert "not attempted yet" in str(result)
+
+
+# --- garbage --------------------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    st.builds(lambda shape: torch.full(shape, float("nan")), st.lists(st.integers(0, 4), max_size=4)),
+    st.builds(lambda shape: torch.zeros(shape, dtype=torch.long), st.lists(st.integers(0, 4), max_size=4)),
+    st.builds(lambda shape: np.ones(shape), st.lists(st.integers(0, 4), max_size=4)),
+    st.just(object()),
+    st.just(torch.zeros),
+)
+ERRORS = st.sampled_from([ValueError("no"), KeyError(3), RecursionError(), SystemExit(1), ZeroDivisionError("x\ny")])
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(EXERCISES)), VALUES)
+def test_garbage_answers_get_a_sentence(name, value):
+    result = examine(EXERCISES[name], lambda *args: value, 0)
+    assert not result.passed
+    assert re.search(r"\w.*[.`?)]$", str(result).strip(), re.DOTALL)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(sorted(EXERCISES)), ERRORS)
+def test_functions_that_raise_get_a_sentence(name, error):
+    def broken(*args):
+        raise error
+
+    result = examine(EXERCISES[name], broken, 0)
+    assert not result.passed
+    assert type(error).__name__ in str(result)
+    assert "Traceback" not in str(result)
+
+
+@settings(max_examples=100)
+@given(VALUES)
+def test_what_is_no_function_gets_a_sentence(value):
+    assert not exercises.check(value).passed
+    assert not exercises.check(value, name="block_mask").passed
+
+
+# --- what a message says --------------------------------------------------------------------------------------------
+
+
+def message(function, name="block_mask"):
+    return str(examine(EXERCISES[name], function, 0))
+
+
+def test_messages_go_from_type_to_value():
+    right = EXERCISES["block_mask"].reference.__wrapped__
+    assert "is there a `return`" in message(lambda mask_ar: None)
+    assert "should return a tensor of shape" in message(lambda mask_ar: mask_ar.numpy())
+    assert "returns shape" in message(lambda mask_ar: mask_ar)
+    assert "numbers of type torch.float32" in message(lambda mask_ar: right(mask_ar).float())
+    assert "differs in" in message(lambda mask_ar: ~right(mask_ar))
+    assert "it takes (a, b), and should take (mask_ar)" in message(lambda a, b: a)
+    assert "NaN" in message(lambda logits, labels: logits.sum() * float("nan"), "suffix_loss")
+
+
+def test_message_names_the_line_that_raises():
+    def broken(mask_ar):
+        rows = len(mask_ar)
+        return rows / 0
+
+    assert "ZeroDivisionError in line 3 of your function" in message(broken)
+
+
+def test_changing_an_argument_is_noticed():
+    def careless(mask_ar):
+        block = mask_ar.cumsum_(-1)
+        return block[..., None, :] <= block[..., :, None]
+
+    assert "in place" in message(careless)
+
+
+def test_calling_the_package_is_noticed():
+    from minivlm import masks
+
+    assert "calls the package's own" in message(lambda mask_ar: masks.block_mask(mask_ar))
+
+
+def test_unknown_names_get_the_nearest():
+    def block_mas(mask_ar):
+        return mask_ar
+
+    assert "do you mean 'block_mask'" in str(exercises.check(block_mas))
+    with pytest.raises(ValueError, match="do you mean 'block_mask'"):
+        exercises.piece("block_mas")
+
+
+def test_partial_credit():
+    right = EXERCISES["sliding_window_mask"].reference
+
+    def half(length, window):
+        position = torch.arange(length)
+        return position[:, None] - position < window if length > 5 else position
+
+    assert right is EXERCISES["sliding_window_mask"].reference
+    assert exercises.score(half, 5.0, "sliding_window_mask") == 3.0
+
+
+# --- kept, shown, forgotten -----------------------------------------------------------------------------------------
+
+
+def passing(mask_ar):
+    block = mask_ar.cumsum(-1)
+    return block[..., None, :] <= block[..., :, None]
+
+
+def test_progress_survives_and_is_the_learners_to_reset(learners_folder):
+    passing.__name__ = "block_mask"
+    assert exercises.check(passing).passed
+    assert (learners_folder / "solutions" / "05.1_block_mask.py").exists()
+    assert exercises.progress().done["block_mask"]
+    assert "✓ block_mask" in str(exercises.progress())
+    exercises.reset("block_mask")
+    assert not exercises.progress().done["block_mask"]
+    for name in ("block_mask", "prefix_lm_mask"):
+        keep_source(name, SOLUTIONS[name])
+    exercises.reset("05")
+    assert not any(exercises.progress().done.values())
+
+
+def test_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINIVLM_HOME", str(tmp_path / "file"))
+    passing.__name__ = "block_mask"
+    result = exercises.check(passing)
+    assert result.passed and "MINIVLM_HOME" in str(result)
+
+
+def test_solution_that_needs_its_notebook_is_said():
+    keep_source("block_mask", "def block_mask(mask_ar):\n    return helper(mask_ar)\n")
+    function, trouble = exercises.own(EXERCISES["block_mask"])
+    assert function is None and "NameError" in trouble and "inside the function" in trouble
+
+
+@pytest.mark.parametrize("source", ["not python", "import os; os.nothing", "x = 1", "def block_mask(: pass", "\0"])
+def test_damaged_kept_file_leaves_the_packages_piece(source):
+    keep_source("block_mask", source)
+    assert exercises.piece("block_mask") is EXERCISES["block_mask"].reference
+    with exercises.plugged_in() as parts:
+        assert parts["block_mask"].startswith("the package's, for yours")
+
+
+# --- plugged in -----------------------------------------------------------------------------------------------------
+
+PROMPTS = ["caption en", "answer en how many objects are there?", "detect cat ; dog"]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
+
+
+def answers(model, processor) -> list[str]:
+    pictures = [scenes.make_scene(seed, "validation").image for seed in range(3)]
+    return [minivlm.generate(model, processor, picture, PROMPTS) for picture in pictures]
+
+
+def test_nothing_kept_is_the_packages_model():
+    with exercises.plugged_in() as parts:
+        assert set(parts.values()) == {"the package's"}
+    assert str(parts).startswith("0 of ")
+
+
+def test_all_solutions_plugged_in_answer_as_the_package_does(embedded):
+    expected = answers(*embedded)
+    for name, source in SOLUTIONS.items():
+        keep_source(name, source)
+    before = {name: vars(masks)[name] for name in ("block_mask", "prefix_lm_mask")}
+    with exercises.plugged_in() as parts:
+        assert set(parts.values()) == {"yours"}, parts
+        assert set(parts) == {name for name, e in EXERCISES.items() if e.plugs_in}
+        assert masks.block_mask is not before["block_mask"]
+        assert answers(*embedded) == expected
+    assert all(vars(masks)[name] is function for name, function in before.items())
+
+
+def test_pieces_are_really_called(embedded):
+    called = set()
+
+    def counted(exercise):
+        def run(*args, **kwargs):
+            called.add(exercise.name)
+            return exercise.reference(*args, **kwargs)
+
+        return run
+
+    with replaced({e.reference: counted(e) for e in EXERCISES.values() if e.plugs_in}):
+        answers(*embedded)
+    assert called >= {"block_mask", "prefix_lm_mask", "close_padding"}
+
+
+def test_piece_that_fails_inside_the_model_says_whose_it_is(monkeypatch):
+    def broken(mask_ar):
+        raise IndexError("seven")
+
+    run = exercises.explained(EXERCISES["block_mask"], broken)
+    with pytest.raises(RuntimeError, match=r"your block_mask \(exercise 05.1\).*seven.*reset"):
+        run(torch.zeros(1, 2))
