@@ -1,6 +1,6 @@
 """The KV cache: what every layer has already computed for the tokens behind the one being written.
 
-    B batch · K key/value heads · S tokens so far · T new tokens · d width of a head
+    B batch · K key/value heads · S tokens so far · T new tokens · M tokens that there is room for · d width of a head
 
 Keys and values of a token never change once computed, since no later token may alter an earlier one: image and prefix
 are complete before the first word is written, and the words are causal. Two kinds with one interface:
@@ -21,6 +21,20 @@ from minivlm.config import GemmaConfig
 Pair = tuple[Float[Tensor, "B K S d"], Float[Tensor, "B K S d"]]
 
 
+def append(old: Float[Tensor, "B K S d"], new: Float[Tensor, "B K T d"]) -> Float[Tensor, "B K S+T d"]:
+    """The new tokens behind the old ones, in a new tensor."""
+    return torch.cat((old, new), dim=2)
+
+
+def write_in_place(
+    buffer: Float[Tensor, "B K M d"], new: Float[Tensor, "B K T d"], start: int
+) -> Float[Tensor, "B K _ d"]:
+    """Writes the new tokens into the buffer, the first at slot ``start``; returns a view of all filled slots."""
+    end = start + new.shape[2]
+    buffer[:, :, start:end] = new
+    return buffer[:, :, :end]
+
+
 class GrowingCache:
     """One tensor of keys and one of values per layer, longer after every update."""
 
@@ -37,7 +51,7 @@ class GrowingCache:
             self.layers.append((k, v))
         else:
             keys, values = self.layers[layer]
-            self.layers[layer] = (torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2))
+            self.layers[layer] = (append(keys, k), append(values, v))
         return self.layers[layer]
 
 
@@ -56,12 +70,10 @@ class StaticCache:
 
     def update(self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"]) -> Pair:
         start, end = self.filled[layer], self.filled[layer] + k.shape[2]
-        if end > self.keys.shape[3]:
+        if end > self.keys.shape[3]:  # torch would drop a single token that does not fit, and say nothing
             raise ValueError(f"the cache holds {self.keys.shape[3]} tokens and {end} are needed: make it longer.")
-        self.keys[layer, :, :, start:end] = k
-        self.values[layer, :, :, start:end] = v
         self.filled[layer] = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return write_in_place(self.keys[layer], k, start), write_in_place(self.values[layer], v, start)
 
 
 Cache = GrowingCache | StaticCache

@@ -1,6 +1,6 @@
 """Gemma: embeddings in, the next word out. Gemma 1 and Gemma 2 are one code, told apart by their configuration.
 
-    B batch · T tokens (queries) · S tokens (keys) · D width · V vocabulary
+    B batch · T tokens (queries) · S tokens (keys) · D width · F width of the feed-forward block · V vocabulary
     H heads · K key/value heads · d width of a head
 
 What is Gemma's own: RMSNorm multiplies by (1 + w); token embeddings are multiplied by √D; the feed-forward block is a
@@ -37,6 +37,14 @@ class GemmaRMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return rms_norm(x, self.weight, self.eps)
+
+
+def token_positions(attention_mask: Int[Tensor, "B S"], queries: int) -> Int[Tensor, "B _"]:
+    """Positions of the last ``queries`` tokens: each one's number in its row, from 1, padding not counted.
+
+    ``attention_mask`` is 1 on tokens, 0 on padding, for the tokens in the cache too.
+    """
+    return attention_mask.cumsum(-1)[:, -queries:]
 
 
 def rotary_table(
@@ -126,8 +134,13 @@ class GemmaAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
+def geglu(gate: Float[Tensor, "*B F"], up: Float[Tensor, "*B F"]) -> Float[Tensor, "*B F"]:
+    """One projection, passed through tanh-approximated GELU, opens and closes the other."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class GemmaMLP(nn.Module):
-    """GeGLU: one projection, passed through GELU, opens and closes the other."""
+    """The feed-forward block: two projections to F numbers, joined by GeGLU, and one back."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -136,7 +149,7 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -197,7 +210,7 @@ class GemmaModel(nn.Module):
         """
         T = x.shape[1]
         full, sliding = masks.attention_masks(attention_mask, token_type_ids, T, self.config.sliding_window)
-        positions = attention_mask.cumsum(-1)[:, -T:]  # from 1, padding not counted
+        positions = token_positions(attention_mask, T)
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, full if self.config.window(i) is None else sliding, cache)

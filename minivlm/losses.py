@@ -236,11 +236,11 @@ def _walk_ring(group, x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor) -> tupl
         loss, grad_bias = loss + more_loss, grad_bias + more_bias
         grad_x += more_x
         parcel[1] += more_y
-        parcel = _pass_on(parcel, rank, W, group)
+        parcel = pass_on(parcel, rank, W, group)
     return loss, grad_x, parcel[1], grad_bias
 
 
-def _pass_on(parcel: Tensor, rank: int, W: int, group) -> Tensor:
+def pass_on(parcel: Float[Tensor, "2 n D"], rank: int, W: int, group) -> Float[Tensor, "2 n D"]:
     """Hands the parcel to the next process of the ring and returns the one from the process before."""
     if W == 1:
         return parcel

@@ -1,6 +1,6 @@
 """SigLIP's vision tower: a picture becomes a sequence of patch vectors.
 
-    B batch · H, W pixels · P patches · D width · N heads · d width of a head
+    B batch · C colours · H, W pixels · h, w pixels of a patch · P patches · D width · N heads · d width of a head
 
 A picture is cut into square patches; each is projected to a vector and told where it stands; then every patch looks at
 every other, layer by layer. The layers are *pre-norm*: each block reads a normalised copy of the stream and adds its
@@ -11,15 +11,58 @@ Sources: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343); big_
 names as in transformers ``models/siglip/modeling_siglip.py``.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minivlm.config import SiglipVisionConfig
 
+# --- the pieces ----------------------------------------------------------------------------------------------------
+
+
+def patchify(pixel_values: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B P Chw"]:
+    """Cut into square patches, row by row from the top left, each laid out in one line: colour, row, column."""
+    return F.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
+
+
+def embed_patches(
+    pixel_values: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C h w"], bias: Float[Tensor, " D"]
+) -> Float[Tensor, "B P D"]:
+    """Every patch times the same matrix, plus a bias. It is the convolution whose stride is the size of its kernel."""
+    return F.linear(patchify(pixel_values, weight.shape[-1]), weight.flatten(1), bias)
+
+
+def layer_norm(
+    x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], bias: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "*B D"]:
+    """Each vector to mean 0 and variance 1 (divided by D), then a scale and a shift of each of its D numbers."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def bidirectional_attention(
+    q: Float[Tensor, "B Q D"], k: Float[Tensor, "B P D"], v: Float[Tensor, "B P D"], num_heads: int
+) -> Float[Tensor, "B Q D"]:
+    """Every query takes a weighted mean over all P patches, in each head of d = D / N numbers its own: no mask."""
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, Q or P, d]
+    out = F.scaled_dot_product_attention(q, k, v)  # scale d ** -0.5
+    return out.transpose(1, 2).flatten(2)
+
+
+def pre_norm_block(
+    x: Float[Tensor, "B P D"], norm1: Callable, attention: Callable, norm2: Callable, mlp: Callable
+) -> Float[Tensor, "B P D"]:
+    """Twice the same: what a normalised copy of the stream gives is added to the stream itself."""
+    x = x + attention(norm1(x))
+    return x + mlp(norm2(x))
+
+
+# --- the tower -----------------------------------------------------------------------------------------------------
+
 
 class SiglipVisionEmbeddings(nn.Module):
-    """Pixels → patch vectors + learned positions. A convolution whose stride is its size: unfold, then one matmul."""
+    """Pixels → patch vectors + learned positions."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -36,8 +79,8 @@ class SiglipVisionEmbeddings(nn.Module):
                 f"pixel_values must be [B, {channels}, {size}, {size}] for this tower, not {list(pixel_values.shape)}: "
                 "let the processor of the same checkpoint prepare the pictures."
             )
-        patches = self.patch_embedding(pixel_values)  # [B, D, H/patch, W/patch]
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # row by row, from the top left
+        patches = embed_patches(pixel_values, self.patch_embedding.weight, self.patch_embedding.bias)
+        return patches + self.position_embedding.weight
 
 
 class SiglipAttention(nn.Module):
@@ -52,11 +95,14 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
-        B, P, D = x.shape
-        heads = (B, P, self.num_heads, D // self.num_heads)
-        q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v)  # scale d ** -0.5
-        return self.out_proj(out.transpose(1, 2).reshape(B, P, D))
+        return self.out_proj(bidirectional_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, as the function above."""
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SiglipMLP(nn.Module):
@@ -76,14 +122,13 @@ class SiglipEncoderLayer(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SiglipAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
     def forward(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        return pre_norm_block(x, self.layer_norm1, self.self_attn, self.layer_norm2, self.mlp)
 
 
 class SiglipEncoder(nn.Module):
@@ -102,7 +147,7 @@ class SiglipVisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = SiglipVisionEmbeddings(config)
         self.encoder = SiglipEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P D"]:
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))

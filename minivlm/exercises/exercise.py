@@ -96,11 +96,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call gave: a value, or the exception that it raised; and which argument it changed, if any."""
+    """What one call gave: a value, or the exception that it raised; and its tensors after it, if it changed one."""
 
     value: Any = None
     error: BaseException | None = None
-    changed: str = ""
+    changed: tuple = ()
 
 
 class CallsThePackage(Exception):
@@ -116,8 +116,17 @@ def call(function: Callable, arguments: tuple) -> Outcome:
             value = function(*given)
     except (Exception, SystemExit) as error:  # a learner's function may do anything
         return Outcome(error=error)
-    changed = [i for i, (a, b) in enumerate(zip(given, arguments, strict=True)) if find_problem(a, b) is not None]
-    return Outcome(value, changed=f"argument {changed[0] + 1}" if changed else "")
+    after = arrays(given)
+    return Outcome(value, changed=after if find_problem(after, arrays(arguments)) else ())
+
+
+def arrays(arguments: Any) -> tuple:
+    """The tensors and arrays among arguments, also those in lists, tuples and dictionaries."""
+    if isinstance(arguments, torch.Tensor | np.ndarray):
+        return (arguments,)
+    if isinstance(arguments, dict):
+        arguments = tuple(arguments.values())
+    return tuple(a for part in arguments for a in arrays(part)) if isinstance(arguments, list | tuple) else ()
 
 
 @contextmanager
@@ -182,9 +191,13 @@ def what_is_wrong(got: Outcome, want: Outcome, function: Callable) -> str | None
     if got.error is not None:
         return f"it raises {type(got.error).__name__}{where(got.error, function)}: {first_line(got.error)}"
     problem = find_problem(got.value, want.value)
-    if problem is None and got.changed:
-        return f"the answer is right, but it changes its {got.changed} in place: work on a copy."
-    return problem
+    if problem or not (got.changed or want.changed):
+        return problem
+    if not want.changed:
+        return "the answer is right, but it changes an argument in place: work on a copy."
+    if not got.changed:
+        return "the answer is right, but it should write into its argument, and leaves that as it was."
+    return find_problem(got.changed, want.changed, "it writes into its argument what is wrong there:")
 
 
 def where(error: BaseException, function: Callable) -> str:
@@ -214,7 +227,7 @@ def known_mistake(exercise: Exercise, cases: list[tuple], outcomes: list[Outcome
 def same(a: Outcome, b: Outcome) -> bool:
     if a.error is not None or b.error is not None:
         return type(a.error) is type(b.error) and first_line(a.error) == first_line(b.error)
-    return find_problem(b.value, a.value) is None and a.changed == b.changed
+    return find_problem(b.value, a.value) is None and find_problem(b.changed, a.changed) is None
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------

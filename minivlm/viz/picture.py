@@ -5,6 +5,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -36,3 +37,14 @@ class Picture:
         """What a notebook keeps: the PNG itself, and words for those who cannot see it."""
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
+
+
+def from_figure(figure, alt: str) -> Picture:
+    """A ``matplotlib.figure.Figure``, made without pyplot, as a picture. ValueError without words for it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if not alt.strip():
+        raise ValueError("The alt text is empty: say what the figure shows to someone who cannot see it.")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Picture(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), alt)

@@ -1,0 +1,349 @@
+"""The tensor trace: it records what the model computes, and every form of it can be read and stepped through."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import chromium, quiet_page
+from conftest import tiny_model
+from PIL import Image
+
+from minivlm import masks, viz
+from minivlm.viz import trace_pictures
+from minivlm.viz.tracing import Statistics, Trace, steps
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+LAYERS = "language_model.model.layers."
+
+
+@pytest.fixture(scope="module")
+def traced(talker, tiny_processor) -> Trace:
+    return viz.trace(talker, tiny_processor, PICTURE, "caption en", "a cat and two dogs")
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_processor) -> dict[str, torch.Tensor]:
+    batch = tiny_processor(["caption en"], [PICTURE], ["a cat and two dogs"])
+    batch.pop("labels")
+    return batch
+
+
+def hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# --- what is recorded ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_tensors_are_those_that_the_model_computes(talker, traced, batch):
+    tower, decoder = talker.vision_tower.vision_model, talker.language_model.model
+    pixels, ids = batch["pixel_values"], batch["input_ids"]
+    features = talker.encode_image(pixels)
+    merged = talker.embed(ids, features)
+    text = ids.masked_fill(ids == talker.config.image_token_index, 0)
+    patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # as a convolution
+    torch.testing.assert_close(traced.tensor("vision_tower.vision_model.embeddings.patch_embedding"), patches)
+    expected = {
+        "pixel_values": pixels,
+        "vision_tower.vision_model.embeddings": tower.embeddings(pixels),
+        "vision_tower.vision_model.post_layernorm": talker.vision_tower(pixels),
+        "multi_modal_projector": features,
+        "language_model.model.embed_tokens": decoder.embed_tokens(text),
+        "language_model.model.embed": decoder.embed(text),
+        "inputs_embeds": merged,
+        "language_model.model.norm": decoder(merged, batch["attention_mask"], batch["token_type_ids"]),
+        "logits": talker(**batch),
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(traced.tensor(name), tensor), name
+
+
+def test_every_layer_adds_up(talker, traced):
+    """The stream after a layer is the stream before it plus what the two blocks gave."""
+    parts = ("post_attention_layernorm", "post_feedforward_layernorm")
+    before = "inputs_embeds"
+    for i in range(4):
+        blocks = parts if talker.config.text_config.four_norms else ("self_attn", "mlp")
+        total = traced.tensor(before) + sum(traced.tensor(f"{LAYERS}{i}.{block}") for block in blocks)
+        torch.testing.assert_close(total, traced.tensor(f"{LAYERS}{i}"), rtol=1e-5, atol=1e-5)
+        before = f"{LAYERS}{i}"
+
+
+def test_the_masks_are_the_ones_of_the_masks_module(talker, traced, batch):
+    window = talker.config.text_config.sliding_window
+    T = batch["input_ids"].shape[1]
+    full, sliding = masks.attention_masks(batch["attention_mask"], batch["token_type_ids"], T, window)
+    assert torch.equal(traced.tensor("mask"), full)
+    assert ("sliding_mask" in traced) == (window is not None)
+    if window is not None:
+        assert torch.equal(traced.tensor("sliding_mask"), sliding) and not torch.equal(full, sliding)
+
+
+def test_a_mask_that_hides_nothing_is_drawn_all_the_same(talker, tiny_processor):
+    traced = viz.trace(talker, tiny_processor, PICTURE, "caption en")
+    assert traced.tensor("mask").all() and traced["mask"].shape == (1, *[traced["logits"].shape[1]] * 2)
+
+
+def test_everything_is_there_in_the_order_of_computation(talker, traced):
+    modules = [step.name for step in steps(talker)]
+    assert [name for name in traced.names if name in modules] == modules
+    for first, second in (
+        ("pixel_values", "vision_tower.vision_model.embeddings.patch_embedding"),
+        ("vision_tower.vision_model.embeddings.patch_embedding", "vision_tower.vision_model.embeddings"),
+        ("language_model.model.embed_tokens", "language_model.model.embed"),
+        ("language_model.model.embed", "inputs_embeds"),
+        ("inputs_embeds", "mask"),
+        ("language_model.model.norm", "logits"),
+    ):
+        assert traced.names.index(first) < traced.names.index(second)
+    mask = 2 if "sliding_mask" in traced else 1
+    per_layer = 7 if talker.config.text_config.four_norms else 5
+    assert len(traced) == 1 + (2 + 3 * 5 + 1) + 1 + 3 + mask + (4 * per_layer + 1) + 1 == len(set(traced.names))
+
+
+def test_shapes_types_and_statistics_are_those_of_the_tensors(traced):
+    letters = {}
+    for entry in traced:
+        tensor, values = entry.tensor, entry.tensor.double()
+        assert entry.shape == tuple(tensor.shape) and entry.dtype == ("bool" if "mask" in entry.name else "float32")
+        stats = (entry.stats.min, entry.stats.max, entry.stats.mean, entry.stats.std)
+        expected = (values.min(), values.max(), values.mean(), values.std(correction=0))
+        assert stats == pytest.approx([v.item() for v in expected], rel=1e-5, abs=1e-6)
+        assert entry.stats.broken == 0 and not tensor.requires_grad
+        for letter, size in zip(entry.step.letters.split(), entry.shape, strict=True):
+            letters.setdefault((letter, entry.step.stage == "Vision tower"), set()).add(size)
+    assert all(len(sizes) == 1 for sizes in letters.values()), letters
+    assert letters["P", True] == {9} and letters["D", True] == {24} and letters["D", False] == {32}
+
+
+def test_titles_are_short(traced):
+    assert all(entry.title and len(entry.title.split()) <= 12 for entry in traced)
+
+
+def test_statistics_leave_out_what_is_broken():
+    stats = Statistics.of(torch.tensor([1.0, 3.0, float("nan"), float("-inf")]))
+    assert (stats.min, stats.max, stats.mean, stats.std, stats.broken) == (1, 3, 2, 1, 0.5)
+    nothing = Statistics.of(torch.full((2,), float("nan")))
+    assert np.isnan(nothing.mean) and nothing.broken == 1
+
+
+def test_broken_numbers_are_seen_and_said(tiny_processor):
+    model = tiny_model(1, vocab_size=tiny_processor.tokenizer.get_vocab_size())
+    model.config.image_token_index = tiny_processor.image_token_id
+    with torch.no_grad():
+        model.vision_tower.vision_model.post_layernorm.weight[5] = float("nan")
+    traced = viz.trace(model, tiny_processor, PICTURE, "caption en")
+    entry = traced["vision_tower.vision_model.post_layernorm"]
+    assert entry.stats.broken == pytest.approx(1 / 24)
+    assert "NaN" in entry.picture.alt and "NaN" in entry.key and "4.2% NaN or infinite" in str(traced)
+    assert not traced.next_words and "NaN" in traced["logits"].picture.alt and "NaN" in traced.overview.alt
+    column = np.asarray(entry.picture.image)[:, 5]
+    assert (column == trace_pictures.rgb(trace_pictures.VERMILION)).all()
+
+
+def test_bfloat16_is_kept_as_it_is(tiny_processor):
+    model = tiny_model(2, vocab_size=tiny_processor.tokenizer.get_vocab_size()).bfloat16()
+    model.config.image_token_index = tiny_processor.image_token_id
+    traced = viz.trace(model, tiny_processor, PICTURE, "caption en")
+    assert traced["logits"].dtype == "bfloat16" and traced["pixel_values"].dtype == "float32"
+
+
+def test_the_model_is_left_as_it_was(talker, tiny_processor, monkeypatch):
+    before = {name: value.clone() for name, value in talker.state_dict().items()}
+    viz.trace(talker, tiny_processor, PICTURE, "caption en")
+    assert hooks(talker) == 0
+    assert all(torch.equal(value, before[name]) for name, value in talker.state_dict().items())
+
+    def fail(*args):
+        assert hooks(talker) > 0
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(masks, "attention_masks", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        viz.trace(talker, tiny_processor, PICTURE, "caption en")
+    assert hooks(talker) == 0
+
+
+def test_it_is_a_sequence_with_names(traced):
+    assert traced[0].name == "pixel_values" and traced[-1] is traced["logits"] is list(traced)[-1]
+    assert "logits" in traced and "logit" not in traced and len(traced[:3]) == 3
+    assert traced.tensor(f"{LAYERS}0.self_attn") is traced[f"{LAYERS}0.self_attn"].tensor
+
+
+def test_a_wrong_name_gets_the_nearest_ones(traced):
+    with pytest.raises(ValueError, match=r"'layers.2.self_atn' was recorded; near it are .*layers\.2\.self_attn"):
+        traced["layers.2.self_atn"]
+    with pytest.raises(ValueError, match="'image' was recorded; near it are"):
+        traced.tensor("image")
+
+
+def test_what_the_processor_refuses_is_refused(talker, tiny_processor):
+    with pytest.raises(ValueError, match="prompt"):
+        viz.trace(talker, tiny_processor, PICTURE, "")
+
+
+def test_the_next_words_are_those_after_the_prompt(talker, traced, batch, tiny_processor):
+    last = int((batch["token_type_ids"][0] == 0).sum()) - 1
+    chances, ids = talker(**batch)[0, last].softmax(-1).topk(5)
+    assert [chance for _, chance in traced.next_words] == pytest.approx(chances.tolist())
+    names = [tiny_processor.tokenizer.id_to_token(i) for i in ids.tolist()]
+    assert [word.replace(" ", "▁").replace("↵", "\n") for word, _ in traced.next_words] == names
+    assert traced.next_words[0][0] in traced["logits"].picture.alt
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_small_and_described(traced):
+    for entry in traced:
+        width, height = entry.picture.image.size
+        assert entry.name == "logits" or max(width, height) <= 96
+        assert len(entry.picture.alt) > 20 and entry.key
+    assert traced["mask"].picture.image.size == traced["mask"].shape[1:]
+
+
+def test_the_picture_is_the_picture(traced):
+    assert (np.asarray(traced["pixel_values"].picture.image) == np.asarray(PICTURE)).all()
+
+
+def test_a_mask_is_light_where_one_may_look(traced):
+    brightness = np.asarray(traced["mask"].picture.image).sum(-1)
+    allowed = traced.tensor("mask")[0].numpy()
+    assert brightness[allowed].min() > brightness[~allowed].max()
+
+
+def test_heat_maps_pick_evenly_and_grow_lighter_with_the_numbers():
+    table = torch.arange(300.0)[None].repeat(200, 1)
+    picture, key = trace_pictures.heat_map("x", table, "tokens")
+    pixels = np.asarray(picture.image).astype(int).sum(-1)
+    assert pixels.shape == (96, 96) and (pixels == pixels[0]).all() and (np.diff(pixels[0]) >= 0).all()
+    assert "96 × 96 of them" in key and "200 tokens by 300 dimensions" in picture.alt
+    flat, _ = trace_pictures.heat_map("x", torch.zeros(3, 4), "tokens")
+    assert flat.image.size == (4, 3)
+
+
+# --- forms ---------------------------------------------------------------------------------------------------------
+
+
+def test_plain_text_names_everything_once(traced):
+    text = str(traced)
+    assert text.startswith("9 × <image> <bos>caption en↵a cat and two dogs<eos>")
+    assert len(re.findall(r"\w = \d", text)) == len(traced)
+    for word in ("Vision tower", "layer 3", "self_attn", "B T V = 1 × "):
+        assert word in text
+
+
+def test_a_notebook_gets_all_forms(traced):
+    data, metadata = traced._repr_mimebundle_()
+    assert set(data) == {"text/html", "image/png", "text/plain"}
+    alt = metadata["image/png"]["alt"]
+    assert "Vision tower" in alt and traced.next_words[0][0] in alt
+    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as shown:
+        assert shown.info["Description"] == alt and shown.width > 600
+    assert traced._repr_mimebundle_() == (data, metadata)  # nothing random: two builds are alike
+    data, metadata = traced["mask"]._repr_mimebundle_()
+    assert data["text/plain"] == repr(traced["mask"]) and metadata["image/png"]["alt"] == traced["mask"].picture.alt
+
+
+def test_the_page_is_written_where_asked(traced, tmp_path):
+    traced.save_html(tmp_path / "new" / "trace.html")
+    assert (tmp_path / "new" / "trace.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    with pytest.raises(ValueError, match="must end in .html"):
+        traced.save_html(tmp_path / "trace.png")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page_url(traced, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("trace") / "trace.html"
+    traced.save_html(path)
+    return path.as_uri()
+
+
+def current(page) -> str:
+    """The dotted name in the pane, which must be that of the marked row, the only one."""
+    assert page.locator("summary[aria-current]").count() == 1
+    return page.locator(".pane code").inner_text()
+
+
+def test_buttons_keys_and_clicks_step_through_everything(browser, page_url, traced):
+    names = traced.names
+    with quiet_page(browser, viewport={"width": 1000, "height": 700}) as page:
+        page.goto(page_url)
+        assert current(page) == names[0] and page.get_by_text("← Previous").is_disabled()
+        for expected in names[1:4]:
+            page.get_by_text("Next →").click()
+            assert current(page) == expected
+        for expected in names[4:]:
+            page.keyboard.press("ArrowRight")
+            assert current(page) == expected
+            assert page.locator("summary[aria-current]").is_visible()
+        page.keyboard.press("ArrowDown")  # there is nothing after the last
+        assert current(page) == names[-1] and page.get_by_text("Next →").is_disabled()
+        assert page.locator("output").inner_text() == f"{len(names)} of {len(names)}"
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowUp")
+        assert current(page) == names[-3]
+        page.keyboard.press("Home")
+        assert current(page) == names[0]
+        page.locator(".steps button", has_text="Decoder").click()
+        assert current(page) == f"{LAYERS}0.input_layernorm"
+        page.locator(".layer > summary", has_text="layer 2").last.click()
+        page.locator(".layer", has_text="layer 2").last.locator("summary span").get_by_text("mlp", exact=True).click()
+        assert current(page) == f"{LAYERS}2.mlp"
+        assert page.locator(".pane img").get_attribute("alt") == traced[f"{LAYERS}2.mlp"].picture.alt
+        assert page.locator(".pane td").first.inner_text() == traced[f"{LAYERS}2.mlp"].shape_text
+
+
+def test_rows_can_be_reached_and_chosen_by_keyboard_alone(browser, page_url, traced):
+    with quiet_page(browser) as page:
+        page.goto(page_url)
+        page.locator(".entry > summary").nth(1).focus()
+        page.keyboard.press("Enter")
+        assert current(page) == traced.names[1]
+        page.keyboard.press("ArrowDown")
+        assert page.evaluate("document.activeElement.hasAttribute('aria-current')")
+
+
+def test_without_a_script_the_tree_opens_and_shows_pictures(browser, page_url, traced):
+    with quiet_page(browser, java_script_enabled=False) as page:
+        page.goto(page_url)
+        overview = page.locator("img.overview")
+        assert overview.is_visible() and overview.get_attribute("alt") == traced.overview.alt
+        assert not page.locator("button").count()
+        entry = page.locator(".entry").first
+        assert entry.locator("table").is_hidden()
+        entry.locator("summary").click()
+        assert entry.locator("table").is_visible() and entry.locator("img").is_visible()
+
+
+def test_what_a_sanitiser_leaves_says_as_much(browser, traced, tmp_path):
+    """JupyterLab, where it does not trust a notebook, takes scripts and styles away (JupyterLab 4.6, Sanitizer)."""
+    html = re.sub(r"<(script|style)>.*?</\1>", "", traced._repr_mimebundle_()[0]["text/html"], flags=re.DOTALL)
+    (tmp_path / "left.html").write_text(f'<meta charset="utf-8">{html}', encoding="utf-8")
+    with quiet_page(browser) as page:
+        page.goto((tmp_path / "left.html").as_uri())
+        assert page.locator("img.overview").is_visible() and page.locator(".entry").count() == len(traced)
+        assert not page.locator("button").count()
+
+
+def test_two_traces_on_a_page_step_apart_and_odd_prompts_stay_text(browser, talker, tiny_processor, tmp_path):
+    traced = viz.trace(talker, tiny_processor, PICTURE, '</script><img src=x onerror="boom()"> &amp; caption')
+    html = traced._repr_mimebundle_()[0]["text/html"]
+    (tmp_path / "two.html").write_text(f'<meta charset="utf-8"><div>{html}</div><div>{html}</div>', encoding="utf-8")
+    with quiet_page(browser) as page:
+        page.goto((tmp_path / "two.html").as_uri())
+        assert "<img src=x" in page.locator(".minivlm-trace > .muted").first.inner_text()
+        page.get_by_text("Next →").last.focus()
+        page.keyboard.press("ArrowRight")
+        shown = page.locator(".pane code").all_inner_texts()
+        assert shown == traced.names[:2]
