@@ -297,11 +297,32 @@ def run_doctor(args: argparse.Namespace) -> None:
     print(doctor.report())
 
 
+# --- grade ---------------------------------------------------------------------------------------------------------
+
+
+def add_grade_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("submissions", type=Path, help="a folder with NAME.ipynb, or with a folder for each student")
+    out = Path("grades.csv")
+    parser.add_argument("--out", type=Path, default=out, metavar="OUT.csv", help=f"marks to write; default {out}")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the random cases; default 1234")
+    limit = "for one notebook; a cell or an exercise may take a quarter of it; default 120"
+    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help=f"seconds {limit}")
+    parser.add_argument("--chapter", metavar="NN", help="grade this one alone, such as 05; all handed in otherwise")
+
+
+def run_grade(args: argparse.Namespace) -> None:
+    from minivlm.exercises import grading
+
+    grading.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter)
+    note(f"Wrote {args.out}, and {grading.messages_path(args.out)} with a sentence for every lost mark.")
+
+
 COMMANDS = {
     "demo": ("show what the embedded checkpoint can do", add_demo_arguments, run_demo),
     "generate": ("answer prompts about a picture", add_generate_arguments, run_generate),
     "evaluate": ("measure a checkpoint on held-out scenes", add_evaluate_arguments, run_evaluate),
     "train": ("train a small PaliGemma from nothing", add_train_arguments, run_train),
+    "grade": ("grade a folder of notebooks, a row per student", add_grade_arguments, run_grade),
     "doctor": ("say what is installed and what would run, for a bug report", lambda parser: None, run_doctor),
 }
 

@@ -140,7 +140,7 @@ def build_suffix(suffix: str, eos_token: str = EOS) -> str:
     return suffix + eos_token
 
 
-def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str) -> Int64[np.ndarray, "B T"]:
+def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Int64[np.ndarray, "B T"]:
     """Rows of different lengths → one array, filled with `value` on the given side, "left" or "right"."""
     longest = max(map(len, rows))
     padded = np.full((len(rows), longest), value, dtype=np.int64)
@@ -148,6 +148,20 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str) -> In
         start = 0 if side == "right" else longest - len(row)
         line[start : start + len(row)] = row
     return padded
+
+
+def assemble(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int, side: str
+) -> tuple[Int64[np.ndarray, "B T"], Int64[np.ndarray, "B T"], Int64[np.ndarray, "B T"], Int64[np.ndarray, "B T"]]:
+    """Ids of prompts and answers, row by row → input_ids, attention_mask, token_type_ids and labels.
+
+    attention_mask: 1 on tokens, 0 on padding. token_type_ids: 1 on the answer, 0 elsewhere. labels: the answer's own
+    ids, -100 elsewhere; the loss does the shift by one.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    types = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, types = pad(rows, pad_id, side), pad(types, 0, side)
+    return ids, pad([[1] * len(row) for row in rows], 0, side), types, np.where(types == 1, ids, IGNORED)
 
 
 # --- both together -------------------------------------------------------------------------------------------------
@@ -206,19 +220,12 @@ class Processor:
     def tokens(self, prefixes: list[str], suffixes: list[str] | None, padding_side: str) -> dict[str, Tensor]:
         """Checked prompts, and answers or None → everything of the batch but the pixels."""
         # The tokenizer would cut each <image> out of the prompt first: P copies of its id say the same, much faster.
-        image = np.full(self.num_image_tokens, self.image_token_id)
-        prompts = self.encode([build_prompt(p, BOS, self.image_token, num_image_tokens=0) for p in prefixes])
+        image = [self.image_token_id] * self.num_image_tokens
+        prompts = [image + text for text in self.encode([build_prompt(p, BOS, self.image_token, 0) for p in prefixes])]
         answers = [[]] * len(prompts) if suffixes is None else self.encode([build_suffix(s, EOS) for s in suffixes])
-        rows = [np.concatenate([image, np.array(p + a, dtype=np.int64)]) for p, a in zip(prompts, answers, strict=True)]
-        types = [[0] * (len(row) - len(a)) + [1] * len(a) for row, a in zip(rows, answers, strict=True)]
-        arrays = {
-            "input_ids": pad(rows, self.pad_token_id, padding_side),
-            "attention_mask": pad([np.ones(len(row)) for row in rows], 0, padding_side),
-            "token_type_ids": pad(types, 0, padding_side),
-        }
-        if suffixes is not None:
-            arrays["labels"] = np.where(arrays["token_type_ids"] == 1, arrays["input_ids"], IGNORED)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        names = ("input_ids", "attention_mask", "token_type_ids") + ("labels",) * (suffixes is not None)
+        arrays = assemble(prompts, answers, self.pad_token_id, padding_side)
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=False)}
 
     def pixels(self, images: list) -> Float[Tensor, "B 3 H W"]:
         """Pictures of any shapes → one float32 tensor, by the five steps above."""

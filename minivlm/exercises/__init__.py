@@ -38,6 +38,7 @@ CHAPTERS = {
 }
 _DECLARED = [e for number in CHAPTERS for e in import_module(f"minivlm.exercises.ch{number}").EXERCISES]
 EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in _DECLARED}
+assert len(EXERCISES) == len(_DECLARED), "two exercises have one name"
 
 
 def find(name: str) -> Exercise:

@@ -150,6 +150,7 @@ CLIP_LOSS = Exercise(
     cases=pair_cases,
     difficulty=2,
     minutes=10,
+    points=3,
     mistakes=(
         Mistake(
             "asks the pictures alone: rows only",
@@ -270,6 +271,7 @@ RANKS = Exercise(
     cases=similarity_cases,
     difficulty=3,
     minutes=12,
+    points=3,
     mistakes=(
         Mistake(
             "ranks the texts of each picture, not the pictures of each text",

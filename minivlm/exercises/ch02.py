@@ -194,6 +194,7 @@ SIGMOID_LOSS = Exercise(
     cases=labelled_cases,
     difficulty=2,
     minutes=12,
+    points=3,
     mistakes=(
         Mistake(
             "takes the mean over all pairs, not the sum per picture",
@@ -287,6 +288,7 @@ CHUNKED = Exercise(
     cases=chunk_cases,
     difficulty=3,
     minutes=15,
+    points=4,
     mistakes=(
         Mistake(
             "starts the diagonal anew in every chunk",

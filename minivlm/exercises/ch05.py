@@ -141,6 +141,7 @@ PADDING = Exercise(
     cases=padding_cases,
     difficulty=2,
     minutes=10,
+    points=3,
     mistakes=(
         Mistake(
             "leaves padding visible",
@@ -253,6 +254,7 @@ SUFFIX_LOSS = Exercise(
     cases=loss_cases,
     difficulty=3,
     minutes=12,
+    points=3,
     mistakes=(
         Mistake(
             "asks each token for itself instead of for the next one",

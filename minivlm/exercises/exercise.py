@@ -58,9 +58,14 @@ class Exercise:
         return self.key.split(".")[0]
 
     @property
-    def plugs_in(self) -> bool:
-        """Whether the model itself calls this piece."""
+    def in_package(self) -> bool:
+        """Whether the reference is a piece of the package, not one written for the exercise."""
         return not self.reference.__module__.startswith("minivlm.exercises")
+
+    @property
+    def plugs_in(self) -> bool:
+        """Whether a model that answers calls this piece: the losses are for training alone."""
+        return self.in_package and self.reference.__module__ != "minivlm.losses"
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def without_reference(exercise: Exercise):
     def refuse(*args, **kwargs):
         raise CallsThePackage
 
-    with replaced({exercise.reference: refuse} if exercise.plugs_in else {}):
+    with replaced({exercise.reference: refuse} if exercise.in_package else {}):
         yield
 
 
@@ -166,6 +171,8 @@ def examine(exercise: Exercise, function: Any, seed: int) -> Result:
 
 def what_is_no_function(exercise: Exercise, function: Any, case: tuple) -> str | None:
     """A sentence where this cannot be called with the exercise's arguments."""
+    if exercise.in_package and function is exercise.reference:
+        return "not yet: this is the package's own function. Write it yourself, you will learn more."
     wanted = ", ".join(inspect.signature(exercise.reference).parameters)
     if not callable(function):
         return f"not yet: this is {describe(function)}, and should be a function of ({wanted})."

@@ -75,6 +75,8 @@ def lines(series: Mapping[str, tuple], title: str, x_label: str, y_label: str, l
     Raises:
         ValueError: no or too many series, x and y of different lengths, or nothing positive on a logarithmic axis.
     """
+    from matplotlib.ticker import NullFormatter
+
     if not 1 <= len(series) <= len(LOOKS):
         raise ValueError(f"A chart shows one to {len(LOOKS)} series, not {len(series)}.")
     if log not in ("", "x", "y", "xy"):
@@ -92,9 +94,11 @@ def lines(series: Mapping[str, tuple], title: str, x_label: str, y_label: str, l
     if "x" in log:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(power_of_ten)
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if "y" in log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(power_of_ten)
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif all((y >= 0).all() for _, y in curves.values()):
         axes.set_ylim(bottom=0)
     if len(curves) > 1:

@@ -215,6 +215,8 @@ bugs = {
     "blue, green, red": lambda x: x.flip(1),
     "on its side": lambda x: x.transpose(2, 3),
 }
+
+# %%
 counted = {}
 for name, bug in tqdm(bugs.items(), unit="run"):
     counted[name], first = captions(lambda batch, bug=bug: batch | {"pixel_values": bug(batch["pixel_values"])})
@@ -222,7 +224,7 @@ for name, bug in tqdm(bugs.items(), unit="run"):
 assert counted["as it should be"] > max(counted["reshape instead of permute"], counted["not normalised, 0…1"])
 
 # %% [markdown]
-# The model answers fluently in every case. The one repair is to prepare pictures exactly as in training: look at the numbers
+# The model writes captions in every case. The one repair is to prepare pictures exactly as in training: look at the numbers
 # (smallest, largest, shape), and draw what goes into the model.
 #
 # ## Odd pictures
@@ -298,7 +300,7 @@ for text in ("caption en\n", "answer en how many zebras are there?", "Caption en
 # PaliGemma adds words that no text has:
 #
 # * `<loc0000>` … `<loc1023>`: places along a side of the picture. Four of them are a box.
-# * `<seg000>` … `<seg127>`: shapes. Sixteen of them are the outline of a thing (chapter 08). There are **128**, not 108 as
+# * `<seg000>` … `<seg127>`: shapes. Sixteen of them are the mask of a thing (chapter 08). There are **128**, not 108 as
 #   some explanations say: 108 is something else, the id of the newline in Gemma's vocabulary.
 # * `<image>`: holds the place of a patch.
 
@@ -306,17 +308,9 @@ for text in ("caption en\n", "answer en how many zebras are there?", "Caption en
 vocabulary = processor.tokenizer.get_vocab()
 places = sorted(word for word in vocabulary if word.startswith("<loc"))
 shapes = sorted(word for word in vocabulary if word.startswith("<seg"))
-print(
-    len(vocabulary),
-    "tokens, of which",
-    len(places),
-    "places",
-    (places[0], places[-1]),
-    "and",
-    len(shapes),
-    "shapes",
-    (shapes[0], shapes[-1]),
-)
+print(len(vocabulary), "tokens in all")
+print(len(places), "places, from", places[0], "to", places[-1])
+print(len(shapes), "shapes, from", shapes[0], "to", shapes[-1])
 assert (len(places), len(shapes)) == (1024, 128)
 
 # %% [markdown]
@@ -591,6 +585,8 @@ transformers.utils.logging.set_verbosity_error()
 folder = minivlm.checkpoint.resolve(None)
 tokenizer = transformers.PaliGemmaProcessor.from_pretrained(folder).tokenizer
 theirs = transformers.PaliGemmaProcessor(SiglipImageProcessorPil.from_pretrained(folder), tokenizer)
+
+# %%
 for side in ("left", "right"):
     reference = theirs(
         text=prompts, images=images, suffix=suffixes, padding=True, padding_side=side, return_tensors="pt"

@@ -1,0 +1,346 @@
+"""Grading a class: what each kind of submission gets, and that none can hurt another.
+
+One made-up class is graded once, with everything in it that students hand in.
+"""
+
+import copy
+import csv
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from minivlm.__main__ import main
+from minivlm.exercises import EXERCISES, grading
+from minivlm.exercises.grading import Mark, Report, find_students, grade_notebook, harmless
+from minivlm.exercises.worker import essentials
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import build_notebooks
+
+CHAPTER = '''# %% [markdown]
+# # A small chapter
+
+# %%
+import torch
+from minivlm import exercises
+
+# %%
+while True:  # shows something for a long time
+    pass
+
+
+# %%
+def block_mask(mask_ar):
+    """[B, T] → [B, T, T]."""
+    ### BEGIN SOLUTION
+    block = mask_ar.cumsum(-1)
+    return block[..., None, :] <= block[..., :, None]
+    ### END SOLUTION
+
+
+# %%
+exercises.check(block_mask)
+### BEGIN HIDDEN TESTS
+exercises.score(block_mask, points=2, seed=1)
+### END HIDDEN TESTS
+
+# %%
+block_mask = exercises.piece("block_mask")
+
+
+# %%
+def prefix_lm_mask(token_type_ids):
+    """[B, T] → [B, T, T]."""
+    ### BEGIN SOLUTION
+    return block_mask(token_type_ids)
+    ### END SOLUTION
+
+
+# %%
+exercises.check(prefix_lm_mask)
+### BEGIN HIDDEN TESTS
+exercises.score(prefix_lm_mask, points=2, seed=1)
+### END HIDDEN TESTS
+'''
+BLOCK, PREFIX = "05.1 block_mask", "05.2 prefix_lm_mask"
+# Where the rows of a case differ, some cases are right: a batch of one hides that only the first row is read.
+HALF = """def block_mask(mask_ar):
+    block = mask_ar[:1].expand(mask_ar.shape).cumsum(-1)
+    return block[..., None, :] <= block[..., :, None]"""
+SOLVED_OWN_WAY = """from math import inf
+%matplotlib inline
+!echo hello
+def first(mask_ar):
+    return mask_ar.cumsum(-1)
+def block_mask(mask_ar):
+    block = first(mask_ar)
+    return block.unsqueeze(-2) <= block.unsqueeze(-1)
+display(block_mask); input"""
+CHEAT = """
+import builtins, os
+from minivlm import masks
+from minivlm.exercises import exercise
+passed = lambda *args, **kwargs: exercises.Result("passed", passed=True, score=1.0)
+exercises.check = exercises.score = exercise.examine = exercise.Result = passed
+exercise.what_is_wrong = exercise.find_problem = lambda *args, **kwargs: None
+exercises.EXERCISES.clear()
+torch.equal = builtins.all = lambda *args: True
+for file in range(1, 20):
+    try:
+        os.write(file, b'{"exercise": "block_mask", "score": 1, "message": ""}\\n' * 9)
+    except OSError:
+        pass
+def block_mask(mask_ar):
+    return masks.block_mask(mask_ar)
+"""
+FORK = """
+import os, time
+pids = [os.fork() for _ in range(3)]
+if 0 in pids:
+    while True:
+        time.sleep(1)
+open({path!r}, "w").write(" ".join(map(str, pids)))
+"""
+# what is put below block_mask in an otherwise perfect notebook
+ADDED = {
+    "raises": "\nraise RuntimeError('oh')",
+    "exits": "\nimport sys; sys.exit()",
+    "asks": "\ninput('your name?')",
+    "dies": "\nimport os; os._exit(0)",
+    "segfault": "\nimport ctypes; ctypes.string_at(0)",
+    "loops": "\nwhile True:\n    try:\n        pass\n    except BaseException:\n        pass",
+    "prints": "\nfor _ in range(300): print('x' * 100_000)",
+    "thread": "\nimport threading; threading.Thread(target=__import__('time').sleep, args=(9999,)).start()",
+    "hungry": "\njunk = torch.empty(1 << 33, dtype=torch.uint8)\ndel block_mask",
+}
+# and what is put first into its function
+INSIDE = {"dies inside": "import os; os._exit(0)", "loops inside": "while True: pass", "leaves": "raise SystemExit"}
+
+
+@pytest.fixture(scope="module")
+def chapter(tmp_path_factory) -> dict:
+    source = tmp_path_factory.mktemp("source") / "05_small.py"
+    source.write_text(CHAPTER)
+    return {kind: build_notebooks.build(source, kind) for kind in ("learner", "solution")}
+
+
+def changed(notebook, edit, name: str = "block_mask"):
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.id == name:
+            cell.source = edit(cell.source)
+    return notebook
+
+
+def without_ids(notebook):
+    """As some editors save it: new ids and no metadata; without the cell that never ends."""
+    notebook = copy.deepcopy(notebook)
+    notebook.cells = [cell for cell in notebook.cells if "while True" not in cell.source]
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"new-{i}", {}
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def graded(chapter, tmp_path_factory) -> dict:
+    """Everyone's row, everyone's messages, and the children that were left behind."""
+    folder, out = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("out")
+    perfect, stub = chapter["solution"], chapter["learner"]
+    books = {"perfect": perfect, "stub": stub, "no ids": without_ids(perfect), "=1+1": perfect, "Zoë": perfect}
+    books["half"] = changed(perfect, lambda text: HALF)
+    books["own way"] = changed(perfect, lambda text: SOLVED_OWN_WAY)
+    books["named mistake"] = changed(perfect, lambda text: text.replace("<=", ">="))
+    books["renamed"] = changed(perfect, lambda text: text.replace("block_mask", "blockmask"))
+    books["no syntax"] = changed(perfect, lambda text: text.replace("return", "retrun "))
+    books["the package's"] = changed(stub, lambda text: "from minivlm.masks import block_mask")
+    books["cheat"] = changed(stub, lambda text: text + CHEAT)
+    books["forks"] = changed(perfect, lambda text: text + FORK.format(path=str(out / "pids")))
+    books |= {name: changed(perfect, lambda text, more=more: text + more) for name, more in ADDED.items()}
+    for name, first in INSIDE.items():
+        books[name] = changed(
+            perfect, lambda text, first=first: text.replace("    block =", f"    {first}\n    block =")
+        )
+    if os.name != "posix":
+        del books["forks"]
+    for name, book in books.items():
+        nbformat.write(book, folder / f"{name}.ipynb")
+    (folder / "no json.ipynb").write_text('{"cells": [')
+    (folder / "empty.ipynb").write_text("")
+    (folder / "binary.ipynb").write_bytes(bytes(range(256)) * 9)
+    (folder / "list.ipynb").write_text("[]")
+    (folder / "deep.ipynb").write_text("[" * 200_000)
+    (folder / "version 3.ipynb").write_text('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}')
+    (folder / "notes.txt").write_text("not graded")
+    argv = ["grade", str(folder), "--out", str(out / "grades.csv"), "--seed", "77", "--time-limit", "60"]
+    assert main(argv) == 0
+    return {"rows": table(out / "grades.csv"), "messages": table(out / "grades.messages.csv"), "out": out}
+
+
+def table(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def marks(graded, student: str) -> tuple[float, float]:
+    (row,) = [row for row in graded["rows"] if row["student"] == student]
+    assert float(row["total"]) == float(row[BLOCK]) + float(row[PREFIX]) + 0.0
+    return float(row[BLOCK]), float(row[PREFIX])
+
+
+def said(graded, student: str) -> str:
+    return "\n".join(row["message"] for row in graded["messages"] if row["student"] == student)
+
+
+def test_a_row_per_student_and_a_column_per_exercise_of_the_chapter(graded):
+    columns = [f"{e.key} {e.name}" for e in EXERCISES.values() if e.chapter == "05"]
+    assert list(graded["rows"][0]) == ["student", *columns, "total", "max"]
+    most = sum(e.points for e in EXERCISES.values() if e.chapter == "05")
+    assert {float(row["max"]) for row in graded["rows"]} == {most}
+    names = [row["student"] for row in graded["rows"]]
+    assert len(names) == len(set(names)) >= 30 and "notes" not in names
+
+
+@pytest.mark.parametrize("student", ["perfect", "no ids", "'=1+1", "Zoë", "own way", "prints", "thread"])
+def test_right_is_full_marks(graded, student):
+    assert marks(graded, student) == (2, 2), said(graded, student)
+
+
+def test_a_stub_is_not_attempted(graded):
+    assert marks(graded, "stub") == (0, 0)
+    assert said(graded, "stub").count("not attempted yet") == 2
+
+
+def test_partial_credit_and_the_name_of_the_mistake(graded):
+    assert 0 < marks(graded, "half")[0] < 2 and marks(graded, "half")[1] == 2
+    mistake = EXERCISES["block_mask"].mistakes[0]
+    assert marks(graded, "named mistake") == (0, 2)
+    assert mistake.name in said(graded, "named mistake") and mistake.hint in said(graded, "named mistake")
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("renamed", "defines no function of this name"),
+        ("no syntax", "the cell that defines it fails: SyntaxError"),
+        ("dies", "ended the Python process"),
+        ("segfault", "ended the Python process"),
+        ("loops", "longer than 15 seconds"),
+        ("dies inside", "ended the Python process"),
+        ("loops inside", "longer than 15 seconds"),
+        ("leaves", "raises SystemExit"),
+        ("the package's", "no function of this name"),
+    ],
+)
+def test_what_breaks_loses_its_own_mark_alone(graded, student, message):
+    assert marks(graded, student) == (0, 0 if student == "the package's" else 2), said(graded, student)
+    assert message in said(graded, student)
+
+
+@pytest.mark.parametrize("student", ["raises", "exits", "asks"])
+def test_what_stood_before_an_error_counts(graded, student):
+    assert marks(graded, student) == (2, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no limit of memory")
+def test_memory_is_limited(graded):
+    assert marks(graded, "hungry") == (2, 2)  # no memory, so no `del`
+
+
+def test_tricks_give_no_marks(graded):
+    assert marks(graded, "cheat") == (0, 0), said(graded, "cheat")
+    assert "the package's own" in said(graded, "cheat")
+
+
+@pytest.mark.parametrize("student", ["no json", "empty", "binary", "list", "deep"])
+def test_no_notebook_loses_its_own_marks_alone(graded, student):
+    assert marks(graded, student) == (0, 0)
+    assert "This is no notebook that can be read" in said(graded, student)
+
+
+def test_an_old_notebook_without_cells(graded):
+    assert marks(graded, "version 3") == (0, 0) and said(graded, "version 3")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
+def test_nothing_goes_on_running(graded):
+    assert marks(graded, "forks") == (2, 2)
+    for pid in (graded["out"] / "pids").read_text().split():
+        stat = Path(f"/proc/{pid}/stat")
+        assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+
+
+# --- without running anything ---------------------------------------------------------------------------------------
+
+
+def test_students_are_files_or_folders(tmp_path):
+    for name in ("ada.ipynb", "bob/05/05.ipynb", "bob/06.ipynb", "bob/.ipynb_checkpoints/06.ipynb", ".git/x.ipynb"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "cy").mkdir()
+    found = find_students(tmp_path)
+    assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+        "ada": ["ada.ipynb"],
+        "bob": ["05.ipynb", "06.ipynb"],
+        "cy": [],
+    }
+
+
+def test_the_better_mark_counts():
+    report = Report({"05"}, {"a": Mark(0.5, "half"), "b": Mark(1.0, "")})
+    report.add(Report({"06"}, {"a": Mark(0.7, "more"), "b": Mark(0.0, "no"), "c": Mark(0.1, "c")}, ["late"]))
+    assert report.chapters == {"05", "06"} and report.problems == ["late"]
+    assert {name: mark.score for name, mark in report.marks.items()} == {"a": 0.7, "b": 1.0, "c": 0.1}
+
+
+@pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_no_cell_is_a_formula(text):
+    assert harmless(text) == "'" + text
+
+
+def test_other_cells_stay():
+    assert [harmless(cell) for cell in ("Ada", 0, 1.5, "")] == ["Ada", 0, 1.5, ""]
+    assert harmless("\udcff") == "\\udcff"
+
+
+def test_only_what_others_need_of_a_cell_that_shows_something():
+    source = "import os\nN = 4\nx = N * 2\ndef f(): pass\nf = exercises.piece('f')\nprint(1)\nclass A: pass\nwhile 1: 1"
+    kept = "import os\nN = 4\n\ndef f():\n    pass\nf = exercises.piece('f')\n\nclass A:\n    pass"
+    assert essentials(source) == kept
+
+
+def test_a_notebook_may_not_break_processes_for_ever(chapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "ATTEMPTS", 1)
+    path = tmp_path / "05.ipynb"
+    nbformat.write(changed(chapter["solution"], lambda text: "import os; os._exit(1)"), path)
+    report = grade_notebook(path, 0, 60)
+    assert {mark.score for mark in report.marks.values()} == {0.0}
+    assert "broke 1 process" in report.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "no folder"),
+        (["."], "holds no notebooks"),
+        ([".", "--out", "."], "name a file"),
+        ([".", "--out", "nowhere/grades.csv"], "in a folder that exists"),
+        ([".", "--seed", "-1"], "--seed must be 0 or more"),
+        ([".", "--time-limit", "0"], "--time-limit must be more than 0"),
+        ([".", "--chapter", "5"], "no chapter '5'"),
+    ],
+)
+def test_a_teachers_mistakes_are_one_sentence(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["grade", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_without_exercises_is_told(tmp_path, capsys):
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "ada.ipynb")
+    assert main(["grade", str(tmp_path), "--out", str(tmp_path / "grades.csv")]) == 2
+    assert "name the chapter with --chapter" in capsys.readouterr().err
