@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(NEW_ENOUGH)" 2>/dev/null 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help run test lab train evaluate lint
+.PHONY: help run test lab notebooks class train evaluate lint
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -22,6 +22,12 @@ test: .venv/installed-dev  ## install what development needs, then run every tes
 
 lab: .venv/installed  ## open JupyterLab
 	@$(PY) -m jupyterlab $(wildcard notebooks)
+
+notebooks: .venv/installed-dev  ## build the notebooks from notebooks/source, and run them
+	@$(PY) scripts/build_notebooks.py
+
+class: .venv/installed-dev  ## the notebooks for a class, into build/class; SEED=… hides the tests
+	@$(PY) scripts/build_notebooks.py --class build/class $(if $(SEED),--seed $(SEED))
 
 train: .venv/installed  ## train the embedded checkpoint anew, into runs/
 	@$(PY) -m minivlm train

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import minivlm
 from minivlm import exercises, masks, scenes
 from minivlm.exercises import CHAPTERS, EXERCISES, kept
+from minivlm.exercises.__main__ import table
 from minivlm.exercises.exercise import call, examine, what_is_wrong
 from minivlm.exercises.patch import replaced
 
@@ -88,6 +89,12 @@ def test_known_mistake_is_rejected_and_named(exercise, mistake):
         assert not result.passed and result.attempted
         assert result.mistake == mistake.name, result
         assert mistake.hint in str(result)
+
+
+def test_the_teachers_table_is_what_is_declared():
+    text = (SOURCES.parents[1] / "docs" / "teaching.md").read_text(encoding="utf-8")
+    between = text.split("<!-- exercises -->")[1].split("<!-- /exercises -->")[0]
+    assert between.strip() == table().strip(), "python -m minivlm.exercises prints it"
 
 
 # --- solutions and stubs --------------------------------------------------------------------------------------------

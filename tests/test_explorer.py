@@ -531,8 +531,9 @@ def test_in_jupyterlab_a_stored_picture_becomes_a_widget(browser, tmp_path):
             picture = page.locator(".jp-OutputArea-output img[alt^='An attention mask']")
             picture.first.wait_for()  # an untrusted notebook: no frame, no script
             assert page.locator("iframe[data-mask-explorer]").count() == 0
+            page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
             page.locator(".jp-Notebook .jp-InputArea-editor").first.click()
-            page.keyboard.press("Shift+Enter")
+            page.locator(".jp-Notebook .cm-content:focus").press("Shift+Enter")
             grid = page.locator(".jp-OutputArea-output .grid")
             grid.locator("svg").wait_for()
             grid.locator('[data-query="8"]').hover()

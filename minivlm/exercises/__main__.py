@@ -1,4 +1,4 @@
-"""``python -m minivlm.exercises`` prints the table of docs/teaching.md: every exercise and the mistakes that it names."""
+"""``python -m minivlm.exercises`` prints the table of docs/teaching.md: every exercise and the mistakes it names."""
 
 from minivlm.exercises import CHAPTERS, EXERCISES
 

@@ -613,7 +613,8 @@ export function mount(element, given, changed = () => {}) {
   const root = element.attachShadow({ mode: "open" });
   root.innerHTML = HTML;
   const find = (selector) => root.querySelector(selector), grid = find(".grid");
-  const view = { settings: normalise(given), pins: [], hover: null, cursor: false, round: null, score: { rounds: 0, right: 0, cells: 0 } };
+  const view = { settings: normalise(given), pins: [], hover: null, cursor: false, round: null };
+  view.score = { rounds: 0, right: 0, cells: 0 };
 
   function update() {
     const { settings } = view;
@@ -673,8 +674,8 @@ export function mount(element, given, changed = () => {}) {
   function reveal() {
     view.round.revealed = true;
     view.hover = null;
-    const right = view.plan.cols.filter((_, i) => isRight(view, i)).length;
-    view.score = { rounds: view.score.rounds + 1, right: view.score.right + right, cells: view.score.cells + view.plan.cols.length };
+    const { score, plan } = view, right = plan.cols.filter((_, i) => isRight(view, i)).length;
+    view.score = { rounds: score.rounds + 1, right: score.right + right, cells: score.cells + plan.cols.length };
     update();
   }
 
@@ -755,13 +756,16 @@ function sentences({ settings, plan }, { row, col }) {
 function words(view) {
   const { plan, hover, round: game } = view;
   if (game && !game.revealed) {
-    const here = hover?.col >= 0 ? [`${sentence(asKey(plan.cols[hover.col]))}: ${game.guess.has(hover.col) ? "you say seen" : "you say not seen"}.`] : [];
     const large = plan.cols.some((c) => c.n > 1) ? " A long run counts as seen if any of its tokens is." : "";
-    return [`Which keys does ${asQuery(plan.rows[game.row])} see? Mark them with a click or with arrows and Enter.${large}`, ...here];
+    const lines = [`Which keys does ${asQuery(plan.rows[game.row])} see? Mark them with a click or with arrows and Enter.${large}`];
+    const guess = game.guess.has(hover?.col) ? "you say seen" : "you say not seen";
+    if (hover?.col >= 0) lines.push(`${sentence(asKey(plan.cols[hover.col]))}: ${guess}.`);
+    return lines;
   }
   if (hover) return sentences(game ? { ...view, settings: { ...view.settings, compare: null } } : view, hover);
   if (game) return verdict(view);
-  return ["Point at a query on the left to light the keys that it sees, at a key above to see who sees it, at a cell to ask why. A click pins."];
+  return ["Point at a query on the left to light the keys that it sees, at a key above to see who sees it, at a cell " +
+    "to ask why. A click pins."];
 }
 
 // --- files ------------------------------------------------------------------------------------------------------
