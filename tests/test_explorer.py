@@ -538,12 +538,12 @@ def test_in_jupyterlab_a_stored_picture_becomes_a_widget(browser, tmp_path):
             grid.locator("svg").wait_for()
             grid.locator('[data-query="8"]').hover()
             assert "Query 8 'suf 1' sees 9 of 11 keys" in sentence(page)
-            active = page.locator(".jp-Cell.jp-mod-active").get_attribute("data-windowed-list-index")
             grid.focus()
             for key in ("ArrowDown", "Enter", "ArrowDown"):
                 page.keyboard.press(key)  # for the explorer alone, not for JupyterLab
             assert page.locator(".pins li").count() == 1
-            assert page.locator(".jp-Cell.jp-mod-active").get_attribute("data-windowed-list-index") == active
+            assert page.locator(".jp-Cell.jp-mod-active").get_attribute("data-windowed-list-index") == "0"
+            assert page.locator(".jp-Notebook.jp-mod-editMode").count() == 0
             slide(page, "image tokens", 256)
             assert "0–255" in grid.locator('[data-query="0"]').text_content()
 
