@@ -1,9 +1,19 @@
-"""Chromium for tests that look at pages; a test that asks for it is skipped where it is not installed."""
+"""Chromium for tests that look at pages and at JupyterLab; they are skipped where it is not installed."""
 
+import contextlib
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import nbformat
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -39,3 +49,66 @@ def quiet_page(browser, allowed: tuple[str, ...] = ("file:", "data:", "blob:", "
     yield page
     page.close()
     assert not trouble, trouble
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+
+def notebook_with(source: str, shown) -> nbformat.NotebookNode:
+    """One cell, run: its output is all that ``shown`` has to show for itself."""
+    bundle = shown._repr_mimebundle_()
+    data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+    output = nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1)
+    cell = nbformat.v4.new_code_cell(source, outputs=[output], execution_count=1)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
+
+
+def exported(shown) -> str:
+    """That notebook as nbconvert exports it, with empty scripts in place of those that it links to."""
+    from nbconvert import HTMLExporter
+
+    nothing = "data:text/javascript,"
+    exporter = HTMLExporter(require_js_url=nothing, mathjax_url=nothing, mermaid_js_url=nothing)
+    return exporter.from_notebook_node(notebook_with("", shown))[0]
+
+
+@contextmanager
+def jupyterlab(folder):
+    """A server of its own for the folder: its address and token. It is ended with all that it started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    homes = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.root_dir": folder,
+        "IdentityProvider.token": "token",
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+        "LabApp.extension_manager": "readonly",
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    url = f"http://127.0.0.1:{port}"
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=os.environ | homes, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            wait_for(f"{url}/api/status?token=token", server)
+            yield url, "token"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+
+
+def wait_for(url: str, server: subprocess.Popen) -> None:
+    """Until the server answers."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(url, timeout=10).close()
+            return
+        time.sleep(1)
+    pytest.fail(f"JupyterLab did not start, exit code {server.poll()}")

@@ -1,26 +1,17 @@
 """The mask explorer: its masks cell by cell against minivlm.masks, and what a learner can do with it, in Chromium."""
 
 import base64
-import contextlib
 import io
 import json
-import os
 import random
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 
 import nbformat
 import pytest
 import torch
-from browser import PATIENCE, chromium, quiet_page
+from browser import PATIENCE, chromium, exported, jupyterlab, notebook_with, quiet_page
 from PIL import Image
 
 from minivlm import masks
@@ -412,20 +403,8 @@ def test_the_bundle_holds_every_form():
     assert explorer.widget.settings == asdict(explorer.settings)
 
 
-def exported(how: dict) -> str:
-    """A notebook with one explorer, as nbconvert exports it, with empty scripts in place of those that it links to."""
-    from nbconvert import HTMLExporter
-
-    data, metadata = mask_explorer(**how)._repr_mimebundle_()
-    output = nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1)
-    cell = nbformat.v4.new_code_cell("mask_explorer()", outputs=[output], execution_count=1)
-    nothing = "data:text/javascript,"
-    exporter = HTMLExporter(require_js_url=nothing, mathjax_url=nothing, mermaid_js_url=nothing)
-    return exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))[0]
-
-
 def test_an_exported_notebook_holds_the_explorer(page, tmp_path):
-    (tmp_path / "notebook.html").write_text(exported({"compare": "causal"}), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(exported(mask_explorer(compare="causal")), encoding="utf-8")
     page.goto((tmp_path / "notebook.html").as_uri())
     frame = page.frame_locator("iframe[data-mask-explorer]")
     frame.locator('[data-query="8"]').hover()
@@ -436,7 +415,7 @@ def test_an_exported_notebook_holds_the_explorer(page, tmp_path):
 
 
 def test_without_scripts_the_picture_stays(browser, tmp_path):
-    (tmp_path / "notebook.html").write_text(exported({}), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(exported(mask_explorer()), encoding="utf-8")
     with quiet_page(browser, java_script_enabled=False) as page:
         page.goto((tmp_path / "notebook.html").as_uri())
         image = page.get_by_role("img", name="An attention mask of 11 query rows by 11 key columns")
@@ -474,55 +453,12 @@ def test_bad_settings_get_a_sentence(how, words):
 # --- in JupyterLab ------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def jupyterlab(folder):
-    """A server of its own for the folder: its address and token. It is ended with all that it started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    homes = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    options = {
-        "ServerApp.ip": "127.0.0.1",
-        "ServerApp.port": port,
-        "ServerApp.root_dir": folder,
-        "IdentityProvider.token": "explorer",
-        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
-        "LabApp.extension_manager": "readonly",
-    }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=os.environ | homes, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            wait_for(f"{url}/api/status?token=explorer", server)
-            yield url, "explorer"
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
-
-
-def wait_for(url: str, server: subprocess.Popen) -> None:
-    """Until the server answers."""
-    end = time.monotonic() + 300
-    while time.monotonic() < end and server.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(url, timeout=10).close()
-            return
-        time.sleep(1)
-    pytest.fail(f"JupyterLab did not start, exit code {server.poll()}")
-
-
 def test_in_jupyterlab_a_stored_picture_becomes_a_widget(browser, tmp_path):
     source = "from minivlm.viz import mask_explorer\nmask_explorer()"
-    data, metadata = mask_explorer()._repr_mimebundle_()
-    del data[WIDGET]  # as a notebook is kept
-    output = nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1)
-    cells = [nbformat.v4.new_code_cell(source, outputs=[output]), nbformat.v4.new_code_cell("1 + 1")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "explorer.ipynb")
+    notebook = notebook_with(source, mask_explorer())
+    del notebook.cells[0].outputs[0].data[WIDGET]  # as a notebook is kept
+    notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))
+    nbformat.write(notebook, tmp_path / "explorer.ipynb")
     with jupyterlab(tmp_path) as (url, token):
         allowed = (url, url.replace("http", "ws", 1), "data:", "blob:", "about:")
         with quiet_page(browser, allowed, viewport={"width": 1400, "height": 1100}) as page:

@@ -4,10 +4,11 @@ import base64
 import io
 import re
 
+import nbformat
 import numpy as np
 import pytest
 import torch
-from browser import chromium, quiet_page
+from browser import PATIENCE, chromium, exported, jupyterlab, notebook_with, quiet_page
 from conftest import tiny_model
 from PIL import Image
 
@@ -347,3 +348,32 @@ def test_two_traces_on_a_page_step_apart_and_odd_prompts_stay_text(browser, talk
         page.keyboard.press("ArrowRight")
         shown = page.locator(".pane code").all_inner_texts()
         assert shown == traced.names[:2]
+
+
+def test_an_exported_notebook_steps(browser, traced, tmp_path):
+    (tmp_path / "notebook.html").write_text(exported(traced), encoding="utf-8")
+    with quiet_page(browser) as page:
+        page.goto((tmp_path / "notebook.html").as_uri())
+        page.get_by_text("Next →").click()
+        assert current(page) == traced.names[1]
+
+
+def test_in_jupyterlab_a_trace_steps(browser, traced, tmp_path):
+    source = "import minivlm\nfrom minivlm import scenes, viz\n"
+    source += "model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()\n"
+    source += 'viz.trace(model, processor, scenes.make_scene(0).image, "caption en")'
+    nbformat.write(notebook_with(source, traced), tmp_path / "trace.ipynb")
+    with jupyterlab(tmp_path) as (url, token):
+        allowed = (url, url.replace("http", "ws", 1), "data:", "blob:", "about:")
+        with quiet_page(browser, allowed, viewport={"width": 1400, "height": 1100}) as page:
+            page.set_default_timeout(3 * PATIENCE)
+            page.goto(f"{url}/lab/tree/trace.ipynb?token={token}")
+            page.locator(".jp-OutputArea-output img.overview").wait_for()  # untrusted: no script
+            assert page.get_by_text("Next →").count() == 0
+            page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+            page.locator(".jp-Notebook .jp-InputArea-editor").first.click()
+            page.locator(".jp-Notebook .cm-content:focus").press("Shift+Enter")
+            page.get_by_text("Next →").click()
+            assert page.locator("output").inner_text().startswith("2 of ")
+            page.keyboard.press("ArrowRight")  # for the trace alone, not for JupyterLab
+            assert page.locator("output").inner_text().startswith("3 of ")

@@ -35,7 +35,7 @@ processor = minivlm.Processor.from_pretrained()
 minivlm.generate(model, processor, scenes.make_scene(0, "validation").image, "caption en")
 
 # %% [markdown]
-# The picture that it has just described, and a few more, none of which it saw in training:
+# The picture that it described, and a few more, none of which it saw in training:
 
 # %%
 some = [scenes.make_scene(seed, "validation") for seed in range(4)]
@@ -348,7 +348,7 @@ for line in report.splitlines():
 #
 # <details><summary>3. Can one say from an answer alone whether the model has seen the thing?</summary>
 #
-# No: it answers about an empty picture just as fluently. One has to compare, with the truth or with an empty picture.
+# No: it answers about an empty picture as fluently. One has to compare, with the truth or with an empty picture.
 #
 # </details>
 #

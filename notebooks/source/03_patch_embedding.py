@@ -598,7 +598,7 @@ viz.lines(
 
 # %% [markdown]
 # * **Pre-norm**: every block adds about as much, so the stream grows with the root of the depth, and part of the input
-#   reaches the end. The gradient of a layer shrinks with the root of the depth, just as the next norm divides the grown
+#   reaches the end. The gradient of a layer shrinks with the root of the depth, as the next norm divides the grown
 #   stream. A step of the optimizer that suits 3 layers still suits 48. It takes one last norm to bring the stream back
 #   to size: that is `post_layernorm`.
 # * **Post-norm**: every norm brings the stream back to 1 and thins what was there before, until nothing of the input is

@@ -245,7 +245,7 @@ print("attention_mask, the first eight of each row:", left["attention_mask"][:, 
 viz.token_strip(left, processor, title="Two prompts, padded on the left")
 
 # %% [markdown]
-# `token_type_ids` is 0 on padding too, the same as on picture and prompt! The rule of 5.2 alone would let everyone look
+# `token_type_ids` is 0 on padding too, the same as on picture and prompt. The rule of 5.2 alone would let everyone look
 # at it. The mask of the keys closes it, whoever asks:
 
 # %%
