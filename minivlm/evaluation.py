@@ -174,9 +174,7 @@ def figures(asked: list[tuple[Scene, Example]], answers: list) -> dict[str, Figu
     return table | {title: share_right(right[kind]) for kind, title in more.items() if right[kind]}
 
 
-def evaluate(
-    model: PaliGemma, processor: Processor, split: str, count: int, blank: bool = False
-) -> dict[str, Figure]:
+def evaluate(model: PaliGemma, processor: Processor, split: str, count: int, blank: bool = False) -> dict[str, Figure]:
     """Figures of ``count`` scenes of a split (seeds 0 …), or of the same questions about a grey square.
 
     Raises:
