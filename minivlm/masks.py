@@ -52,7 +52,8 @@ def sliding_window_mask(length: int, window: int) -> Bool[Tensor, "T T"]:
 def close_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B T S"]:
     """The mask with every padding key closed, except that the last T tokens, which are the queries, see themselves.
 
-    Without that exception a padding query would see nothing, and the softmax of nothing is NaN.
+    Without that exception a padding query could see nothing (in a causal mask, with padding in front): the softmax of
+    nothing is NaN.
     """
     T, S = mask.shape[1:]
     key = torch.arange(S, device=mask.device)

@@ -213,7 +213,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
-    assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_bad_runs_say_what_to_do(tmp_path):

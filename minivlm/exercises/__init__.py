@@ -72,10 +72,9 @@ def keep(exercise: Exercise, function: Callable) -> str:
     """Keeps a solution that passed; returns a sentence about that. It must work outside of its notebook, too."""
     if trouble := kept.keep(exercise, function):
         return trouble
-    if not exercise.plugs_in:
-        return "Kept among your solutions."
     _, trouble = own(exercise)
-    return trouble or "Kept: chapter 08 will run PaliGemma with it."
+    use = "Kept: chapter 08 will run PaliGemma with it." if exercise.plugs_in else "Kept among your solutions."
+    return trouble or use
 
 
 def own(exercise: Exercise) -> tuple[Callable | None, str]:
@@ -89,7 +88,7 @@ def own(exercise: Exercise) -> tuple[Callable | None, str]:
     if result.passed:
         return function, ""
     return None, (
-        f"But it does not work outside of this notebook, so chapter 08 cannot run it: {result.message} "
+        f"But it does not work outside of this notebook, so it cannot be used later: {result.message} "
         "Import or define what it needs inside the function."
     )
 

@@ -194,10 +194,10 @@ BEST_WORDS = Exercise(
         Mistake(
             "divides the scores by their sum",
             _chosen(_largest, lambda scores: scores / scores.sum(-1, keepdim=True)),
-            "Softmax takes exponents first, exp(score) / Σ exp(score), so that nothing is negative.",
+            "Softmax takes exponentials first, exp(score) / Σ exp(score), so that nothing is negative.",
         ),
         Mistake(
-            "gives the exponents without dividing by their sum",
+            "gives the exponentials without dividing by their sum",
             _chosen(_largest, lambda scores: scores.exp()),
             "exp(score) becomes a probability when divided by the sum over the row.",
         ),

@@ -156,7 +156,7 @@ PADDING = Exercise(
         Mistake(
             "leaves a padding query without any key",
             lambda mask, attention_mask: mask & attention_mask.bool()[:, None, :],
-            "A row of nothing but False has no softmax. Let every query see itself: `| torch.eye(T).bool()`.",
+            "Every query sees itself, padding too: in a causal mask its row could be empty. `| torch.eye(T).bool()`.",
         ),
         Mistake(
             "closes the words and leaves the padding",

@@ -275,7 +275,7 @@ ATTENTION = Exercise(
         Mistake(
             "divides by the scale",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s / scale, cap), mask)),
-            "`scale` is already 1/√d: multiply by it.",
+            "`scale` is the factor itself, such as 1/√d: multiply by it.",
         ),
         Mistake(
             "scales by 1/√d whatever the scale says",
@@ -447,7 +447,7 @@ def decoder_layer(x, weights, cos, sin, mask, head_dim):
 
 
 def layer_cases(rng):
-    """D, H·d, K·d and I all different; prefix-LM masks, and one case without."""
+    """D, H·d, K·d and I all different; causal masks, and one case without."""
     for B, T, D, H, K, d, inner in ((2, 3, 8, 4, 2, 6, 10), (1, 5, 6, 3, 1, 4, 9), (2, 4, 10, 2, 1, 6, 7)):
         shapes = ((H * d, D), (K * d, D), (K * d, D), (D, H * d), (inner, D), (inner, D), (D, inner))
         q, k, v, o, gate, up, down = (random(rng, *shape, spread=1.5 * shape[1] ** -0.5) for shape in shapes)

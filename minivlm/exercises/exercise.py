@@ -314,7 +314,7 @@ def sequence_problem(got: Any, want: list | tuple, what: str) -> str | None:
     if len(got) != len(want):
         return f"{what} returns {len(got)} things, and should return {len(want)}."
     for i, (a, b) in enumerate(zip(got, want, strict=True), start=1):
-        if problem := find_problem(a, b, f"number {i} of what {what}"):
+        if problem := find_problem(a, b, f"{what.removesuffix('it').strip()} in item {i}, it".strip()):
             return problem
     return None
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minivlm import losses
 from minivlm.exercises.exercise import Exercise
 
 
@@ -53,8 +54,8 @@ def load(exercise: Exercise, names: dict[str, object]) -> Callable:
     source = path_of(exercise).read_text(encoding="utf-8")
     # annotations stay text: the names in them need not exist
     code = compile(source, str(path_of(exercise)), "exec", __future__.annotations.compiler_flag, dont_inherit=True)
-    space = {"torch": torch, "np": np, "numpy": np, "math": math, "F": F, "nn": torch.nn, "Tensor": torch.Tensor}
-    space |= names | {"__name__": "minivlm_kept"}
+    space = {"torch": torch, "np": np, "numpy": np, "math": math, "F": F, "nn": torch.nn, "losses": losses}
+    space |= names | {"Tensor": torch.Tensor, "__name__": "minivlm_kept"}
     exec(code, space)
     return space[exercise.name]
 

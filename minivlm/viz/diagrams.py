@@ -204,7 +204,7 @@ def describe_map(chapter: str) -> str:
     place = f"Lit up: the {listed(lit)}." if lit else "Nothing is lit up yet: the course builds all of it."
     return (
         f"Map of PaliGemma for chapter {chapter}, {CHAPTERS[chapter]}. A processor (04) turns picture and prompt "
-        "into tensors. The vision tower (03), taught before by the CLIP loss (01) or the sigmoid loss (02), makes "
+        "into tensors. The vision tower (03), taught before by a loss (CLIP's, 01, or SigLIP's, 02), makes "
         "patch vectors; a projector (08) gives them the decoder's width. They stand before the token embeddings of "
         "the prompt in one sequence, under the prefix-LM mask (05). The Gemma decoder (06), with its KV cache (07), "
         f"writes the next word (08), which joins the sequence, again and again until <eos>. {place}"
@@ -240,8 +240,8 @@ def families() -> Picture:
 
 
 JOINT = (
-    "One transformer reads both. The image tokens are regions of a detector (VisualBERT), patches (SimVLM, "
-    "PaliGemma) or codes of an image tokenizer (CM3)."
+    "One transformer reads both: patches (SimVLM, PaliGemma), regions of a frozen detector (VisualBERT) or codes of "
+    "a frozen image tokenizer (CM3)."
 )
 PREFIX = (
     "Only a small mapping network learns: it turns CLIP's vector of the picture into a few tokens before the words."
@@ -257,7 +257,7 @@ UNTRAINED = (
 FAMILIES = (
     "Four diagrams of vision-language models. "
     "1, image tokens, trained jointly: an image encoder and word embeddings give one sequence to one transformer, all "
-    "trained: VisualBERT, SimVLM, CM3 and PaliGemma, which is marked here. "
+    "trained in SimVLM and PaliGemma, which is marked here; in VisualBERT and CM3 what cuts the picture up is frozen. "
     "2, a prefix for a frozen language model: a frozen image encoder, a trained mapping network, and its tokens before "
     "the words in a frozen language model: ClipCap. "
     "3, cross-attention inside the layers: trained cross-attention between the layers of a language model fetches from "

@@ -212,8 +212,8 @@ viz.image_row([image.numpy(), one.numpy(), many.numpy()], titles=["the picture",
 # ## From scores to a word
 #
 # At its other end the model has a score for each word. Scores may be any numbers; *softmax* turns them into probabilities,
-# which are positive and sum to 1: take the exponent of each, and divide by the sum of all. By hand, for the scores 2, 1
-# and −1:
+# which are positive and sum to 1: take the exponential of each, e to that power (e = 2.718…), and divide by the sum of
+# all. By hand, for the scores 2, 1 and −1:
 
 # %%
 scores = torch.tensor([2.0, 1.0, -1.0])
@@ -277,8 +277,8 @@ assert all(answer.startswith(word) for answer, word in zip(answers, chosen, stri
 assert model.config.vision_config.num_image_tokens == num_image_tokens(112, 16)
 
 # %% [markdown]
-# From chapter 03 on, every piece is also compared, number by number, with transformers, the library in which PaliGemma is
-# mostly used.
+# From chapter 01 on, each chapter also compares its results, number by number, with transformers, the library in which
+# PaliGemma is mostly used.
 #
 # ## Break it: nothing to see
 #

@@ -62,8 +62,8 @@ print("float16", softmax(torch.tensor([14.3, 0.0], dtype=torch.float16)).tolist(
 assert softmax(torch.tensor([100.0, 0.0]))[0].isnan() and softmax(torch.tensor([14.3, 0.0]).half())[0].isnan()
 
 # %% [markdown]
-# These are not exotic numbers. CLIP's temperature may grow to 100, and a cosine to 1: a logit of 100 is beyond float32.
-# In float16 the temperature that CLIP *starts* with, 14.3, is enough. At the other end everything vanishes, and the
+# These are not exotic numbers. CLIP's temperature may grow to 100, and a cosine to 1: exp(100) is beyond float32. In
+# float16 the temperature that CLIP *starts* with, 14.3, is enough. At the other end everything vanishes, and the
 # softmax is 0/0:
 
 # %%
@@ -183,7 +183,8 @@ exercises.score(log_sum_exp, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# `F.cross_entropy` is this. And the slope of log-sum-exp is the softmax: raising a logit raises the sum by its share.
+# `F.cross_entropy` is this. And the slope of log-sum-exp is the softmax: raising a logit a little raises the logarithm
+# of the sum by that much times its share.
 
 # %%
 log_sum_exp = exercises.piece("log_sum_exp")
@@ -425,8 +426,9 @@ assert torch.isclose(sum(parts), sigmoid_loss(x, y, log_t, bias), rtol=1e-5)
 # %% [markdown]
 # ## Exercise 2.4 · In chunks ★★★ (15 minutes)
 #
-# A table of labels is as large as the table of logits, so it has to go, too. Write the loss of N pairs with at most
-# N × `chunk_size` logits at a time: all pictures with a chunk of the texts, then with the next.
+# A table of labels is as large as the table of logits, so it has to go, too. Write the loss of N pairs so that it never
+# computes more than N × `chunk_size` logits at a time: all pictures with a chunk of the texts, then with the next. (The
+# check compares the loss only. What stays in memory is measured below, and will surprise.)
 #
 # <details><summary>Hint</summary>
 #
@@ -784,7 +786,8 @@ assert max(differences.values()) < 1e-5
 # %% [markdown]
 # ## Recap
 #
-# * exp overflows at 88 in float32 and at 11 in float16; logits of that size are normal. Subtract the maximum.
+# * exp overflows beyond 88.7 in float32 and beyond 11.1 in float16; logits of that size are normal. Subtract the
+#   maximum.
 # * Losses use log-sum-exp − own, never the logarithm of a probability.
 # * CLIP's two softmaxes need the whole row and the whole column: two gathers and a table that grows with the batch.
 # * The sigmoid loss asks one question a pair. Its sum may be cut into chunks, and sent round a ring.
@@ -808,8 +811,8 @@ assert max(differences.values()) < 1e-5
 #
 # <details><summary>3. Why do the texts go round the ring and not the pictures?</summary>
 #
-# Either would do: the table is the same, and embeddings have the same width. One side must stay, or every pair would not be
-# met once.
+# Either would do: the table is the same, and embeddings have the same width. One side must stay: if both went round
+# together, each process would meet the same pairs again and again.
 #
 # </details>
 #

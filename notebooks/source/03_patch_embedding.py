@@ -5,7 +5,7 @@
 #
 # | | |
 # |---|---|
-# | time | 100 minutes, 55 of them exercises |
+# | time | 100 minutes, 53 of them exercises |
 # | know first | matrix products; what a layer with weights is |
 # | you will build | the parts of SigLIP's vision tower: patches, their embedding, layer norm, the pre-norm block, attention |
 # | runs on | CPU, nothing to download |
@@ -326,15 +326,16 @@ assert found["learned", "in order"][0] > found["none", "shuffled"][0]
 # %% [markdown]
 # Read it like this. Between the first two lines lies what the table alone is worth: if it is little, the decoder has made
 # up for the loss, since it still counts its tokens. In the mirrored lines, an answer that is right but for left and right
-# says that the decoder believed the order of the tokens. In the last line both sources are gone: what the model gets there
-# is what it would get from the same patches in any order, so its answers about places are guesses.
+# says that the decoder believed the order of the tokens. In the last line both sources are gone: the decoder reads the
+# places off an order that has nothing to do with the picture, so it is right only by chance.
 #
-# So the sentence "without position embeddings the model cannot tell left from right" is exact for a tower whose vectors are
-# summed up, as SigLIP is trained, and only half the truth for PaliGemma.
+# So the sentence "without position embeddings the model cannot tell left from right" is exact for a tower whose vectors
+# are summed up, as SigLIP is trained, and not for PaliGemma as a whole: there the order of the tokens tells the places,
+# too.
 #
 # What did the table learn to tell apart? Each small map compares the embedding of one place with those of all 49. In the
-# tables of large towers, neighbours and places of one row or column are alike (arXiv:2010.11929, figure 7). Ours has less to
-# do, for the reason above, and need not look like that.
+# tables of large towers, neighbours and places of one row or column are alike (arXiv:2010.11929, figure 7). Ours has
+# less to do, for the reason above, and learned mainly one thing: the rim of the picture against its inside.
 
 # %%
 viz.position_similarity(table, title="Learned positions: which places are alike?")
@@ -599,8 +600,8 @@ viz.lines(
 # %% [markdown]
 # * **Pre-norm**: every block adds about as much, so the stream grows with the root of the depth, and part of the input
 #   reaches the end. The gradient of a layer shrinks with the root of the depth, as the next norm divides the grown
-#   stream. A step of the optimizer that suits 3 layers still suits 48. It takes one last norm to bring the stream back
-#   to size: that is `post_layernorm`.
+#   stream. No depth makes the first steps too large, so pre-norm can be trained without a warm-up (arXiv:2002.04745).
+#   It takes one last norm to bring the stream back to size: that is `post_layernorm`.
 # * **Post-norm**: every norm brings the stream back to 1 and thins what was there before, until nothing of the input is
 #   left. The last layers' gradient is as large at 48 layers as at 3. That is why post-norm transformers need a careful
 #   warm-up of the learning rate (arXiv:2002.04745, which proves both laws of the gradient).
@@ -737,10 +738,12 @@ shown = ((weight - low) / (high - low))[largest].permute(0, 2, 3, 1)  # colours 
 viz.image_row(list(shown), columns=8, title="24 of the 192 filters")
 
 # %% [markdown]
-# Plain patches of colour answer to the mean colour of a patch; light beside dark answers to an edge.
+# Soft blobs, one colour beside its opposite: such a filter answers where the colour changes inside of a patch. The fine
+# grain is noise that so little training did not smooth away; large towers have cleaner ones (arXiv:2010.11929, figure
+# 7).
 #
-# **What a patch attends to**, in each layer, as the mean of its heads. The patch that looks is the one in the middle of the
-# first object:
+# **What a patch attends to**, in each layer, as the mean of its heads. The patch that looks is the one in the middle of
+# the first object; the orange frame marks the patch that it looks at most:
 
 # %%
 weights = viz.tower_attention(model, pixels)
@@ -760,8 +763,8 @@ viz.attention_on_picture(
 )
 
 # %% [markdown]
-# Weights say where a head took from, not what it took; treat such pictures as a hint. One number is safe: how much of its
-# attention a patch spends on itself, its neighbours, and the rest.
+# Weights say where a head took from, not what it took; treat such pictures as a hint. Three numbers are safe: how much
+# of its attention a patch spends on itself, its neighbours, and the rest. Spread evenly it would be 2%, 13% and 85%.
 
 # %%
 place = torch.stack([torch.arange(49) // 7, torch.arange(49) % 7], dim=1)
@@ -823,7 +826,8 @@ for name, other in (("the package", tower(pixels)), ("transformers", reference))
 #
 # <details><summary>2. Why is the patch embedding no worse for having no nonlinearity?</summary>
 #
-# It only changes the coordinates of a patch. The MLPs of the layers that follow bring the nonlinearity.
+# It only has to bring a patch to the tower's width and keep what matters (here 768 numbers become 192; in SigLIP So400m
+# 588 become 1152). The MLPs of the layers that follow bring the nonlinearity.
 #
 # </details>
 #

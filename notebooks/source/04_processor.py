@@ -5,7 +5,7 @@
 #
 # | | |
 # |---|---|
-# | time | 80 minutes, 45 of them exercises |
+# | time | 80 minutes, 43 of them exercises |
 # | know first | chapter 03: a picture becomes P patches, each one token |
 # | you will build | the way from a photo and a sentence to the five tensors that PaliGemma takes |
 # | runs on | CPU, nothing to download |
@@ -224,8 +224,9 @@ for name, bug in tqdm(bugs.items(), unit="run"):
 assert counted["as it should be"] > max(counted["reshape instead of permute"], counted["not normalised, 0…1"])
 
 # %% [markdown]
-# The model writes captions in every case. The one repair is to prepare pictures exactly as in training: look at the numbers
-# (smallest, largest, shape), and draw what goes into the model.
+# Nothing crashes in any case. Some answers are plainly broken; others read like good captions and are wrong. The one
+# repair is to prepare pictures exactly as in training: look at the numbers (smallest, largest, shape), and draw what
+# goes into the model.
 #
 # ## Odd pictures
 #
@@ -300,8 +301,9 @@ for text in ("caption en\n", "answer en how many zebras are there?", "Caption en
 # PaliGemma adds words that no text has:
 #
 # * `<loc0000>` … `<loc1023>`: places along a side of the picture. Four of them are a box.
-# * `<seg000>` … `<seg127>`: shapes. Sixteen of them are the mask of a thing (chapter 08). There are **128**, not 108 as
-#   some explanations say: 108 is something else, the id of the newline in Gemma's vocabulary.
+# * `<seg000>` … `<seg127>`: shapes. Sixteen of them are the mask of a thing (a later part of the course reads them).
+#   There are **128**, not 108 as some explanations say: 108 is something else, the id of the newline in Gemma's
+#   vocabulary.
 # * `<image>`: holds the place of a patch.
 
 # %%
@@ -334,8 +336,8 @@ assert (ours[1] - ours[0], ours[2] - ours[1]) == (1024, 128)
 #     <image> … <image> <bos> caption en ↵
 #
 # One `<image>` for each patch, the beginning of text `<bos>`, the *prefix* (what is asked), and a newline that says: the
-# question is over, now answer. The strip shows every token with its id, coloured by its kind; runs of one kind are drawn
-# as one box.
+# question is over, now answer. The strip shows every token with its id, coloured by its kind; repeats of one token are
+# drawn as one box, × how many.
 
 # %%
 scene = next(s for s in some if len(s.objects) == 2)

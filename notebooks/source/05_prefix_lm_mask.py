@@ -5,7 +5,7 @@
 #
 # | | |
 # |---|---|
-# | time | 75 minutes, 40 of them exercises |
+# | time | 80 minutes, 43 of them exercises |
 # | know first | what attention does: every token takes a weighted mean over the tokens it may look at |
 # | you will build | the mask of PaliGemma, from one rule with a running sum; the loss on the answer alone |
 # | runs on | CPU, nothing to download |
@@ -255,7 +255,8 @@ names = viz.read_tokens(left, processor, row=0)
 viz.compare_masks({"padding seen (the bug)": open_mask[0], "padding closed": closed[0]}, names)
 
 # %% [markdown]
-# A row of padding would now see nothing at all, and the softmax of nothing is 0/0:
+# Here a row of padding still sees picture and prompt. That is not so under every mask: under a causal one, padding at
+# the start of a row has nothing but padding before it. Its row would be empty, and the softmax of nothing is 0/0:
 
 # %%
 nothing = torch.full((4,), -torch.inf)
@@ -263,7 +264,8 @@ print("softmax of a row without keys:", nothing.softmax(-1).tolist())
 assert nothing.softmax(-1).isnan().all()
 
 # %% [markdown]
-# So every query is left seeing itself. Nobody reads what padding computes; it must not be NaN.
+# So every query is left seeing itself. (That is the triangle in the picture: some pairs are open, here the diagonal
+# alone.) Nobody reads what padding computes; it must not be NaN.
 #
 # ## Exercise 5.4 · Close the padding ★★☆ (10 minutes)
 #
@@ -297,9 +299,9 @@ exercises.score(close_padding, points=3, seed=1)
 # %% [markdown]
 # ## Break it: the padding that was seen
 #
-# Early versions of PaliGemma in transformers had exactly this bug (issue 35855): since padding has type 0, it was
-# treated as part of the prefix. Let us have it, for one forward pass. A prompt alone and the same prompt in a padded
-# batch should give the same logits.
+# Until early 2025 PaliGemma in transformers had this bug in training (issue 35855): since padding has type 0, it was
+# opened again together with the prefix. Let us have it, for one forward pass. A prompt alone and the same prompt in a
+# padded batch should give the same logits.
 
 # %%
 from unittest.mock import patch
@@ -322,8 +324,8 @@ print(
 assert (right - truth).abs().max() < 1e-4 < (wrong - truth).abs().max()
 
 # %% [markdown]
-# Nothing crashed, and the answer may even look fine; the batch no longer says what each row alone would say. Such a
-# bug is found by this comparison and by nothing else.
+# Nothing crashed, and the answer may even look fine; the batch no longer says what each row alone would say. No single
+# answer gives such a bug away; this comparison does.
 #
 # ## Break it again: a causal PaliGemma
 #
@@ -410,7 +412,7 @@ viz.attention_over_mask(weights[-1][0].mean(0), mask, viz.read_tokens(inputs, pr
 
 # %% [markdown]
 # And on the picture: what each position of the answer looks at when it writes the next token, in the layer that looks
-# at the picture most.
+# at the picture most. The frame marks the strongest patch.
 
 # %%
 P = processor.num_image_tokens
@@ -447,9 +449,10 @@ assert torch.equal(out.attentions[0][0, 0] > 0, mask)
 # %% [markdown]
 # ### A picture that misleads
 #
-# transformers has an `AttentionMaskVisualizer`. For PaliGemma it shows a **causal** prefix, which is not what the model
-# does: it builds the mask without the block numbers that the model itself passes. (It also needs the network, for a
-# photo of a bee.) Both calls, as in version 5.23:
+# transformers has an `AttentionMaskVisualizer`. For PaliGemma it shows a **causal** prompt that the picture does not
+# see, which is not what the model does: it builds the mask without the block numbers that the model itself passes, then
+# paints over the picture's own cells (all but those of its first token). (It also needs the network, for a photo of a
+# bee.) Both calls, as in version 5.23:
 
 # %%
 from transformers.masking_utils import create_causal_mask
@@ -468,6 +471,7 @@ used = (
     == 0
 )
 assert torch.equal(used, mask) and torch.equal(shown, masks.causal_mask(len(mask)))
+shown[1:P, 1:P] = True  # what it paints over
 viz.compare_masks({"what the model does": used, "what the visualizer shows": shown}, viz.read_tokens(inputs, processor))
 
 # %% [markdown]
@@ -497,7 +501,8 @@ viz.compare_masks({"what the model does": used, "what the visualizer shows": sho
 #
 # <details><summary>3. In the decode step there is one query. How does its mask look?</summary>
 #
-# One row: True for every token so far but padding. Without padding it is all True, and the mask can be left away.
+# One row: True for every token so far but padding. Without padding it is all True, and the mask can be left out (but
+# for the layers with a window, once the text is longer than it).
 #
 # </details>
 #

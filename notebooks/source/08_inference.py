@@ -40,8 +40,9 @@ viz.you_are_here("08")
 # %% [markdown]
 # ## The projector
 #
-# The tower of chapter 03 turns a picture into *P* vectors, one a patch, of its own width. The decoder has another width
-# (1152 and 2048 in PaliGemma 3B). Between them stands one linear layer: a matrix, a bias, nothing else.
+# The tower of chapter 03 turns a picture into *P* vectors, one a patch, of its own width. The decoder may have another
+# width: in PaliGemma 3B they are 1152 and 2048; in the small model both happen to be the same. Between them stands one
+# linear layer: a matrix, a bias, nothing else.
 
 # %%
 model = minivlm.PaliGemma.from_pretrained()
@@ -195,10 +196,11 @@ for name, factor in {"as trained": 1.0, "times √D": D**0.5, "divided by √D":
 assert right["times √D"] < right["as trained"] and right["divided by √D"] < right["as trained"]
 
 # %% [markdown]
-# The answers stay fluent: the language is intact, the picture is not. Why did RMSNorm not save us? It hides the length
-# from what a layer *reads*. But each layer *adds* its result to the vector itself: one that is too long hardly turns, one
-# that is too short is drowned. The cosine between the picture's vectors before and after the first layer says how far they
-# turn; 1 is not at all:
+# Times √D some names are still right, but the answers are not. Divided by √D the picture is too faint to be read, and
+# the model falls to repeating itself. Why did RMSNorm not save us? It hides the length from what a layer *reads*. But
+# each layer *adds* its result to the vector itself: one that is too long hardly turns, one that is too short is
+# drowned. The cosine between the picture's vectors before and after the first layer says how far they turn; 1 is not at
+# all:
 
 
 # %%
@@ -258,13 +260,14 @@ exercises.score(nearest_word, points=2, seed=1)
 nearest_word = exercises.piece("nearest_word")
 nearest = nearest_word(features[0], table)
 cosines = torch.cosine_similarity(features[0], table[nearest], dim=-1)
-spelt = [processor.decode([i], skip_special_tokens=False).strip() for i in nearest.tolist()]
+spelt = [processor.decode([i], skip_special_tokens=False).strip() or "␣" for i in nearest.tolist()]
 viz.nearest_words(scene.image, spelt, cosines, title="The nearest of all tokens, and its cosine")
 
 # %% [markdown]
-# Where an object is, there stands its name, with a clear cosine; on the background the nearest token is an accident, a
-# number or a place, with a small one. To what extent is this so? We take the patches that an object covers at least half
-# of, in a few scenes, and ask for the nearest of the hundred names:
+# On the background the nearest token is one and the same, the bare space ␣: nothing to name. On an object it is often
+# the thing's name, but not always: at edges, and where two things meet, stand other names, and now and then a place.
+# All cosines are small; it is the direction that tells. How often is it the right name? We take the patches that an
+# object covers at least half of, in a few scenes, and ask for the nearest of the hundred names:
 
 # %%
 names = table[[processor.encode([" " + name])[0][0] for name in scenes.OBJECTS]]
@@ -315,7 +318,7 @@ answers = ask(model, processor, scene.image, prompts)
 # The vocabulary has 1,024 words for places, `<loc0000>` to `<loc1023>`. A place is a fraction of a side of the picture:
 # `round(v / side × 1023)`. Four of them are a box, in the order **y min, x min, y max, x max**: y first, unlike nearly
 # everywhere else. Then comes what is in it. (There are 128 words more, `<seg000>` to `<seg127>`, not 108 as some
-# articles have it; sixteen of them spell the outline of the thing. A later part of the course reads these.)
+# articles have it; sixteen of them spell the mask of the thing. A later part of the course reads these.)
 #
 # By hand, the true box of the first object:
 
@@ -608,7 +611,10 @@ assert torch.allclose(torch.tensor([d.box for d in my_boxes]), torch.tensor([d.b
 viz.draw_boxes(Image.fromarray(scene.image), my_boxes)
 
 # %% [markdown]
-# Every piece marked as yours did its share of this picture. A piece that is still the package's awaits you in its chapter:
+# Every piece marked as yours stood in the package's place. Most of them worked on this picture; four had nothing to do
+# for it: `top_p_filter` drew the captions, `append` belongs to the growing cache, `sliding_window_mask` to PaliGemma 2,
+# and `cache_bytes` only counts. (Not all exercises are in the list: the losses and your loops have no place to be
+# plugged in.) A piece that is still the package's awaits you in its chapter:
 
 # %%
 exercises.progress()
@@ -662,7 +668,7 @@ _ = ask(model, processor, photo, asked)
 # 3. Set `HUB` below to `"google/paligemma-3b-mix-224"` and run the cell. While it is `None`, nothing is downloaded.
 #
 # What to expect: 256 image tokens in place of 49, and on a CPU patience, since each word reads all the weights once.
-# The *mix* checkpoints were trained on for many tasks at once, so they follow the same prompts: a short English
+# The *mix* checkpoints were trained further, on many tasks at once, so they follow the same prompts: a short English
 # caption, a word or two as an answer, `<loc…>` boxes. They know photos, not our hundred emoji. The other pictures in
 # `data/images` (coffee, astronaut, rocket, camera) are for you to ask about.
 
@@ -681,7 +687,8 @@ if HUB:
 # ## Recap
 #
 # * The projector is one linear layer; its vectors take the places of `<image>` in the text's embeddings.
-# * Text × √D and picture as it is, or picture ÷ √D and then all × √D: the same. Half of each: fluent nonsense.
+# * Text × √D and picture as it is, or picture ÷ √D and then all × √D: the same. Half of each: wrong answers, and no
+#   error.
 # * Boxes are text: y min, x min, y max, x max, in bins of 0 to 1023.
 # * Greedy takes the likeliest word. Temperature reshapes, top-k and top-p cut off, and only then is one drawn.
 # * The loop: choose, pad what has ended, look for `<eos>`, append, again. The picture is encoded once.
