@@ -189,6 +189,13 @@ def test_messages_go_from_type_to_value():
     assert "NaN" in message(lambda logits, labels: logits.sum() * float("nan"), "suffix_loss")
 
 
+def test_two_mistakes_at_once_get_the_name_of_the_greater():
+    def rms_norm(x, weight, eps):  # w for 1 + w in every case, and no float32, which shows in a few
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+    assert "multiplies by w instead of 1 + w" in message(rms_norm, "rms_norm")
+
+
 def test_message_names_the_line_that_raises():
     def broken(mask_ar):
         rows = len(mask_ar)

@@ -162,7 +162,7 @@ def examine(exercise: Exercise, function: Any, seed: int) -> Result:
         return Result(f"passed, on all {right} random cases.", exercise, passed=True, score=1.0)
     first = next(problem for problem in problems if problem)
     score = right / len(cases)
-    mistake = known_mistake(exercise, cases, outcomes)
+    mistake = known_mistake(exercise, cases, outcomes, [problem is not None for problem in problems])
     if mistake:
         return Result(f"not yet: it {mistake.name}.", exercise, False, True, score, mistake.name, (mistake.hint, first))
     share = f" ({right} of {len(cases)} random cases are right)" if right else ""
@@ -223,12 +223,16 @@ def first_line(error: BaseException) -> str:
     return (text.strip().splitlines() or ["without a message"])[0][:200]
 
 
-def known_mistake(exercise: Exercise, cases: list[tuple], outcomes: list[Outcome]) -> Mistake | None:
-    """The mistake that gives the learner's answers on every case."""
+def known_mistake(exercise: Exercise, cases: list[tuple], outcomes: list[Outcome], wrong: list[bool]) -> Mistake | None:
+    """The mistake that gives the learner's answers on every case, or else on most of those that are wrong."""
+    alike = {}
     for mistake in exercise.mistakes:
-        if all(same(call(mistake.function, case), got) for case, got in zip(cases, outcomes, strict=True)):
+        equal = [same(call(mistake.function, case), got) for case, got in zip(cases, outcomes, strict=True)]
+        if all(equal):
             return mistake
-    return None
+        alike[mistake.name] = sum(e and w for e, w in zip(equal, wrong, strict=True))
+    nearest = max(exercise.mistakes, key=lambda mistake: alike[mistake.name])
+    return nearest if alike[nearest.name] > sum(wrong) / 2 else None
 
 
 def same(a: Outcome, b: Outcome) -> bool:

@@ -256,8 +256,9 @@ UNTRAINED = (
 )
 FAMILIES = (
     "Four diagrams of vision-language models. "
-    "1, image tokens, trained jointly: an image encoder and word embeddings give one sequence to one transformer, all "
-    "trained in SimVLM and PaliGemma, which is marked here; in VisualBERT and CM3 what cuts the picture up is frozen. "
+    "1, image tokens, trained jointly: an image encoder and word embeddings give one sequence to one "
+    "transformer: VisualBERT, SimVLM, CM3 and PaliGemma, which is marked here; all of it is trained, but for what cuts "
+    "the picture up in VisualBERT and CM3. "
     "2, a prefix for a frozen language model: a frozen image encoder, a trained mapping network, and its tokens before "
     "the words in a frozen language model: ClipCap. "
     "3, cross-attention inside the layers: trained cross-attention between the layers of a language model fetches from "
