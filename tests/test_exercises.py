@@ -109,7 +109,7 @@ def test_solution_passes_and_is_kept(exercise, learners_folder):
     keep_source(exercise.name, SOLUTIONS[exercise.name])
     function, trouble = exercises.own(exercise)
     assert function, trouble
-    for seed in (1, 2):
+    for seed in range(20):  # of any class: a right answer must never fail
         result = examine(exercise, function, seed)
         assert result.passed and result.score == 1, result
     assert exercises.piece(exercise.name).__code__.co_name == exercise.name
@@ -228,13 +228,10 @@ def test_unknown_names_get_the_nearest():
 
 
 def test_partial_credit():
-    right = EXERCISES["sliding_window_mask"].reference
-
     def half(length, window):
         position = torch.arange(length)
         return position[:, None] - position < window if length > 5 else position
 
-    assert right is EXERCISES["sliding_window_mask"].reference
     assert exercises.score(half, 5.0, "sliding_window_mask") == 3.0
 
 

@@ -22,20 +22,10 @@ from typing import Any
 from minivlm.exercises import kept
 from minivlm.exercises.exercise import Exercise, Mistake, Result, describe, examine
 from minivlm.exercises.patch import replaced
+from minivlm.viz.diagrams import CHAPTERS
 
 __all__ = ["EXERCISES", "Exercise", "Mistake", "Result", "check", "piece", "plugged_in", "progress", "reset", "score"]
 
-CHAPTERS = {
-    "00": "start here",
-    "01": "CLIP loss",
-    "02": "safe softmax and the sigmoid loss",
-    "03": "patch embedding",
-    "04": "the processor",
-    "05": "the prefix-LM mask",
-    "06": "the Gemma decoder",
-    "07": "the KV cache",
-    "08": "full PaliGemma inference",
-}
 _DECLARED = [e for number in CHAPTERS for e in import_module(f"minivlm.exercises.ch{number}").EXERCISES]
 EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in _DECLARED}
 assert len(EXERCISES) == len(_DECLARED), "two exercises have one name"
@@ -134,6 +124,7 @@ class Progress:
             items = [f"{'✓' if self.done[e.name] else '○'} {e.key} <code>{e.name}</code>" for e in chapter]
             done = f"{sum(self.done[e.name] for e in chapter)} of {len(chapter)}"
             rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in (number, escape(title), done, "<br>".join(items)))
+            rows += "</tr>"
         return {"text/plain": str(self), "text/html": f"<table>{rows}</table>"}
 
 

@@ -157,7 +157,7 @@ for number in range(49):
 
 as_convolution = F.conv2d(pixels, weight, bias, stride=16)
 print("convolution:", list(as_convolution.shape))
-assert torch.allclose(as_convolution[0, :5].flatten(1).T, by_hand, rtol=1e-4, atol=1e-5)
+assert (as_convolution[0, :5].flatten(1).T - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
 
 # %% [markdown]
 # ## Exercise 3.2 · The patch embedding ★☆☆ (8 minutes)
@@ -267,14 +267,14 @@ assert torch.allclose(embedded, patches + table, rtol=1e-5, atol=1e-5)
 # %%
 shuffle = torch.randperm(49, generator=torch.Generator().manual_seed(0))
 seen, seen_shuffled = tower.encoder(patches), tower.encoder(patches[:, shuffle])
-assert torch.allclose(seen[:, shuffle], seen_shuffled, rtol=1e-4, atol=1e-4)
+assert (seen[:, shuffle] - seen_shuffled).abs().max() < 1e-5 * seen.abs().max()
 same = (seen.mean(1) - seen_shuffled.mean(1)).norm() / seen.mean(1).norm()
 
 placed, placed_shuffled = tower.encoder(patches + table), tower.encoder(patches[:, shuffle] + table)
 other = (placed.mean(1) - placed_shuffled.mean(1)).norm() / placed.mean(1).norm()
 print("mean vector of a picture and of its shuffled patches, relative difference:")
 print(f"without the table {same:.0e}, with it {other:.3f}")
-assert same < 1e-4 < other
+assert same < 1e-5 < other
 
 # %% [markdown]
 # ### What is lost without them, in the whole model
@@ -701,7 +701,7 @@ q, k, v = F.linear(head.probe, wq, bq), F.linear(features, wk, bk), F.linear(fea
 pooled = head.attention.out_proj(bidirectional_attention(q, k, v, 4))
 pooled = pooled + head.mlp(head.layernorm(pooled))
 print("SigLIP's head:", list(features.shape), "→", list(pooled[:, 0].shape))
-assert torch.allclose(pooled[:, 0], head(features), rtol=1e-4, atol=1e-5)
+assert (pooled[:, 0] - head(features)).abs().max() < 1e-5 * pooled.abs().max()
 
 # %% [markdown]
 # **PaliGemma throws this head away** and hands all patch vectors to the decoder. In the files this is the setting

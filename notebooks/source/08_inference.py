@@ -65,8 +65,8 @@ print(
 with torch.no_grad():
     one = projector.bias[5] + sum(w * v for w, v in zip(projector.weight[5], patches[0, 3], strict=True))
     by_hand = patches @ projector.weight.T + projector.bias
-assert torch.allclose(one, features[0, 3, 5], atol=1e-4)
-assert torch.allclose(by_hand, features, rtol=1e-5, atol=1e-4)
+largest = features.abs().max()
+assert abs(one - features[0, 3, 5]) < 1e-5 * largest and (by_hand - features).abs().max() < 1e-5 * largest
 
 # %% [markdown]
 # From here on the picture is *P* vectors that look, to the decoder, like embeddings of words.
@@ -283,7 +283,7 @@ print(f"{len(hits)} patches, of which the nearest name is the right one: {sum(hi
 assert sum(hits) / len(hits) > 0.3
 
 # %% [markdown]
-# No accident, but no law either. The training of this model began by pulling each patch towards the name of what it shows,
+# Often, then, and not always. The training of this model began by pulling each patch towards the name of what it shows,
 # with the sigmoid loss of chapter 02 (`minivlm/training.py`, stage 1), and the later stages, which ask for answers alone,
 # left that in place. In PaliGemma's own training ("PaliGemma", arXiv:2407.07726, section 3.2) nothing ties a patch to a word
 # of the decoder: its patches need only be useful, not near a name.
@@ -412,11 +412,11 @@ with torch.no_grad():
     logits = model(sequence, pixel_values=inputs["pixel_values"][row : row + 1], token_type_ids=types, last_only=True)[
         :, -1
     ]
-assert torch.allclose(logits.log_softmax(-1).max(), guessed.log_probs[row, step], atol=1e-4)
+assert abs(logits.log_softmax(-1).max() - guessed.log_probs[row, step]) < 1e-5 * logits.abs().max()
 viz.sampling_distribution(logits[0], processor, title=f"After {processor.decode(guessed.sequences[row, :step])!r}")
 
 # %% [markdown]
-# **Temperature** divides the logits by T. Since softmax takes exponents, that raises every probability to the power 1/T:
+# **Temperature** divides the logits by T. Since softmax takes exponentials, that raises every probability to the power 1/T:
 # below 1 the likely get likelier, above 1 all come closer. T = 0 would divide by zero; its limit is greedy.
 
 # %%
@@ -424,7 +424,7 @@ plain = logits.softmax(-1)
 for T in (0.5, 1.0, 2.0):
     warm = generation.apply_temperature(logits, T).softmax(-1)
     print(f"T = {T}: the four likeliest have", [f"{v:.2f}" for v in warm[0].topk(4).values.tolist()])
-    assert torch.allclose(warm, plain ** (1 / T) / (plain ** (1 / T)).sum(), rtol=1e-4)
+    assert torch.allclose(warm, plain ** (1 / T) / (plain ** (1 / T)).sum(), rtol=1e-5)
 
 # %% [markdown]
 # **Top-k** leaves the *k* likeliest. What is cut off gets the logit −∞, whose probability is exp(−∞) = 0.
@@ -651,7 +651,8 @@ assert processor.decode(out) == mine[0]
 # %% [markdown]
 # ## Photos, and the real weights
 #
-# Our small model has seen nothing but emoji. Shown a photo, it answers all the same, in the only words it has:
+# Our small model has seen nothing but emoji. Shown a photo, it answers all the same, in the only words it has; an empty answer
+# to `detect` means that it found none:
 
 # %%
 photo = scenes.DATA / "images" / "cat.jpg"
