@@ -1,4 +1,4 @@
-"""Boxes ↔ text: how a language model points at things.
+"""Boxes and masks ↔ text: how a language model points at things.
 
 PaliGemma writes a box as four tokens of its vocabulary, then what is in it, and joins several with " ; ":
 
@@ -6,7 +6,8 @@ PaliGemma writes a box as four tokens of its vocabulary, then what is in it, and
      y min    x min    y max    x max
 
 Each number is a bin of 0…1023 along that side of the picture, round(v / side × 1023), so a box does not depend on how
-the picture was squashed for the model. Sixteen `<seg…>` tokens may stand between box and label: the code of a mask.
+the picture was squashed for the model. Sixteen `<seg…>` tokens may stand between box and label: the codes of a mask of
+64×64, as seen in its box. This module cuts masks out of a picture and pastes them back; vqvae.py knows what codes mean.
 
 Source: big_vision, configs/proj/paligemma (README and evaluators/proj/paligemma/transfers/segmentation.py).
 Units: boxes are (x0, y0, x1, y1) in pixels of the original picture, x to the right, y down, 0 at its edge.
@@ -18,9 +19,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
+import numpy as np
+from jaxtyping import Bool, Float32
+from PIL import Image
+
 BINS = 1024  # <loc0000> … <loc1023>
 CODES = 128  # <seg000> … <seg127>
 CODES_PER_MASK = 16
+MASK_SIDE = 64  # of a mask as its codes hold it
 SEPARATOR = " ; "
 
 Box = tuple[Real, Real, Real, Real]  # x0, y0, x1, y1 in pixels
@@ -29,7 +35,7 @@ Places = tuple[int, int, int, int]  # y min, x min, y max, x max, each a bin
 
 @dataclass(frozen=True)
 class Detection:
-    """A thing found: its name, its box in pixels, and the 16 codes of its mask, or none."""
+    """A thing found: its name, or "" where the text gives none, its box in pixels, and its mask's 16 codes, or none."""
 
     label: str
     box: Box
@@ -69,6 +75,40 @@ def places_to_box(places: Places, width: Real, height: Real) -> Box:
     return from_bin(x0, width), from_bin(y0, height), from_bin(x1, width), from_bin(y1, height)
 
 
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def box_window(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """A box → whole pixels (x0, y0, x1, y1) inside the picture, at least one wide and one high."""
+    x0, y0, x1, y1 = (round(v) for v in box)
+    x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
+
+
+def cut_mask(mask: Bool[np.ndarray, "H W"], box: Box) -> Float32[np.ndarray, "64 64"]:
+    """The part of a picture's mask inside a box, squashed to 64×64: the share of each cell that is inside, in [0, 1].
+
+    Bilinear with antialiasing, as big_vision prepares the masks that its VQ-VAE reads.
+    """
+    x0, y0, x1, y1 = box_window(box, mask.shape[1], mask.shape[0])
+    part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
+    return np.asarray(part.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR))
+
+
+def paste_mask(
+    values: Float32[np.ndarray, "64 64"], box: Box, width: int, height: int
+) -> Bool[np.ndarray, "height width"]:
+    """A decoded mask, values about [-1, 1], stretched into its box: true where it is above 0 there, false elsewhere.
+
+    First stretched, then compared, so that the outline is smooth.
+    """
+    x0, y0, x1, y1 = box_window(box, width, height)
+    part = Image.fromarray(values).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+    mask = np.zeros((height, width), bool)
+    mask[y0:y1, x0:x1] = np.asarray(part) > 0
+    return mask
+
+
 # --- boxes → text --------------------------------------------------------------------------------------------------
 
 
@@ -90,12 +130,12 @@ def format_box(detection: Detection, width: Real, height: Real) -> str:
             f"The box {detection.box} of {label!r} must satisfy 0 ≤ x0 ≤ x1 ≤ {width} and 0 ≤ y0 ≤ y1 ≤ {height}; "
             "order its corners and clip it to the picture."
         )
-    if not label or label != label.strip() or any(mark in label for mark in ";<>"):
+    if label != label.strip() or any(mark in label for mark in ";<>"):
         raise ValueError(f"The label {label!r} must be a text without ';', '<', '>' or spaces around it.")
     if len(codes) not in (0, CODES_PER_MASK) or not all(0 <= code < CODES for code in codes):
         raise ValueError(f"The mask of {label!r} must have 16 codes of 0…127, or none; it has {list(codes)}.")
     places = box_to_places(detection.box, width, height)
-    return "".join(f"<loc{i:04d}>" for i in places) + "".join(f"<seg{i:03d}>" for i in codes) + f" {label}"
+    return "".join(f"<loc{i:04d}>" for i in places) + "".join(f"<seg{i:03d}>" for i in codes) + f" {label}".rstrip()
 
 
 # --- text → boxes --------------------------------------------------------------------------------------------------
@@ -104,8 +144,10 @@ def format_box(detection: Detection, width: Real, height: Real) -> str:
 def parse(text: str, width: Real, height: Real) -> Parsed:
     """A model's answer about a picture of width × height pixels → what it found, and what is wrong with the answer.
 
-    Never raises on a text, however malformed: an item that cannot be read is left out, and `problems` says which and
-    why. An empty text is an answer without boxes. Raises ValueError only for a width or height that is not positive.
+    Never raises on a text, however malformed: what cannot be read of an item is left out, and `problems` says which and
+    why. An item needs its box, but no name: where PaliGemma is asked for one thing by a description, it writes none
+    (big_vision, pp/proj/paligemma/segmentation.py). An empty text is an answer without boxes. Raises ValueError only
+    for a width or height that is not positive.
     """
     check_size(width, height)
     detections, problems = [], []
@@ -127,16 +169,16 @@ def parse_item(item: str, width: Real, height: Real) -> tuple[Detection | None, 
         return None, [f"has a place that is not one of <loc0000> to <loc{BINS - 1}>"]
     if len(places) != 4:
         return None, [f"has {len(places)} of the 4 places of a box"]
-    if "<" in label or ">" in label:
-        return None, ["has a token, or a piece of one, where only the label may stand"]
-    if not label:
-        return None, ["has no label"]
     y0, x0, y1, x1 = places
     if y0 > y1 or x0 > x1:
         return None, ["has a box that is upside down or mirrored"]
     codes, complaints = read_tokens(segs, "seg", 3, CODES), []
+    if "<" in label or ">" in label:
+        label = re.split("[<>]", label)[0].strip()
+        complaints = ["has a token, or a piece of one, where only the label may stand, so it is cut off there"]
     if codes is None or len(codes) not in (0, CODES_PER_MASK):
-        codes, complaints = [], ["has a mask that is not 16 tokens of <seg000> to <seg127>, so only its box is kept"]
+        codes = []
+        complaints.append("has a mask that is not 16 tokens of <seg000> to <seg127>, so only its box is kept")
     return Detection(label, places_to_box(tuple(places), width, height), tuple(codes)), complaints
 
 
