@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import combinations, pairwise
@@ -122,7 +122,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answers: `answers[0]` is the training target, all of them are right."""
+    """A prompt and its answers: `answers[0]` is the training target, all of them are right.
+
+    Of `segment` it is the boxes alone: what codes a mask has, only a VQ-VAE knows (`segment_target`).
+    """
 
     kind: str
     prompt: str
@@ -385,10 +388,25 @@ def at_cell(cell: str) -> str:
     return f"{'in' if cell == 'center' else 'at'} the {cell}"
 
 
-def detect_target(objects: Iterable[SceneObject], classes: Iterable[str], size: int) -> str:
-    """What `detect a ; b` should say: classes in the order asked, boxes from left to right within a class."""
+def asked_for(objects: Iterable[SceneObject], classes: Iterable[str]) -> list[SceneObject]:
+    """The objects of these classes: classes in the order asked, from left to right within a class."""
     by_x = sorted(objects, key=lambda o: (o.box[0], o.box[1]))
-    return format_boxes([Detection(name, o.box) for name in classes for o in by_x if o.name == name], size, size)
+    return [o for name in classes for o in by_x if o.name == name]
+
+
+def detect_target(objects: Iterable[SceneObject], classes: Iterable[str], size: int) -> str:
+    """What `detect a ; b` should say."""
+    return format_boxes([Detection(o.name, o.box) for o in asked_for(objects, classes)], size, size)
+
+
+def segment_target(objects: Iterable[SceneObject], classes: Iterable[str], size: int, codes_of: Callable) -> str:
+    """What `segment a ; b` should say: the same boxes, each with the codes of its mask.
+
+    `codes_of(masks, boxes)`, such as `vqvae.MaskVQVAE.codes_of`, gives each mask's 16.
+    """
+    found = asked_for(objects, classes)
+    codes = codes_of([o.mask for o in found], [o.box for o in found])
+    return format_boxes([Detection(o.name, o.box, c) for o, c in zip(found, codes, strict=True)], size, size)
 
 
 def relation_answer(objects: tuple[SceneObject, ...], name: str, direction: str, size: int) -> str | None:
@@ -512,8 +530,8 @@ def _relations(objects: tuple[SceneObject, ...], counts: Counter, rng: np.random
     return _some(rng, found, 2)
 
 
-def _detections(
-    objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator, size: int
+def _pointing(
+    task: str, objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator, size: int
 ) -> Iterator[Example]:
     """One class, then two or more where the scene has them. 8% of the queries name a class that is not there."""
     names = list(counts)
@@ -525,11 +543,11 @@ def _detections(
             several[rng.integers(len(several))] = _absent(rng, counts)
         queries.append(several)
     for classes in queries:
-        yield Example("detect", f"detect {' ; '.join(classes)}", (detect_target(objects, classes, size),))
+        yield Example(task, f"{task} {' ; '.join(classes)}", (detect_target(objects, classes, size),))
 
 
 def _examples(scene: Scene) -> tuple[Example, ...]:
-    """Captions, then questions, then detections, drawn from the scene's own second stream of random numbers."""
+    """Captions, then questions, then boxes, then masks, drawn from the scene's own second stream of random numbers."""
     rng = np.random.default_rng((SPLITS.index(scene.split), scene.seed, 1))
     objects, size = scene.objects, scene.size
     counts = Counter(o.name for o in objects)
@@ -538,14 +556,18 @@ def _examples(scene: Scene) -> tuple[Example, ...]:
         *_where_and_what(objects, counts, rng, size),
         *_counting(objects, counts, rng),
         *_relations(objects, counts, rng, size),
-        *_detections(objects, counts, rng, size),
+        *_pointing("detect", objects, counts, rng, size),
+        *_pointing("segment", objects, counts, rng, size),
     )
 
 
 def texts(seeds: Iterable[int], split: str = "train") -> Iterator[str]:
-    """Every prompt and every training target of these seeds: the corpus that a tokenizer learns from."""
+    """Every prompt and every training target of these seeds: the corpus that a tokenizer learns from.
+
+    But for `segment`, which would only repeat what `detect` says.
+    """
     for seed in seeds:
-        for example in make_scene(seed, split).examples:
+        for example in (e for e in make_scene(seed, split).examples if e.kind != "segment"):
             yield example.prompt
             if example.answers[0]:
                 yield example.answers[0]

@@ -1,6 +1,10 @@
 """Training a small PaliGemma from nothing: first pictures and words meet, then the whole model learns to answer.
 
     S scenes a step · E examples of a scene · B = S · E rows · P patches · M names of L words · T tokens · D width
+    O objects of a step · C codes
+
+Stage 0, ``masks``, has nothing to do with the model: it trains the VQ-VAE (vqvae.py) that turns the mask of an object
+into 16 words and back, so that there is something to teach when `segment` is asked.
 
 Stage 1, ``align``: the tower, the projector and the decoder's word embeddings, with the sigmoid loss (losses.py).
 Each pair of that loss stands alone, so a pair may be *one patch* and one name: true where the patch shows the thing.
@@ -16,9 +20,11 @@ Stage 3, ``polish``: the same on new scenes, with more of what is still hard, wh
 Stage 4, ``finish``: the learning rate rises and falls once more (a warm restart, arXiv:1608.03983), on scenes with many
 objects and on the two tasks that must name them all, captions and detections.
 
+Stage 5, ``segment``: the same once more, with masks.
+
 Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on
 from its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower
-arXiv:2407.07726, section 3.2.
+arXiv:2407.07726, section 3.2; the VQ-VAE's losses and moving averages arXiv:1711.00937, equation 3 and appendix A.1.
 """
 
 import argparse
@@ -34,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,10 +50,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minivlm import losses, scenes
+from minivlm import locations, losses, scenes
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.locations import CODES, cut_mask
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor, train_tokenizer
+from minivlm.vqvae import WIDTH, MaskVQVAE, code_grid
 
 LOG_EVERY = 50  # steps
 
@@ -63,13 +72,16 @@ class Recipe:
     tower_layers: int = 4
     decoder_layers: int = 4
     heads: int = 4
+    masks_scenes: int = 96_000
+    masks_batch: int = 64  # scenes a step
+    masks_lr: float = 1e-3
     align_scenes: int = 120_000
     align_batch: int = 64  # scenes a step
     align_lr: float = 1.5e-3
     answer_scenes: int = 184_000
     answer_horizon: int = 280_000  # scenes after which the learning rate would be nothing: stage 3 goes on before that
     answer_batch: int = 16  # scenes a step
-    examples: int = 4  # of each scene, in stages 2 to 4
+    examples: int = 4  # of each scene, in stages 2 to 5
     answer_lr: float = 1e-3
     tower_lr: float = 0.2  # of the learning rate of the rest
     tower_warmup: float = 0.2  # of stage 2
@@ -79,6 +91,9 @@ class Recipe:
     finish_scenes: int = 384_000
     finish_lr: float = 1e-3
     finish_tower_lr: float = 0.4  # of it
+    segment_scenes: int = 208_000
+    segment_lr: float = 8e-4
+    segment_tower_lr: float = 0.4  # of it
     warmup: float = 0.01  # of each stage
     weight_decay: float = 0.02
     precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32. Or "float32"
@@ -86,7 +101,8 @@ class Recipe:
     def __post_init__(self):
         if self.precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision must be 'bfloat16' or 'float32', not {self.precision!r}.")
-        for name, batch in (("align_scenes", self.align_batch), ("answer_scenes", self.answer_batch)):
+        for name in ("masks", "align", "answer"):
+            name, batch = f"{name}_scenes", getattr(self, f"{name}_batch")
             if batch < 1 or getattr(self, name) < batch:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must fill at least one step of {batch} scenes.")
 
@@ -117,6 +133,8 @@ FINISH = {
     "relation": 1.0,
     "detect": 5.0,
 }
+# And in stage 5.
+SEGMENT = FINISH | {"caption": 10.0, "detect": 2.5, "segment": 6.0}
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
@@ -152,6 +170,46 @@ def new_model(recipe: Recipe, processor: Processor) -> PaliGemma:
     return PaliGemma(PaliGemmaConfig(vision, text, processor.image_token_id, **ids)).init_weights(recipe.seed)
 
 
+class MaskLearning(nn.Module):
+    """Stage 0: the VQ-VAE's losses. A code's vector is the moving average of what the encoder gave that code."""
+
+    decay = 0.99  # of the averages, a step
+    commitment = 0.25  # weight of the encoder's distance to the codebook
+
+    def __init__(self):
+        super().__init__()
+        self.vae = MaskVQVAE()
+        self.register_buffer("sizes", torch.zeros(CODES))  # vectors that a code was given, on average
+        self.register_buffer("sums", torch.zeros(CODES, WIDTH))  # of those vectors
+
+    def forward(self, masks: Float[Tensor, "O 64 64"]) -> Float[Tensor, ""]:
+        found = self.vae.encoder(2 * masks[:, None] - 1).float()  # [O, D, 4, 4]
+        codes = self.vae._vq_vae.nearest(found.detach())
+        nearest = code_grid(codes, self.vae._vq_vae._embedding)
+        # forth, the decoder gets codebook vectors; back, the encoder gets their gradient as if they were its own
+        drawn = self.vae.decoder(found + (nearest - found).detach())[:, 0].float()
+        self.follow(found.detach().flatten(2).mT.flatten(0, 1), codes.flatten())
+        return F.mse_loss(drawn, 2 * masks - 1) + self.commitment * F.mse_loss(found, nearest)
+
+    @torch.no_grad()
+    def follow(self, vectors: Float[Tensor, "N D"], codes: Int[Tensor, " N"]) -> None:
+        """Moves the codebook. A code that hardly any vector takes goes beside one that many take, to share its work."""
+        taken = F.one_hot(codes, CODES).to(vectors)
+        new = torch.cat([taken.sum(0)[:, None], taken.T @ vectors], dim=1)
+        if dist.is_initialized():
+            dist.all_reduce(new)
+        self.sizes.lerp_(new[:, 0], 1 - self.decay)
+        self.sums.lerp_(new[:, 1:], 1 - self.decay)
+        idle = (self.sizes < 1).nonzero()[:, 0]
+        busy = self.sizes.topk(len(idle)).indices
+        idle, busy = (some[self.sizes[busy] > 4] for some in (idle, busy))
+        for average in (self.sizes, self.sums):
+            average[busy] /= 2
+            average[idle] = average[busy]
+        self.sums[idle] *= 1.01  # not at the same place, or the second of the two would never be the nearest
+        self.vae._vq_vae._embedding.copy_(self.sums / self.sizes.clamp_min(1e-5)[:, None])
+
+
 class Alignment(nn.Module):
     """Stage 1: scores every patch against every name with the sigmoid loss."""
 
@@ -176,7 +234,7 @@ class Alignment(nn.Module):
 
 
 class Answering(nn.Module):
-    """Stages 2 to 4: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
+    """Stages 2 to 5: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
 
     def __init__(self, model: PaliGemma):
         super().__init__()
@@ -214,10 +272,11 @@ def choose_examples(
     scene: scenes.Scene, count: int, rng: np.random.Generator, mixture: dict[str, float]
 ) -> list[scenes.Example]:
     """``count`` examples of a scene, drawn by the weights of their kinds: different ones as long as they last."""
-    weights = np.array([mixture[example.kind] for example in scene.examples])
+    offered = [example for example in scene.examples if example.kind in mixture]
+    weights = np.array([mixture[example.kind] for example in offered])
     repeat = len(weights) < count
     chosen = rng.choice(len(weights), size=count, replace=repeat, p=weights / weights.sum())
-    return [scene.examples[i] for i in chosen]
+    return [offered[i] for i in chosen]
 
 
 class Steps(Dataset):
@@ -243,6 +302,14 @@ class Steps(Dataset):
         return [scenes.make_scene(seed, "train", self.recipe.image_size) for seed in mine]
 
 
+class MaskSteps(Steps):
+    """The masks of all objects of the scenes, as seen in their boxes."""
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        things = [thing for scene in self.scenes(step) for thing in scene.objects]
+        return {"masks": torch.from_numpy(np.stack([cut_mask(thing.mask, thing.box) for thing in things]))}
+
+
 class AlignSteps(Steps):
     """Pictures, names, and which patch shows which. A name stands three times: "cat", " cat" and " cats"."""
 
@@ -266,14 +333,17 @@ class AnswerSteps(Steps):
     """E rows of text a scene, one picture for the E of them."""
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        drawn = self.scenes(step)
-        chosen = []
+        drawn, prompts, answers = self.scenes(step), [], []
         for scene in drawn:
             rng = np.random.default_rng((self.recipe.seed, 2, scene.seed))
-            chosen += choose_examples(scene, self.recipe.examples, rng, self.mixture)
-        prompts, answers = [e.prompt for e in chosen], [e.answers[0] for e in chosen]
+            for example in choose_examples(scene, self.recipe.examples, rng, self.mixture):
+                prompts.append(example.prompt)
+                answers.append(self.answer(scene, example))
         batch = self.processor.tokens(prompts, answers, "right")
         return batch | {"pixel_values": self.processor.pixels([scene.image for scene in drawn])}
+
+    def answer(self, scene: scenes.Scene, example: scenes.Example) -> str:
+        return example.answers[0]
 
 
 class PolishSteps(AnswerSteps):
@@ -301,6 +371,23 @@ class FinishSteps(AnswerSteps):
         weights = np.array([scenes.planned_count(seed) for seed in offered])
         rng = np.random.default_rng((self.recipe.seed, 3, step))
         return rng.choice(offered, self.batch, replace=False, p=weights / weights.sum()).tolist()
+
+
+class SegmentSteps(FinishSteps):
+    """The same on the scenes after those of stage 4, with masks, for which it needs the VQ-VAE of stage 0."""
+
+    mixture = SEGMENT
+    vae: MaskVQVAE  # put here when stage 0 has trained it
+
+    @property
+    def first_seed(self) -> int:
+        return super().first_seed + 2 * self.recipe.finish_scenes
+
+    def answer(self, scene: scenes.Scene, example: scenes.Example) -> str:
+        if example.kind != "segment":
+            return example.answers[0]
+        classes = example.prompt.removeprefix("segment ").split(locations.SEPARATOR)
+        return scenes.segment_target(scene.objects, classes, scene.size, self.vae.codes_of)
 
 
 # --- a stage --------------------------------------------------------------------------------------------------------
@@ -349,7 +436,7 @@ class Stage:
 
 
 def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0, world: int = 1) -> list[Stage]:
-    """The stages of a recipe, in order; all train the same model."""
+    """The stages of a recipe, in order; the first trains a new VQ-VAE, all others the same model."""
 
     def stage(name, module, kind, scenes, horizon, batch, lr, tower_lr, tower_warmup=0.0):
         batches = kind(recipe, processor, batch, rank, world)
@@ -358,6 +445,7 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
 
     r, answering = recipe, Answering(model)
     return [
+        stage("masks", MaskLearning(), MaskSteps, r.masks_scenes, r.masks_scenes, r.masks_batch, r.masks_lr, 1.0),
         stage("align", Alignment(model), AlignSteps, r.align_scenes, r.align_scenes, r.align_batch, r.align_lr, 1.0),
         stage(
             *("answer", answering, AnswerSteps, r.answer_scenes, r.answer_horizon, r.answer_batch, r.answer_lr),
@@ -371,14 +459,19 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
             *("finish", answering, FinishSteps, r.finish_scenes, r.finish_scenes, r.answer_batch, r.finish_lr),
             r.finish_tower_lr,
         ),
+        stage(
+            *("segment", answering, SegmentSteps, r.segment_scenes, r.segment_scenes, r.answer_batch, r.segment_lr),
+            r.segment_tower_lr,
+        ),
     ]
 
 
 def share_of_loss(batch: dict[str, Tensor], world: int) -> float:
-    """What a process's mean loss counts in the mean over all: suffixes differ in length from process to process."""
-    if world == 1 or "labels" not in batch:
+    """What a process's mean loss counts in the mean over all: suffixes, and numbers of objects, differ among them."""
+    if world == 1 or "shows" in batch:
         return 1.0
-    count = (batch["labels"][:, 1:] != -100).sum().float()
+    counted = batch["masks"].new_ones(len(batch["masks"])) if "masks" in batch else batch["labels"][:, 1:] != -100
+    count = counted.sum().float()
     total = count.clone()
     dist.all_reduce(total)
     return float(count * world / total)
@@ -485,12 +578,13 @@ def draw_curve(out: Path) -> None:
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(12, 3), layout="constrained")
-    titles = enumerate(("1: align", "2: answer", "3: polish", "4: finish"))
-    for axes, (stage, title) in zip(figure.subplots(1, 4), titles, strict=True):
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: segment")
+    for stage, (axes, title) in enumerate(zip(figure.subplots(2, 3).flat, titles, strict=True)):
         points = [(r["scenes"], r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
-        axes.set(title=f"stage {title}", xlabel="scenes seen", ylabel="loss (nats)", yscale="log")
+        unit = "squared error" if stage == 0 else "nats"
+        axes.set(title=f"stage {title}", xlabel="scenes seen", ylabel=f"loss ({unit})", yscale="log")
     figure.savefig(out / "curve.png", dpi=120)
 
 
@@ -503,8 +597,10 @@ def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Plac
     optimizer = new_optimizer(module, recipe.weight_decay)
     if at_stage == number and start:
         load_state(state, module, optimizer)
-    # stage 1 leaves the decoder's layers aside, so not every weight has a gradient
-    wrapped = DistributedDataParallel(module, find_unused_parameters=number == 0) if place.world > 1 else module
+    # "align" leaves the decoder's layers aside, so not every weight has a gradient
+    wrapped = (
+        DistributedDataParallel(module, find_unused_parameters=stage.name == "align") if place.world > 1 else module
+    )
     log = Log(out / "metrics.jsonl", number, start) if place.first else None
     loader = DataLoader(
         stage.batches, batch_size=None, sampler=range(start, stage.steps), num_workers=place.workers, prefetch_factor=4
@@ -573,12 +669,18 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
     plan = stages(recipe, model, processor, place.rank, place.world)
     reached, _ = state_position(out / "state.safetensors")
     for number, stage in enumerate(plan):
-        if number >= reached:  # what earlier stages gave is in the saved state, which run_stage loads
-            run_stage(stage, number, out, recipe, place, save_every)
+        if number < reached:  # what earlier stages gave the model is in the saved state, which run_stage loads
+            continue
+        if stage.name == "segment":
+            stage.batches.vae = MaskVQVAE.from_pretrained(out)
+        run_stage(stage, number, out, recipe, place, save_every)
+        if stage.name == "masks" and place.first:
+            stage.module.vae.save_pretrained(out)
     if place.first:
         model = model.to("cpu").eval()
         model.save_pretrained(out / "checkpoint", dtype=torch.bfloat16)
         processor.save_pretrained(out / "checkpoint")
+        MaskVQVAE.from_pretrained(out).save_pretrained(out / "checkpoint")
     return model
 
 

@@ -1,5 +1,6 @@
 """The scenes keep their promises: every statement is derived again from the boxes and masks."""
 
+import hashlib
 import re
 from collections import Counter
 from itertools import combinations
@@ -15,6 +16,7 @@ from minivlm import scenes
 
 DATA = Path(scenes.__file__).resolve().parent.parent / "data"
 SEEDS = range(300)
+TASKS = ("detect", "segment")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,17 @@ def test_scenes_stay_what_they_were():
     said = [scenes.make_scene(0, split).captions["caption"][0] for split in scenes.SPLITS]
     assert said == ["two koalas and a pig", "a snake, a panda and a shoe", "an octopus and a balloon", "an octopus"]
     assert scenes.make_scene(2).objects[0].name == "cactus"
+
+
+def test_examples_stay_what_they_were_before_there_were_masks():
+    """`segment` comes last in a scene's stream of random numbers, so all that came before it is as it was."""
+    digest = hashlib.sha256()
+    for split in scenes.SPLITS:
+        for seed in range(50):
+            for e in scenes.make_scene(seed, split).examples:
+                if e.kind != "segment":
+                    digest.update(repr((e.kind, e.prompt, e.answers)).encode())
+    assert digest.hexdigest() == "434fb2738a897a8c5123a0c70fd5cc96ec0c66e73aec77cf463951a5fe5f8ec3"
 
 
 def test_streams_are_disjoint(drawn):
@@ -262,10 +275,13 @@ def parse_detection(text):
     return found
 
 
-def test_detection_targets_are_the_boxes(drawn):
-    empty = total = 0
-    for scene, e in asked(drawn, "detect"):
-        classes = e.prompt.removeprefix("detect ").split(" ; ")
+@pytest.mark.parametrize("task", TASKS)
+def test_targets_are_the_boxes(drawn, task):
+    """Of `segment` too: the codes of the masks are added when it is trained."""
+    empty = total = several = 0
+    for scene, e in asked(drawn, task):
+        assert len(e.answers) == 1 and e.prompt.startswith(f"{task} ")
+        classes = e.prompt.removeprefix(f"{task} ").split(" ; ")
         found = parse_detection(e.answers[0])
         expected = Counter(o.name for o in scene.objects if o.name in classes)
         assert Counter(n for n, _ in found) == expected
@@ -277,19 +293,63 @@ def test_detection_targets_are_the_boxes(drawn):
             for (ymin, xmin, ymax, xmax), box in zip(bins, boxes, strict=True):
                 back = np.array([xmin, ymin, xmax, ymax]) / 1023 * scene.size
                 assert np.abs(back - box).max() <= scene.size / 1023
-        empty, total = empty + (e.answers[0] == ""), total + 1
-    assert 0.02 < empty / total < 0.12
+        empty, total, several = empty + (e.answers[0] == ""), total + 1, several + (len(classes) > 1)
+        assert len(classes) == len(set(classes)) and len(set(classes) - {o.name for o in scene.objects}) <= 1
+    assert 0.02 < empty / total < 0.12 and 0.3 < several / total < 0.6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_8_per_cent_of_the_queries_ask_for_what_is_not_there(drawn, task):
+    queries = [(s, e.prompt.removeprefix(f"{task} ").split(" ; ")) for s, e in asked(drawn, task)]
+    absent = sum(not set(classes) <= {o.name for o in scene.objects} for scene, classes in queries)
+    assert abs(absent / len(queries) - 0.08) < 4 * (0.08 * 0.92 / len(queries)) ** 0.5
+
+
+def test_tasks_draw_their_own_classes(drawn):
+    of_scene = [
+        [{frozenset(e.prompt.split(" ", 1)[1].split(" ; ")) for e in s.examples if e.kind == task} for task in TASKS]
+        for s in drawn["train"]
+    ]
+    assert 0.1 < sum(detect == segment for detect, segment in of_scene) / len(of_scene) < 0.6
+
+
+def test_segment_targets_are_the_detections_with_codes(drawn):
+    """Each thing's code is that of its own visible mask in its own box, in the order of the boxes."""
+    calls = 0
+    for scene, e in asked(drawn, "segment"):
+        classes = e.prompt.removeprefix("segment ").split(" ; ")
+        wanted = {o.box: (o, (index,) * 16) for index, o in enumerate(scene.objects)}
+
+        def codes_of(masks, boxes, wanted=wanted):
+            assert all(mask is wanted[box][0].mask for mask, box in zip(masks, boxes, strict=True))
+            return [wanted[box][1] for box in boxes]
+
+        text = scenes.segment_target(scene.objects, classes, scene.size, codes_of)
+        assert re.sub(r"(<seg\d{3}>)+", "", text) == e.answers[0]
+        assert text.count("<seg") == 16 * (text.count("<loc") // 4)
+        for index, o in enumerate(scene.objects):
+            assert text.count(f"<seg{index:03d}>" * 16 + f" {o.name}") == (o.name in classes)
+        calls += 1
+    assert calls > 1000
+    assert scenes.segment_target((), ["cat"], 112, lambda masks, boxes: []) == ""
 
 
 def test_what_a_scene_offers(drawn):
     for scene in (s for group in drawn.values() for s in group):
         kinds = Counter(e.kind for e in scene.examples)
-        assert kinds["caption"] == 1 and kinds["detect"] in (1, 2) and kinds["is there"] == 2
+        assert kinds["caption"] == 1 and kinds["is there"] == 2
+        assert kinds["detect"] == kinds["segment"] == (1 if len({o.name for o in scene.objects}) == 1 else 2)
+        assert [e.kind for e in scene.examples][-kinds["segment"] :] == ["segment"] * kinds["segment"]
         assert max(kinds.values()) <= 2 and len({e.prompt for e in scene.examples}) == len(scene.examples)
         assert all(e.prompt.startswith("answer en ") for e in scene.questions)
         assert len(scene.questions) == sum(kinds[k] for k in ("what", "where", "how many", "is there", "relation"))
         assert set(scene.captions) == {"caption", "cap", "describe"} & set(kinds)
-    assert "caption en" in list(scenes.texts(range(2)))
+
+
+def test_a_tokenizer_learns_from_everything_but_masks(drawn):
+    examples = [e for scene in drawn["train"][:20] for e in scene.examples if e.kind != "segment"]
+    said = [text for e in examples for text in (e.prompt, e.answers[0]) if text]
+    assert list(scenes.texts(range(20))) == said and "caption en" in said
 
 
 captions = st.lists(st.sampled_from(scenes.OBJECTS), min_size=1, max_size=4)
