@@ -5,7 +5,8 @@ square for a picture, and what the model knows from the question alone is subtra
 ``validation`` (new scenes), ``pairs`` (objects never seen together), ``artist`` (drawings by an unseen hand).
 
 Average precision is computed by pycocotools (the COCO evaluation, https://cocodataset.org/#detection-eval); a box
-counts with the mean probability of its four tokens.
+counts with the mean probability of its four tokens. Masks are judged in the picture, at its own size, where their box
+is right: by the area of the overlap over that of the union (IoU) with the object's visible pixels.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,17 +26,19 @@ from minivlm import locations, scenes
 from minivlm.generation import generate_ids
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.scenes import Example, Scene
+from minivlm.scenes import Example, Scene, SceneObject
+from minivlm.vqvae import MaskVQVAE
 
 ROWS = 128  # prompts a batch
 GREY = 128  # of the blank picture
-BLOCKS = 20  # of scenes, for the interval of an average precision
+BLOCKS = 20  # of scenes, for the interval of what is no share of answers
+CORRECT = 0.5  # IoU from which a box is right
 QUESTIONS = ("what", "how many", "is there", "where", "relation")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A share in [0, 1] with the half-width of its 95% interval, and how many answers it was counted on."""
+    """A number in [0, 1] with the half-width of its 95% interval, and how many it was counted on."""
 
     value: float
     margin: float
@@ -48,17 +52,20 @@ class Figure:
 
 
 def prompts_of(scene: Scene) -> list[Example]:
-    """What a scene is asked: its captions and questions, and one detection of all its classes."""
-    asked = [example for example in scene.examples if example.kind != "detect"]
+    """What a scene is asked: its captions and questions, then all its classes at once, their boxes and their masks."""
+    asked = [example for example in scene.examples if example.kind not in ("detect", "segment")]
     classes = list(dict.fromkeys(thing.name for thing in scene.objects))
     target = scenes.detect_target(scene.objects, classes, scene.size)
-    return [*asked, Example("detect", f"detect {' ; '.join(classes)}", (target,))]
+    return [*asked, *(Example(task, f"{task} {' ; '.join(classes)}", (target,)) for task in ("detect", "segment"))]
 
 
 def answer_all(
-    model: PaliGemma, processor: Processor, asked: list[tuple[Scene, Example]], max_new_tokens: int = 48
+    model: PaliGemma, processor: Processor, asked: list[tuple[Scene, Example]], max_new_tokens: int = 112
 ) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Greedy answers, each with its boxes' items and scores. Prompts of a kind go together: they end together."""
+    """Greedy answers, each with its boxes' items and scores. Prompts of a kind go together: they end together.
+
+    The longest right answer, four objects with masks, has 4 · (4 + 16) tokens and their names.
+    """
     answers: list = [None] * len(asked)
     order = sorted(range(len(asked)), key=lambda i: (asked[i][1].kind, len(asked[i][1].answers[0]), i))
     for start in tqdm(range(0, len(order), ROWS), unit="batch", desc="answering", leave=False):
@@ -141,41 +148,120 @@ def average_precision(
     return float(np.nanmean(precision[0])), float(np.nanmean(precision))
 
 
+def jackknife(count: int, figures_of: Callable[[np.ndarray], Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """What ``figures_of`` gives for the numbers of all scenes, and the half-widths of the 95% intervals.
+
+    The latter from leaving out one block of scenes at a time; NaN where there is but one scene.
+    """
+    whole = np.array(figures_of(np.arange(count)))
+    blocks = min(BLOCKS, count)
+    if blocks < 2:
+        return whole, np.full_like(whole, math.nan)
+    block = np.arange(count) * blocks // count
+    parts = np.array([figures_of(np.flatnonzero(block != b)) for b in range(blocks)])
+    return whole, 1.96 * np.sqrt((blocks - 1) / blocks * ((parts - parts.mean(0)) ** 2).sum(0))
+
+
 def detection_figures(truth: list, found: list) -> dict[str, Figure]:
-    """Both average precisions; intervals by leaving out one block of scenes at a time (the jackknife)."""
-    whole = np.array(average_precision(truth, found))
-    blocks = min(BLOCKS, len(truth))
-    margin = np.full(2, math.nan)
-    if blocks > 1:
-        block = np.arange(len(truth)) * blocks // len(truth)
-        kept = [np.flatnonzero(block != b) for b in range(blocks)]
-        parts = np.array([average_precision([truth[i] for i in k], [found[i] for i in k]) for k in kept])
-        margin = 1.96 * np.sqrt((blocks - 1) / blocks * ((parts - parts.mean(0)) ** 2).sum(0))
+    """Both average precisions."""
+    whole, margin = jackknife(
+        len(truth), lambda kept: average_precision([truth[i] for i in kept], [found[i] for i in kept])
+    )
     count = sum(map(len, truth))
     names = ("detection AP at IoU 0.5", "detection AP, IoU 0.5 to 0.95")
     return {name: Figure(float(v), float(m), count) for name, v, m in zip(names, whole, margin, strict=True)}
 
 
-def figures(asked: list[tuple[Scene, Example]], answers: list) -> dict[str, Figure]:
-    """All figures of one split, in the order of the table."""
-    right, truth, found = defaultdict(list), [], []
+def box_iou(a: locations.Box, b: locations.Box) -> float:
+    """Area of the overlap over area of the union; 0 for two boxes without area."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    overlap = max(0, width) * max(0, height)
+    union = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b)) - overlap
+    return overlap / union if union else 0.0
+
+
+def find_partners(things: Sequence[SceneObject], found: Sequence[locations.Detection]) -> list[int | None]:
+    """For each thing, the number of the detection that is right about it: its name, and its box by IoU 0.5 or more.
+
+    The best pairs come first; a detection is right about one thing only.
+    """
+    pairs = [
+        (box_iou(o.box, d.box), i, j) for i, o in enumerate(things) for j, d in enumerate(found) if d.label == o.name
+    ]
+    partners: list[int | None] = [None] * len(things)
+    for overlap, i, j in sorted(pairs, reverse=True):
+        if overlap >= CORRECT and partners[i] is None and j not in partners:
+            partners[i] = j
+    return partners
+
+
+def mask_overlaps(scene: Scene, answer: str, vae: MaskVQVAE) -> list[float | None]:
+    """For each thing of a scene, the IoU of its mask with the one that the answer gives it.
+
+    0 where the answer has its box but no mask that can be read; None where it lacks the box.
+    """
+    found = locations.parse(answer, scene.size, scene.size).detections
+    masks = vae.masks_of(found, scene.size, scene.size)
+    overlaps: list[float | None] = []
+    for thing, partner in zip(scene.objects, find_partners(scene.objects, found), strict=True):
+        mask = None if partner is None else masks[partner]
+        if mask is None:
+            overlaps.append(None if partner is None else 0.0)
+        else:
+            overlaps.append(float((mask & thing.mask).sum() / (mask | thing.mask).sum()))
+    return overlaps
+
+
+def segmentation_figures(overlaps: list[list[float | None]]) -> dict[str, Figure]:
+    """From the ``mask_overlaps`` of each scene: the mean of those there are, and for how many things there is one.
+
+    The mean is 0 where nothing was found, and both are NaN where there is nothing to find.
+    """
+    things = [overlap is not None for row in overlaps for overlap in row]
+    names = ("segment: objects found", "mask IoU in correct boxes")
+    if not things:
+        return dict.fromkeys(names, Figure(math.nan, math.nan, 0))
+
+    def mean(kept: np.ndarray) -> list[float]:
+        measured = [overlap for i in kept for overlap in overlaps[i] if overlap is not None]
+        return [sum(measured) / len(measured) if measured else 0.0]
+
+    (value,), (margin,) = jackknife(len(overlaps), mean)
+    figures = share_right(things), Figure(float(value), float(margin), sum(things))
+    return dict(zip(names, figures, strict=True))
+
+
+def figures(asked: list[tuple[Scene, Example]], answers: list, vae: MaskVQVAE) -> dict[str, Figure]:
+    """All figures of one split, in the order of the table. ``vae`` reads the masks."""
+    right, truth, found, overlaps = defaultdict(list), [], [], []
     for (scene, example), (text, items) in zip(asked, answers, strict=True):
         if example.kind == "detect":
             truth.append([locations.Detection(thing.name, thing.box) for thing in scene.objects])
             read = [(d, s) for item, s in items for d in locations.parse(item, scene.size, scene.size).detections]
             found.append(read)
+        elif example.kind == "segment":
+            overlaps.append(mask_overlaps(scene, text, vae))
         else:
             right[example.kind].append(is_right(example, text))
     table = {"caption": share_right(right["caption"])}
     table["questions, all"] = share_right([r for kind in QUESTIONS for r in right[kind]])
     table |= {f"– {kind}": share_right(right[kind]) for kind in QUESTIONS if right[kind]}
-    table |= detection_figures(truth, found)
+    table |= detection_figures(truth, found) | segmentation_figures(overlaps)
     more = {"cap": "caption by order (cap en)", "describe": "caption by relation (describe en)"}
     return table | {title: share_right(right[kind]) for kind, title in more.items() if right[kind]}
 
 
-def evaluate(model: PaliGemma, processor: Processor, split: str, count: int, blank: bool = False) -> dict[str, Figure]:
+def evaluate(
+    model: PaliGemma,
+    processor: Processor,
+    split: str,
+    count: int,
+    blank: bool = False,
+    vae: MaskVQVAE | None = None,
+) -> dict[str, Figure]:
     """Figures of ``count`` scenes of a split (seeds 0 …), or of the same questions about a grey square.
+
+    Masks are read by ``vae``, or by the embedded one.
 
     Raises:
         ValueError: ``count`` is below 1 or ``split`` is none of ``scenes.SPLITS``.
@@ -187,7 +273,7 @@ def evaluate(model: PaliGemma, processor: Processor, split: str, count: int, bla
     shown = asked
     if blank:
         shown = [(replace(scene, image=np.full_like(scene.image, GREY)), example) for scene, example in asked]
-    return figures(asked, answer_all(model, processor, shown))
+    return figures(asked, answer_all(model, processor, shown), vae or MaskVQVAE.from_pretrained())
 
 
 # --- a report -------------------------------------------------------------------------------------------------------
@@ -208,10 +294,15 @@ def run(
     count: int = 1000,
     splits: tuple[str, ...] = ("validation", "pairs", "artist"),
     json_path: Path | None = None,
+    vae: MaskVQVAE | None = None,
 ) -> dict[str, dict[str, Figure]]:
-    """``python -m minivlm evaluate``: prints the table, with a last column for the blank picture; writes it as JSON."""
-    columns = {split: evaluate(model, processor, split, count) for split in splits}
-    columns[f"{splits[0]}, blank picture"] = evaluate(model, processor, splits[0], count, blank=True)
+    """``python -m minivlm evaluate``: prints the table, with a last column for the blank picture; writes it as JSON.
+
+    ``vae`` is the one that the model learnt to write the codes of; the embedded one when not given.
+    """
+    vae = vae or MaskVQVAE.from_pretrained()
+    columns = {split: evaluate(model, processor, split, count, vae=vae) for split in splits}
+    columns[f"{splits[0]}, blank picture"] = evaluate(model, processor, splits[0], count, blank=True, vae=vae)
     print(markdown(columns))
     print(f"\n{count} scenes a split; ± is half of a 95% interval.")
     if json_path is not None:
