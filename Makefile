@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
-run: .venv/installed  ## install, then caption, question and search a few pictures
+run: .venv/installed  ## install, then show all four tasks on a few pictures
 	@$(PY) -m minivlm demo
 
 test: .venv/installed-dev  ## install what development needs, then run every test

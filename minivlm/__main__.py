@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minivlm import __version__
 
+ANSWER = 128  # tokens by default: four objects with their masks take about 95
 LONGEST_ANSWER = 8192  # tokens: what Gemma was trained to read and write at most
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,8 +62,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as stored when not given")
 
 
-def load(args: argparse.Namespace):
-    """The model and the processor that the arguments of ``add_model_arguments`` ask for."""
+def load(args: argparse.Namespace) -> tuple:
+    """The model, the processor and the folder that the arguments of ``add_model_arguments`` ask for."""
     import torch
 
     import minivlm
@@ -75,7 +76,7 @@ def load(args: argparse.Namespace):
         model = minivlm.PaliGemma.from_pretrained(folder, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
         raise ValueError(f"{folder} does not fit into {device}: try --dtype bfloat16 or --device cpu.") from None
-    return model, minivlm.Processor.from_pretrained(folder)
+    return model, minivlm.Processor.from_pretrained(folder), folder
 
 
 def find_device(name: str | None) -> str:
@@ -97,6 +98,16 @@ def check_output(path: Path | None) -> None:
         raise ValueError(f"Pictures are written as PNG, so {str(path)!r} must end in .png.")
     if path is not None and path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder: name a file to write.")
+
+
+def load_masks(folder: Path):
+    """The mask VQ-VAE in a checkpoint's folder; None where none can be read, and then stderr is told what to do."""
+    from minivlm.vqvae import MaskVQVAE
+
+    try:
+        return MaskVQVAE.from_pretrained(folder)
+    except (FileNotFoundError, ValueError) as error:
+        note(f"Boxes without masks: {error}")
 
 
 def find_boxes(answer: str, size: tuple[int, int]) -> list:
@@ -121,16 +132,21 @@ def without_places(answer: str) -> str:
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, type=Path, help="a picture file")
-    examples = '"caption en" "answer en what is this?" "detect cat ; dog"'
+    examples = '"caption en" "answer en what is this?" "detect cat ; dog" "segment cat"'
     parser.add_argument("--prompt", required=True, nargs="+", help=f"one or more, such as {examples}")
     add_model_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer; default 64")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=ANSWER, metavar="N", help=f"longest answer; default {ANSWER}"
+    )
     parser.add_argument("--sample", action="store_true", help="draw tokens at random instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, metavar="T", help="with --sample: below 1 surer, above 1 wilder")
     parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: among the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="with --sample: among the likeliest that make up P")
     parser.add_argument("--seed", type=int, help="with --sample: the same seed gives the same answer")
-    parser.add_argument("--save", type=Path, metavar="OUT.png", help="write the picture with its boxes and answers")
+    vqvae = "the mask VQ-VAE: a .npz file or a folder; that in the checkpoint's folder when not given"
+    parser.add_argument("--masks", type=Path, metavar="FILE", help=vqvae)
+    out = "write the picture with its boxes, masks and answers"
+    parser.add_argument("--save", type=Path, metavar="OUT.png", help=out)
 
 
 def generation_options(args: argparse.Namespace) -> dict:
@@ -154,45 +170,59 @@ def generation_options(args: argparse.Namespace) -> dict:
 def run_generate(args: argparse.Namespace) -> None:
     import minivlm
     from minivlm.processor import open_image
+    from minivlm.vqvae import MaskVQVAE
 
     options = generation_options(args)
     check_output(args.save)
     image = open_image(args.image)
-    model, processor = load(args)
+    vqvae = MaskVQVAE.from_pretrained(args.masks) if args.masks else None
+    model, processor, folder = load(args)
     if len(args.prompt) == 1:  # shown while it is written
         answers = [minivlm.generate(model, processor, image, args.prompt[0], stream=print_piece, **options)]
         print()
     else:
         answers = minivlm.generate(model, processor, image, args.prompt, **options)
-    boxes = []
+    if vqvae is None and any("<seg" in answer for answer in answers):
+        vqvae = load_masks(folder)
+    found = []
     for prompt, answer in zip(args.prompt, answers, strict=True):
         if len(args.prompt) > 1:
             print(f"{prompt}: {answer}")
-        boxes += print_boxes(answer, image.size)
+        found += print_boxes(answer, image.size, vqvae)
     if args.save:
         lines = [f"{p}: {without_places(a)}" for p, a in zip(args.prompt, answers, strict=True)]
-        save_sheet([(image, boxes, lines)], args.save)
+        save_sheet([(image, found, lines)], args.save)
 
 
 def print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def print_boxes(answer: str, size: tuple[int, int], indent: str = "  ") -> list:
-    """Prints each box of an answer in pixels; returns the detections."""
+def print_boxes(answer: str, size: tuple[int, int], vqvae, indent: str = "  ") -> list[tuple]:
+    """Prints each box and mask of an answer in pixels; returns the detections, each with its mask or None."""
     from minivlm.viz.boxes import in_words
 
-    found = find_boxes(answer, size)
-    for detection in found:
-        print(f"{indent}{in_words(detection)}")
+    found = with_masks(find_boxes(answer, size), size, vqvae)
+    for detection, mask in found:
+        print(f"{indent}{in_words(detection, mask)}")
     return found
 
 
+def with_masks(detections: list, size: tuple[int, int], vqvae) -> list[tuple]:
+    """Each detection with its mask; with None where it has no codes, or there is no VQ-VAE to read them."""
+    masks = vqvae.masks_of(detections, *size) if vqvae else [None] * len(detections)
+    return list(zip(detections, masks, strict=True))
+
+
 def save_sheet(panels: list, path: Path) -> None:
-    """Writes pictures with their boxes, and their lines below them: ``panels`` holds (image, detections, lines)."""
+    """Writes pictures with their boxes and masks, and their lines below them.
+
+    ``panels`` holds (image, [(detection, mask), …], lines).
+    """
     from minivlm.viz import draw_boxes, draw_sheet
 
-    draw_sheet([(draw_boxes(image, boxes), "\n".join(lines)) for image, boxes, lines in panels]).save(path)
+    pictures = [draw_boxes(image, [d for d, _ in found], [m for _, m in found]) for image, found, _ in panels]
+    draw_sheet([(p, "\n".join(lines)) for p, (_, _, lines) in zip(pictures, panels, strict=True)]).save(path)
     note(f"Wrote {path}.")
 
 
@@ -214,16 +244,17 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Captions, answers and boxes for a few scenes that training never showed, beside the truth where they differ."""
+    """All four tasks on a few scenes that training never showed, with the truth beside what is wrong."""
     from minivlm import scenes
 
     check_output(args.save)
-    model, processor = load(args)
+    model, processor, folder = load(args)
+    vqvae = load_masks(folder)
     panels = []
     for split, seed in DEMO:
         scene = scenes.make_scene(seed, split)
         print(f"{SPLIT_MEANS[split]} ({split}, seed {seed})")
-        panels.append(show_scene(model, processor, scene))
+        panels.append(show_scene(model, processor, vqvae, scene))
         print()
     save_sheet(panels, args.save)
     python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
@@ -235,25 +266,35 @@ Next:
     asks about a picture of yours; this small model knows emoji, README.md says how to get one that knows photos""")
 
 
-def show_scene(model, processor, scene) -> tuple:
-    """Asks for a caption, two answers and every object; prints them and returns a panel for ``save_sheet``."""
+def show_scene(model, processor, vqvae, scene) -> tuple:
+    """Asks for a caption, two answers, and every object twice; prints them and returns a panel for ``save_sheet``."""
     import minivlm
     from minivlm import scenes
     from minivlm.processor import open_image
 
     image = open_image(scenes.DATA / "images" / "scenes" / f"{scene.split}-{scene.seed}.png")
-    names = list(dict.fromkeys(thing.name for thing in scene.objects))
+    names = " ; ".join(dict.fromkeys(thing.name for thing in scene.objects))
     asked = {"caption en": scene.captions["caption"]} | {q.prompt: q.answers for q in scene.questions[:2]}
-    prompts = [*asked, f"detect {' ; '.join(names)}"]
-    *answers, found = minivlm.generate(model, processor, image, prompts, max_new_tokens=64)
+    prompts = [*asked, f"detect {names}", f"segment {names}"]
+    *answers, boxes, masks = minivlm.generate(model, processor, image, prompts, max_new_tokens=ANSWER)
     lines = []
     for (prompt, right), answer in zip(asked.items(), answers, strict=True):
         is_right = answer in right or scenes.same_caption(answer, right[0])
         lines.append(f"{prompt}: {answer or '(nothing)'}" + ("" if is_right else f"  (truth: {right[0]})"))
         print(f"  {lines[-1]}")
-    print(f"  {prompts[-1]}: {len(scene.objects)} to find")
-    boxes = print_boxes(found, image.size, indent="    ")
-    return image, boxes, lines
+    print(f"  {prompts[-2]}: {len(scene.objects)} to find")
+    detected = print_boxes(boxes, image.size, vqvae, indent="    ")
+    segmented = print_masks(prompts[-1], masks, image.size, vqvae)
+    return image, segmented or detected, lines
+
+
+def print_masks(prompt: str, answer: str, size: tuple[int, int], vqvae) -> list[tuple]:
+    """Prints the sizes of an answer's masks, in one line; returns the detections that have one, with it."""
+    from minivlm.viz.boxes import area
+
+    found = [(d, mask) for d, mask in with_masks(find_boxes(answer, size), size, vqvae) if mask is not None]
+    print(f"  {prompt}: " + ("; ".join(f"{d.label or '(no name)'}, {area(mask)}" for d, mask in found) or "(nothing)"))
+    return found
 
 
 # --- evaluate, train, doctor ---------------------------------------------------------------------------------------
@@ -276,7 +317,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"There is no split {split!r} to evaluate on, only {', '.join(SPLIT_MEANS)}.")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"There is no folder {str(args.json.parent)!r} to write {args.json.name} into.")
-    evaluation.run(*load(args), args.scenes, tuple(args.split or SPLIT_MEANS), args.json)
+    model, processor, folder = load(args)
+    evaluation.run(model, processor, args.scenes, tuple(args.split or SPLIT_MEANS), args.json, load_masks(folder))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 from PIL import Image
 
 import minivlm
 from minivlm import __main__ as cli
-from minivlm import checkpoint, doctor, generation
+from minivlm import checkpoint, doctor, generation, locations, scenes
 from minivlm.__main__ import COMMANDS, find_device, main
+from minivlm.vqvae import MaskVQVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 CAT = str(ROOT / "data" / "images" / "cat.jpg")
+SCENE = str(ROOT / "data" / "images" / "scenes" / "validation-0.png")
+SEGMENT = ["generate", "--image", SCENE, "--prompt", "segment panda ; shoe"]
 embedded = pytest.mark.skipif(not checkpoint.EMBEDDED.is_dir(), reason="there is no embedded checkpoint yet")
 
 
@@ -31,6 +35,17 @@ def folder(tiny_processor, tmp_path_factory) -> str:
     model.save_pretrained(path)
     tiny_processor.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def vqvae(tmp_path_factory) -> Path:
+    """The file of a mask VQ-VAE with random weights."""
+    torch.manual_seed(0)
+    model = MaskVQVAE()
+    model._vq_vae._embedding.normal_()
+    path = tmp_path_factory.mktemp("vqvae") / "vae-random.npz"
+    model.save_pretrained(path.parent, path.name)
+    return path
 
 
 @pytest.fixture
@@ -95,7 +110,7 @@ def test_a_mistake_is_one_sentence_and_code_2():
 def test_generate_prints_what_the_package_says(folder, capsys):
     assert main(["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder]) == 0
     model, processor = minivlm.PaliGemma.from_pretrained(folder), minivlm.Processor.from_pretrained(folder)
-    expected = minivlm.generate(model, processor, CAT, "caption en", max_new_tokens=64)
+    expected = minivlm.generate(model, processor, CAT, "caption en", max_new_tokens=128)
     assert capsys.readouterr().out.startswith(expected + "\n")
 
 
@@ -128,6 +143,99 @@ def test_generate_answers_several_prompts_and_draws_one_picture(folder, says, ca
         assert "1 box: cat" in picture.info["Description"] and "caption en: a cat" in picture.info["Description"]
 
 
+def segment_answer(codes_of) -> str:
+    """What `segment panda ; shoe` should be answered about SCENE."""
+    scene = scenes.make_scene(0, "validation")
+    return scenes.segment_target(scene.objects, ["panda", "shoe"], scene.size, codes_of)
+
+
+def some_codes(masks, boxes) -> list[tuple[int, ...]]:
+    return [tuple(range(i, i + 16)) for i in range(len(masks))]
+
+
+def test_generate_decodes_and_draws_masks(folder, says, vqvae, capsys, tmp_path):
+    answer, saved = segment_answer(some_codes), tmp_path / "scene.png"
+    says(answer)
+    assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(vqvae), "--save", str(saved)]) == 0
+    out, err = capsys.readouterr()
+    found = locations.parse(answer, 112, 112).detections
+    masks = MaskVQVAE.from_pretrained(vqvae).masks_of(found, 112, 112)
+    counts = [mask.sum() for mask in masks]
+    assert min(counts) > 0 and counts[0] != counts[1]
+    x0, y0, x1, y1 = (round(v) for v in found[0].box)
+    lines = out.splitlines()
+    assert lines[0] == answer
+    assert lines[1] == f"  panda, x {x0} to {x1}, y {y0} to {y1}, mask of {counts[0]} pixels"
+    assert lines[2].startswith("  shoe, x ") and lines[2].endswith(f", mask of {counts[1]} pixels")
+    assert err == f"Wrote {saved}.\n"
+    with Image.open(saved) as picture:
+        alt = picture.info["Description"]
+        assert "2 boxes and 2 masks: panda" in alt and f"mask of {counts[1]} pixels" in alt
+        assert "segment panda ; shoe: panda ; shoe" in alt and "<seg" not in alt
+
+
+def test_generate_finds_the_masks_of_the_checkpoint_in_its_folder(folder, says, vqvae, capsys, tmp_path):
+    for file in (*Path(folder).iterdir(), vqvae):
+        (tmp_path / file.name).symlink_to(file)
+    says(segment_answer(some_codes))
+    main([*SEGMENT, "--checkpoint", str(tmp_path)])
+    from_folder = capsys.readouterr()
+    main([*SEGMENT, "--checkpoint", folder, "--masks", str(vqvae.parent)])
+    assert from_folder == capsys.readouterr() and from_folder.out.count("mask of") == 2
+
+
+@pytest.mark.skipif(not list(checkpoint.EMBEDDED.glob("vae-*.npz")), reason="there is no embedded VQ-VAE yet")
+def test_the_embedded_vqvae_reads_what_it_wrote(says, capsys):
+    scene = scenes.make_scene(0, "validation")
+    size = {thing.name: int(thing.mask.sum()) for thing in scene.objects}
+    says(segment_answer(MaskVQVAE.from_pretrained().codes_of))
+    assert main(SEGMENT) == 0
+    sizes = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert sizes == pytest.approx([size["panda"], size["shoe"]], rel=0.1)
+
+
+def test_without_a_vqvae_boxes_are_still_drawn(folder, says, capsys, tmp_path):
+    says(segment_answer(some_codes), "a panda", segment_answer(some_codes))
+    argv = [*SEGMENT, "caption en", "segment panda", "--checkpoint", folder]
+    assert main([*argv, "--save", str(tmp_path / "scene.png")]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("  panda, x ") == 2 and "mask" not in out
+    assert err.startswith(f"Boxes without masks: {folder} holds no mask VQ-VAE.")
+    assert err.count("no mask VQ-VAE") == 1 and "gs://big_vision/paligemma/vae-oid.npz" in err
+    assert (tmp_path / "scene.png").is_file()
+
+
+def test_a_damaged_vqvae_that_was_named_is_an_error_before_anything_is_computed(folder, says, vqvae, capsys, tmp_path):
+    damaged = tmp_path / "vae-damaged.npz"
+    damaged.write_bytes(vqvae.read_bytes()[:-100])
+    says(segment_answer(some_codes))
+    assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(damaged)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"minivlm generate: {damaged} is no whole .npz file") and err.count("\n") == 1
+
+
+def test_a_damaged_vqvae_in_the_folder_is_noted_and_the_boxes_kept(folder, says, vqvae, capsys, tmp_path):
+    for file in Path(folder).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / vqvae.name).write_bytes(vqvae.read_bytes()[:-100])
+    says("<loc0100><loc0100><loc0900><loc0900> panda")
+    assert main([*SEGMENT, "--checkpoint", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""  # without codes it is not read
+    says(segment_answer(some_codes))
+    assert main([*SEGMENT, "--checkpoint", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("  panda, x ") == 1 and "mask" not in out
+    assert err.startswith("Boxes without masks: ") and "is no whole .npz file" in err
+
+
+def test_a_mask_that_cannot_be_read_is_noted_and_its_box_kept(folder, says, vqvae, capsys):
+    says("<loc0100><loc0100><loc0900><loc0900><seg001> panda")
+    assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(vqvae)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == ["  panda, x 11 to 99, y 11 to 99"]
+    assert "has a mask that is not 16 tokens" in err
+
+
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -147,6 +255,7 @@ MISTAKES = {
     "too many tokens": (["--max-new-tokens", "1000000000"], "--max-new-tokens must be at most"),
     "no such device": (["--device", "cuda:99"], "no device 'cuda:99' here"),
     "not a PNG": (["--save", "out.gif"], "must end in .png"),
+    "no such VQ-VAE": (["--masks", "absent.npz"], "absent.npz holds no mask VQ-VAE"),
 }
 
 
@@ -204,10 +313,38 @@ def test_demo_says_what_is_true_where_an_answer_is_wrong(folder, says, capsys, t
     assert main(["demo", "--checkpoint", folder]) == 0
     out = capsys.readouterr().out
     assert out.count("caption en: a unicorn  (truth: ") == len(cli.DEMO)
+    assert out.count("  segment ") == len(cli.DEMO) == out.count(": (nothing)\n")
     assert "make lab" in out
     with Image.open("out/demo.png") as picture:
         assert np.asarray(picture).std() > 10
         assert picture.info["Description"].count("A picture of 112×112 pixels") == len(cli.DEMO)
+
+
+def test_demo_draws_the_masks_of_segment_and_else_the_boxes_of_detect(folder, vqvae, capsys, tmp_path, monkeypatch):
+    def generate(model, processor, image, prompts, **options):
+        names = prompts[-1].removeprefix("segment ").split(" ; ")
+        boxes = [locations.Detection(name, (10, 10, 60, 60)) for name in names]
+        masks = [locations.Detection(b.label, (20, 20, 70, 70), tuple(range(16))) for b in boxes]
+        found = [locations.format_boxes(boxes, *image.size), locations.format_boxes(masks, *image.size)]
+        return ["<loc0001>", *["?"] * (len(prompts) - 3), *found]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    for file in Path(folder).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    argv = ["demo", "--checkpoint", str(tmp_path), "--save", str(tmp_path / "demo.png")]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "segment octopus: (nothing)" in out and err.count("no mask VQ-VAE") == 1
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert "1 box: octopus, x 10 to 60, y 10 to 60." in picture.info["Description"]
+    (tmp_path / vqvae.name).symlink_to(vqvae)
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    line = next(line for line in out.splitlines() if line.startswith("  segment octopus: octopus, "))
+    with Image.open(tmp_path / "demo.png") as picture:
+        mask = line.removeprefix("  segment octopus: octopus, ")
+        alt = picture.info["Description"]
+        assert f"1 box and 1 mask: octopus, x 20 to 70, y 20 to 70, mask of {mask}." in alt
 
 
 @embedded
@@ -217,6 +354,7 @@ def test_the_embedded_checkpoint_knows_the_demo(tmp_path):
     captions = [line for line in ran.stdout.splitlines() if line.startswith("  caption en: ")]
     assert len(captions) == len(cli.DEMO)
     assert sum("truth" not in line for line in captions[:2]) >= 1
+    assert ran.stdout.count("\n  detect ") == ran.stdout.count("\n  segment ") == len(cli.DEMO)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
@@ -267,6 +405,7 @@ def test_train_and_evaluate_hand_over_their_arguments(monkeypatch, folder, tmp_p
     assert calls.pop()["seed"] == 7
     to_file = ["--scenes", "5", "--split", "pairs", "--json", str(tmp_path / "x.json")]
     assert main(["evaluate", "--checkpoint", folder, *to_file]) == 0
-    assert calls.pop() == (5, ("pairs",), tmp_path / "x.json")
-    assert main(["evaluate", "--checkpoint", folder]) == 0
-    assert calls.pop() == (1000, ("validation", "pairs", "artist"), None)
+    assert calls.pop() == (5, ("pairs",), tmp_path / "x.json", None)  # this folder has no VQ-VAE
+    assert main(["evaluate"]) == 0
+    *given, vqvae = calls.pop()
+    assert given == [1000, ("validation", "pairs", "artist"), None] and isinstance(vqvae, MaskVQVAE)

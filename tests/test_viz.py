@@ -1,4 +1,4 @@
-"""Boxes and labels: where they are drawn, that they can be read, and the words for those who cannot see them."""
+"""Boxes, masks and labels: where they are drawn, that they can be read, and the words for those who cannot see them."""
 
 import base64
 import io
@@ -9,7 +9,18 @@ from PIL import Image
 
 from minivlm.locations import Detection
 from minivlm.viz import Picture, draw_boxes, draw_sheet
-from minivlm.viz.boxes import PALETTE, luminance, overlap, place_inside, text_colour, wrap
+from minivlm.viz.boxes import (
+    HATCHINGS,
+    PALETTE,
+    check_masks,
+    draw_mask,
+    enlarge,
+    luminance,
+    overlap,
+    place_inside,
+    text_colour,
+    wrap,
+)
 
 GREY = Image.new("RGB", (112, 112), (128, 128, 128))
 
@@ -77,6 +88,117 @@ def test_odd_detections_are_drawn_too():
 def test_alt_text_says_what_is_where():
     alt = draw_boxes(GREY, [Detection("cat", (1.2, 2, 50.7, 60)), Detection("dog", (0, 0, 9, 9))]).alt
     assert alt == "A picture of 112×112 pixels with 2 boxes: cat, x 1 to 51, y 2 to 60; dog, x 0 to 9, y 0 to 9."
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def disc(x: float, y: float, radius: float, width: int = 112, height: int = 112) -> np.ndarray:
+    rows, columns = np.ogrid[:height, :width]
+    return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+
+
+def test_a_mask_changes_what_it_covers_and_nothing_else():
+    mask, box = disc(60, 50, 20), (10, 10, 100, 100)  # the box is much larger, so that its frame is elsewhere
+    bare = np.asarray(draw_boxes(GREY, [Detection("cat", box)]).image)
+    drawn = np.asarray(draw_boxes(GREY, [Detection("cat", box)], [mask]).image)
+    changed = (bare != drawn).any(-1)
+    rows, columns = np.ogrid[:448, :448]
+    distance = np.hypot(columns + 0.5 - 4 * 60.5, rows + 0.5 - 4 * 50.5)
+    assert changed[distance < 4 * 19].all()
+    assert not changed[distance > 4 * 20 + 3].any()
+    middle = drawn[200, 240].astype(int)  # the picture shows through
+    assert (np.abs(middle - (128 + 0.45 * (np.array(rgb(PALETTE[0])) - 128))) <= 1).all()
+
+
+def test_a_mask_lies_where_it_should_when_the_picture_is_not_square():
+    mask = disc(200, 20, 15, 300, 60)
+    wide = Image.new("RGB", (300, 60))
+    changed = np.asarray(draw_boxes(wide, [Detection("cat", (0, 0, 2, 2))], [mask]).image).any(-1)
+    assert changed[20, 200] and not changed[40, 100]
+
+
+def test_an_outline_is_dark_colour_dark_even_where_the_fill_cannot_be_seen():
+    """On the name's own colour, from the middle of the mask to the right."""
+    canvas = Image.new("RGB", (448, 448), PALETTE[0])
+    draw_mask(canvas, disc(56, 56, 30), PALETTE[0], (), 4)
+    row = np.asarray(canvas)[228, 228:].astype(int).sum(-1)
+    dark = (row < 0.7 * row[0]).nonzero()[0]
+    edge = 4 * 30
+    assert edge - 12 < dark.min() < dark.max() < edge + 4
+    between = row[dark.min() : dark.max()]
+    assert (between == row[0]).sum() >= 2 and row[-1] == row[0]
+
+
+def test_outlines_of_enlarged_masks_are_smooth_and_keep_small_things():
+    slope = np.asarray(enlarge(np.tri(112, dtype=bool), (448, 448))) > 127
+    lengths = slope.sum(1) - np.arange(448)  # of the rows of a straight slope: all the same; of stairs: 4 apart
+    assert np.ptp(lengths[8:-8]) <= 1
+    round_one = disc(56, 56, 30)
+    assert np.asarray(enlarge(round_one, (448, 448))).sum() / 255 == pytest.approx(16 * round_one.sum(), rel=0.01)
+    one = np.zeros((112, 112), bool)
+    one[50, 60] = True
+    assert np.asarray(enlarge(one, (448, 448)))[202, 242] > 127
+    assert (np.asarray(enlarge(one, (112, 112))) == 255 * one).all()
+
+
+def test_neighbouring_masks_differ_without_colour_too():
+    """Drawn in a colour as bright as the picture and turned to grey, the hatchings are still unlike each other."""
+    patterns = []
+    for hatching in HATCHINGS:
+        canvas = GREY.resize((448, 448))
+        draw_mask(canvas, disc(56, 56, 50), PALETTE[6], hatching, 4)
+        patterns.append(np.asarray(canvas.convert("L")).astype(int)[180:260, 180:260])
+    assert np.ptp(patterns[0]) == 0
+    for i, pattern in enumerate(patterns[1:], start=1):
+        assert np.ptp(pattern) > 30
+        assert all(np.abs(pattern - other).mean() > 5 for other in patterns[:i])
+
+
+def test_a_name_keeps_its_hatching_and_a_thing_without_a_mask_has_none():
+    detections = [Detection(name, (0, 0, 3, 3)) for name in ("cat", "dog", "owl", "dog")]
+    masks = [None, disc(30, 80, 12), None, disc(70, 80, 12)]
+    grey = np.asarray(draw_boxes(GREY, detections, masks).image.convert("L")).astype(int)
+    for x in (30, 70):
+        assert np.ptp(grey[300:340, 4 * x - 20 : 4 * x + 20]) > 30
+    assert (grey[40:260, 200:] == 128).all()
+
+
+def test_boxes_and_labels_lie_over_masks():
+    everywhere = np.ones((112, 112), bool)
+    detections = [Detection("cat", (28, 56, 84, 84)), Detection("dog", (40, 60, 110, 110))]
+    pixels = np.asarray(draw_boxes(GREY, detections, [everywhere] * 2).image)
+    assert (pixels[225, 112:158] == rgb(PALETTE[0])).all()  # the dog's label begins at 160
+    label = np.asarray(draw_boxes(GREY, detections).image)[205:222, 114:140]
+    assert (pixels[205:222, 114:140] == label).all() and (label == 0).any()
+
+
+def test_alt_text_says_which_have_masks_and_how_large_they_are():
+    detections = [Detection("cat", (1, 2, 50, 60)), Detection("dog", (0, 0, 9, 9)), Detection("owl", (5, 5, 6, 6))]
+    mask, dot = np.zeros((112, 112), bool), np.zeros((112, 112), bool)
+    mask[10:20, 10:22] = dot[5, 5] = True
+    assert draw_boxes(GREY, detections, [mask, None, dot]).alt == (
+        "A picture of 112×112 pixels with 3 boxes and 2 masks: cat, x 1 to 50, y 2 to 60, mask of 120 pixels; "
+        "dog, x 0 to 9, y 0 to 9; owl, x 5 to 6, y 5 to 6, mask of 1 pixel."
+    )
+    assert "mask" not in draw_boxes(GREY, detections, [None] * 3).alt
+
+
+def test_masks_that_do_not_fit_are_refused():
+    cat = Detection("cat", (1, 2, 50, 60))
+    with pytest.raises(ValueError, match="Masks: 1, detections: 2; give each its mask, or None"):
+        draw_boxes(GREY, [cat, Detection("dog", cat.box)], [disc(5, 5, 3)])
+    with pytest.raises(ValueError, match="Masks: 1, detections: 0"):
+        draw_boxes(GREY, [], [None])
+    with pytest.raises(ValueError, match=r"mask of 'cat' must be .* \(112, 112\), not bool and \(64, 64\)"):
+        draw_boxes(GREY, [cat], [disc(5, 5, 3, 64, 64)])
+    with pytest.raises(ValueError, match=r"must be boolean .* not float64"):
+        check_masks((112, 112), [cat], [np.zeros((112, 112))])
+    with pytest.raises(ValueError, match=r"\(2, 3\), not bool and \(3, 2\)"):
+        check_masks((3, 2), [cat], [np.zeros((3, 2), bool)])
+
+
+# --- geometry, files, sheets ---------------------------------------------------------------------------------------
 
 
 def test_place_inside_moves_without_shrinking():

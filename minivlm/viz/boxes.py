@@ -1,6 +1,7 @@
-"""Boxes with readable labels over a picture, and a sheet of pictures with the text that belongs to them.
+"""Boxes and masks with readable labels over a picture, and a sheet of pictures with the text that belongs to them.
 
-Units: boxes are (x0, y0, x1, y1) in pixels of the picture as given; it is drawn enlarged where it is small.
+Units: boxes are (x0, y0, x1, y1) in pixels of the picture as given, masks of its H × W; it is drawn enlarged where it
+is small.
 """
 
 import textwrap
@@ -9,32 +10,101 @@ from functools import cache
 from numbers import Real
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from minivlm.locations import Detection
 from minivlm.viz.picture import Picture
 
 # Okabe & Ito's palette: told apart with every common kind of colour blindness. Label text is black or white on it.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+# Angles of the lines over the masks of each name, in degrees: what tells them apart where colours cannot.
+HATCHINGS = ((), (45,), (135,), (0,), (90,), (45, 135))
+FILL, LINES = 0.45, 0.5  # how much of the picture a mask's colour hides, and its lines
 SIDE = 448  # pixels: a smaller picture is enlarged until its longer side has about as many
 Area = tuple[Real, Real, Real, Real]  # x0, y0, x1, y1 in pixels of the picture as drawn
 
 
-def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Picture:
-    """The picture with a box and a label for every detection; one colour a name, which the label repeats in words."""
+def draw_boxes(
+    image: Image.Image, detections: Sequence[Detection], masks: Sequence[Bool[np.ndarray, "H W"] | None] = ()
+) -> Picture:
+    """The picture with a box and a label for every detection, and its mask; one colour a name, repeated in words.
+
+    masks: of each detection, None where it has none, as `MaskVQVAE.masks_of` gives them; or no masks at all.
+
+    Raises:
+        ValueError: the masks are not as many as the detections, or not of the picture's size.
+    """
+    masks = list(masks) or [None] * len(detections)
+    check_masks(image.size, detections, masks)
     scale = max(1, round(SIDE / max(image.size)))
     canvas = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
     names = list(dict.fromkeys(d.label for d in detections))
     boxes = [tuple(v * scale for v in d.box) for d in detections]
     colours = [PALETTE[names.index(d.label) % len(PALETTE)] for d in detections]
-    draw, taken = ImageDraw.Draw(canvas), []
     width = max(3, max(canvas.size) // 110)
+    for mask, colour, detection in zip(masks, colours, detections, strict=True):
+        if mask is not None:
+            draw_mask(canvas, mask, colour, HATCHINGS[names.index(detection.label) % len(HATCHINGS)], width)
+    draw, taken = ImageDraw.Draw(canvas), []
     for box, colour in zip(boxes, colours, strict=True):  # a dark rim keeps every colour visible on any background
         draw.rectangle(grow(box, 1), outline="black", width=width + 2)
         draw.rectangle(box, outline=colour, width=width)
     for box, colour, detection in zip(boxes, colours, detections, strict=True):
         taken.append(draw_label(draw, box, detection.label, colour, taken))
-    return Picture(canvas, describe(image.size, detections))
+    return Picture(canvas, describe(image.size, detections, masks))
+
+
+def check_masks(size: tuple[int, int], detections: Sequence[Detection], masks: Sequence[np.ndarray | None]) -> None:
+    if len(masks) != len(detections):
+        raise ValueError(
+            f"Masks: {len(masks)}, detections: {len(detections)}; give each its mask, or None where it has none."
+        )
+    for detection, mask in zip(detections, masks, strict=True):
+        if mask is not None and (mask.shape != size[::-1] or mask.dtype != bool):
+            raise ValueError(
+                f"The mask of {detection.label!r} must be boolean and of the picture's height and width, {size[::-1]}, "
+                f"not {mask.dtype} and {mask.shape}: locations.paste_mask makes it so."
+            )
+
+
+def draw_mask(
+    canvas: Image.Image, mask: Bool[np.ndarray, "H W"], colour: str, hatching: tuple[int, ...], width: int
+) -> None:
+    """Lays a colour thinly over what the mask covers, lines over that, and an outline between two dark rims."""
+    inside = enlarge(mask, canvas.size)
+    canvas.paste(colour, mask=inside.point(lambda v: round(v * FILL)))
+    canvas.paste(text_colour(colour), mask=ImageChops.multiply(inside, lines(canvas.size, hatching)))
+    grown = inside.filter(ImageFilter.MaxFilter(3))
+    canvas.paste("black", mask=ImageChops.multiply(grown, near_edge(inside, width + 1)))
+    canvas.paste(colour, mask=ImageChops.multiply(inside, near_edge(inside, width)))
+
+
+def near_edge(inside: Image.Image, width: int) -> Image.Image:
+    """255 where fewer than `width` pixels lie between here and the outside, 0 further in."""
+    across = 2 * width + 1  # pixels that the blur averages along a line; one of them outside shows
+    return inside.filter(ImageFilter.BoxBlur(width)).point(lambda v: min(255, (255 - v) * across))
+
+
+def enlarge(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Image.Image:
+    """A mask stretched to this size: 255 inside, 0 outside, and between them a smooth edge about one pixel wide."""
+    scale = size[0] / mask.shape[1]
+    stretched = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+    if scale > 1:  # rounds off the corners of the pixels, but leaves the smallest thing, one pixel, above one half
+        stretched = stretched.filter(ImageFilter.GaussianBlur(0.45 * scale))
+    return stretched.point(lambda v: min(255, max(0, round((v - 127.5) * scale + 127.5))))
+
+
+def lines(size: tuple[int, int], angles: tuple[int, ...]) -> Image.Image:
+    """Parallel lines at each of these angles, from 0 to 255 · LINES."""
+    y, x = np.ogrid[: size[1], : size[0]]
+    gap, thickness = max(size) / 32, max(size) / 180
+    strength = np.zeros((size[1], size[0]), np.float32)
+    for angle in np.deg2rad(angles):
+        across = (np.sin(angle) * x + np.cos(angle) * y) % gap
+        strength = np.maximum(strength, np.clip(thickness / 2 + 0.5 - np.abs(across - gap / 2), 0, 1))
+    return Image.fromarray(np.round(255 * LINES * strength).astype(np.uint8))
 
 
 def draw_label(draw: ImageDraw.ImageDraw, box: Area, text: str, colour: str, taken: Sequence[Area]) -> Area:
@@ -77,16 +147,25 @@ def draw_tile(image: Image.Image, text: str, size: int, width: int) -> Image.Ima
     return tile
 
 
-def describe(size: tuple[int, int], detections: Sequence[Detection]) -> str:
-    """Alt text: how many boxes, and what and where each is."""
+def describe(size: tuple[int, int], detections: Sequence[Detection], masks: Sequence[np.ndarray | None]) -> str:
+    """Alt text: how many boxes and masks, and what and where each is."""
+    masked = sum(mask is not None for mask in masks)
     head = f"A picture of {size[0]}×{size[1]} pixels with {len(detections)} box{'es' if len(detections) != 1 else ''}"
-    return f"{head}: {'; '.join(map(in_words, detections))}." if detections else f"{head}."
+    head += f" and {masked} mask{'s' if masked != 1 else ''}" if masked else ""
+    return f"{head}: {'; '.join(map(in_words, detections, masks))}." if detections else f"{head}."
 
 
-def in_words(detection: Detection) -> str:
-    """`cat, x 12 to 60, y 30 to 90`."""
+def in_words(detection: Detection, mask: np.ndarray | None = None) -> str:
+    """`cat, x 12 to 60, y 30 to 90`, and with a mask `, mask of 812 pixels`."""
     x0, y0, x1, y1 = (round(v) for v in detection.box)
-    return f"{detection.label}, x {x0} to {x1}, y {y0} to {y1}"
+    box = f"{detection.label or '(no name)'}, x {x0} to {x1}, y {y0} to {y1}"
+    return box if mask is None else f"{box}, mask of {area(mask)}"
+
+
+def area(mask: np.ndarray) -> str:
+    """`812 pixels`."""
+    count = np.count_nonzero(mask)
+    return f"{count} pixel{'s' if count != 1 else ''}"
 
 
 # --- small geometry and type ---------------------------------------------------------------------------------------
