@@ -30,6 +30,7 @@ WEIGHTS = torch.where(MASK, 1.0, 0.0) / MASK.sum(1, keepdim=True)
 LOGITS = torch.tensor([2.0, 1.0, 3.0, -1.0, 0.0])
 VOCABULARY = ["a", " two", "\n", "cat", "dog"]
 WORDS = [NAMES[i % 3] for i in range(49)]
+SHAPES = np.stack([np.full((8, 8), -1.0), np.tri(8) * 2 - 1, np.ones((8, 8))])
 
 # One call of every function, each a picture with something in it.
 CALLS = {
@@ -44,6 +45,7 @@ CALLS = {
     "position_similarity": lambda: viz.position_similarity(np.eye(49, 8)),
     "attention_on_picture": lambda: viz.attention_on_picture(SCENE, np.arange(98.0).reshape(2, 49), ["one", "\n"]),
     "nearest_words": lambda: viz.nearest_words(SCENE, WORDS, np.linspace(0, 1, 49)),
+    "codebook": lambda: viz.codebook(np.tile(SHAPES, (7, 1, 1)), [5, 0, 7] + [1, 2, 3] * 6, "A codebook"),
     "lines": lambda: viz.lines({"a": ([1, 2, 3], [1, 4, 9]), "b": ([1, 2], [5, 5])}, "Squares", "x", "y"),
     "cache_growth": lambda: viz.cache_growth({"MQA": 18432, "MHA": 147456}),
     "sampling_distribution": lambda: viz.sampling_distribution(LOGITS, VOCABULARY, LOGITS > 0),
@@ -65,6 +67,7 @@ ALT = {
     "position_similarity": "7×7 maps of 7×7 cells.* Neighbours have",
     "attention_on_picture": "7×7 patches. one: strongest in row 7, column 7, with 4%; ↵",
     "nearest_words": r"Most often cat \(17\), bird \(16\) and dog \(16\). row 1: cat, dog, bird",
+    "codebook": r"21 codes. 20 of them are used, most often 002 .7×., 000 .* 7 are mostly inside, 7 .* 6 between",
     "lines": "Squares. A chart of y against x. a: 1 at 1, 9 at 3.* b: 5 at 1, 5 at 2",
     "cache_growth": "MQA: 18.4 KB a token, 4.72 MB at 224 px, 18.9 MB at 448 px, 75.5 MB at 896 px; MHA: 147 KB",
     "sampling_distribution": "likeliest first: ↵ 64%, a 23%, two 8.6%.* 3 tokens of 5 kept; .* rises to 67%",
@@ -292,6 +295,17 @@ def test_attention_on_picture_frames_the_strongest_patch():
     assert abs(columns.mean() - 400) < 3 and abs(rows.mean() - (12 + 190)) < 3
 
 
+def test_a_codebook_shows_the_shape_of_every_code_that_is_used():
+    ends = (matplotlib.colormaps["cividis"](end, bytes=True)[:3] for end in (0.0, 1.0))
+    outside, inside = ("#" + bytes(colour).hex() for colour in ends)
+    used, never = viz.codebook(SHAPES, [1, 1, 1]), viz.codebook(SHAPES, [1, 1, 0])
+    areas = {colour: [area_of(picture, colour) for picture in (used, never)] for colour in (outside, inside)}
+    assert areas[inside][0] - areas[inside][1] > 1500 and areas[outside][0] == areas[outside][1]  # 42 × 42
+    assert "3 of them are used" in used.alt and "2 of them are used" in never.alt
+    assert "used" not in viz.codebook(SHAPES).alt
+    assert viz.codebook(5 * SHAPES).png() == viz.codebook(SHAPES).png()  # clipped
+
+
 def test_lines_are_told_apart_without_colour():
     looks = [(look["marker"], str(look["linestyle"])) for look in charts.LOOKS]
     assert len({marker for marker, _ in looks}) == len({dashes for _, dashes in looks}) == len(looks)
@@ -382,6 +396,9 @@ REFUSED = {
     "heat: titles": (lambda: viz.attention_on_picture(SCENE, np.ones((2, 49)), ["a"]), "2 strings"),
     "words: no square": (lambda: viz.nearest_words(SCENE, WORDS[:-1]), "48 words"),
     "words: scores": (lambda: viz.nearest_words(SCENE, WORDS, [0.5]), "49 words and 1 scores"),
+    "codebook: too many": (lambda: viz.codebook(np.zeros((129, 2, 2))), "129 shapes are too many"),
+    "codebook: counts": (lambda: viz.codebook(SHAPES, [1, 2]), "3 shapes and 2 counts"),
+    "codebook: one shape": (lambda: viz.codebook(SHAPES[0]), "3 dimensions"),
     "lines: none": (lambda: viz.lines({}, "t", "x", "y"), "one to 7 series"),
     "lines: lengths": (lambda: viz.lines({"a": ([1, 2], [1])}, "t", "x", "y"), "2 x values and 1 y values"),
     "lines: logarithm of 0": (lambda: viz.lines({"a": ([0, 2], [1, 1])}, "t", "x", "y", "x"), "no logarithm"),

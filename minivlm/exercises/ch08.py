@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from minivlm import generation, locations, paligemma
+from minivlm import generation, locations, paligemma, vqvae
 from minivlm.exercises.exercise import Exercise, Mistake
 
 
@@ -236,6 +238,235 @@ PLACES = Exercise(
 # --- 08.4 -----------------------------------------------------------------------------------------------------------
 
 
+def code_cases(rng):
+    """Small codebooks whose width is neither 4 nor the number of masks."""
+    for masks, entries, width in ((2, 7, 3), (3, 9, 5), (1, 12, 6), (2, 8, 5), (4, 10, 3)):
+        yield torch.from_numpy(rng.integers(0, entries, (masks, 16))), normal(rng, entries, width)
+
+
+def _grid(codes, codebook):
+    return codebook[codes].mT.unflatten(2, (4, 4))
+
+
+CODE_GRID = Exercise(
+    key="08.4",
+    reference=vqvae.code_grid,
+    cases=code_cases,
+    difficulty=2,
+    minutes=10,
+    mistakes=(
+        Mistake(
+            "fills the grid column by column",
+            lambda codes, codebook: _grid(codes, codebook).mT,
+            "The first four codes are the top row, from left to right: place i is row i // 4, column i % 4.",
+        ),
+        Mistake(
+            "leaves the width behind rows and columns",
+            lambda codes, codebook: codebook[codes].unflatten(1, (4, 4)),
+            "A convolution wants [B, D, rows, columns]: bring D in front of the places, `transpose(1, 2)`.",
+        ),
+        Mistake(
+            "reshapes where it should transpose, and so mixes width and places",
+            lambda codes, codebook: codebook[codes].reshape(len(codes), -1, 4, 4),
+            "`reshape` keeps the numbers in their order: first `transpose(1, 2)`, then split the 16 places.",
+        ),
+        Mistake(
+            "stands the grid on its head",
+            lambda codes, codebook: _grid(codes, codebook).flip(2),
+            "The first row of codes is the top row of the mask.",
+        ),
+        Mistake(
+            "mirrors the grid",
+            lambda codes, codebook: _grid(codes, codebook).flip(3),
+            "Within a row the codes go from left to right.",
+        ),
+        Mistake(
+            "fills the grid from its end",
+            lambda codes, codebook: _grid(codes.flip(1), codebook),
+            "The first code is the top left one.",
+        ),
+        Mistake(
+            "leaves the 16 places in one line",
+            lambda codes, codebook: codebook[codes].mT,
+            "Split the last axis in two, `unflatten(2, (4, 4))`: a convolution needs rows and columns.",
+        ),
+        Mistake(
+            "puts the width between rows and columns",
+            lambda codes, codebook: _grid(codes, codebook).transpose(1, 2),
+            "The order is [B, D, rows, columns]: both axes of the grid come last.",
+        ),
+        Mistake(
+            "puts the width in front of the masks",
+            lambda codes, codebook: _grid(codes, codebook).transpose(0, 1),
+            "The batch stays the first axis, the width is the second: [B, D, 4, 4].",
+        ),
+        Mistake(
+            "counts the codes from 1",
+            lambda codes, codebook: _grid(codes - 1, codebook),
+            "`<seg000>` is the first row of the codebook, row 0.",
+        ),
+        Mistake(
+            "lays out the codes themselves, not their vectors",
+            lambda codes, codebook: codes.reshape(-1, 1, 4, 4),
+            "A code is the number of a row of the codebook: `codebook[codes]` are the vectors.",
+        ),
+    ),
+)
+
+
+# --- 08.5 -----------------------------------------------------------------------------------------------------------
+
+
+def paste_cases(rng):
+    """Blots in boxes that are never square and fit into the picture either way round; the last box has no width."""
+    for width, height, flat in ((40, 30, 0), (30, 44, 0), (130, 100, 0), (28, 60, 0), (50, 36, 1)):
+        short, clear = min(width, height), False
+        while not clear:
+            (x0, x1), (y0, y1) = np.sort(rng.uniform(0, short, (2, 2))).tolist()
+            box = (x0, y0, x0 if flat else x1, y1)
+            blots = _stretch(rng.normal(0, 3, (7, 7)).astype(np.float32), (64, 64))
+            values = np.tanh(blots + rng.normal(0, 0.3, (64, 64))).astype(np.float32)
+            part = _stretch(values, _size(locations.box_window(box, width, height)))
+            large = min(x1 - x0, y1 - y0) > short / 4 and abs((x1 - x0) - (y1 - y0)) > 3
+            clear = large and np.abs(part).min() > 1e-4  # so that no rounding of a float decides
+        yield values, box, width, height
+
+
+def _size(window):
+    x0, y0, x1, y1 = window
+    return x1 - x0, y1 - y0
+
+
+def _stretch(values, size, how=Image.Resampling.BILINEAR):
+    return np.asarray(Image.fromarray(values).resize(size, how))
+
+
+def _skipping(values, size):
+    values = torch.from_numpy(values)[None, None]
+    return F.interpolate(values, size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def _pasted(inside):
+    """The right paste, but for what it takes to be inside the box: `inside(values, (w, h))` → [h, w] of booleans."""
+
+    def function(values, box, width, height):
+        x0, y0, x1, y1 = window = locations.box_window(box, width, height)
+        mask = np.zeros((height, width), bool)
+        mask[y0:y1, x0:x1] = inside(values, _size(window))
+        return mask
+
+    return function
+
+
+def _at_the_origin(values, box, width, height):
+    w, h = _size(locations.box_window(box, width, height))
+    mask = np.zeros((height, width), bool)
+    mask[:h, :w] = _stretch(values, (w, h)) > 0
+    return mask
+
+
+def _x_along_the_rows(values, box, width, height):
+    x0, y0, x1, y1 = locations.box_window(box, width, height)
+    mask = np.zeros((height, width), bool)
+    mask[x0:x1, y0:y1] = _stretch(values, (y1 - y0, x1 - x0)) > 0
+    return mask
+
+
+def _width_many_rows(values, box, width, height):
+    x0, y0, x1, y1 = window = locations.box_window(box, width, height)
+    mask = np.zeros((width, height), bool)
+    mask[y0:y1, x0:x1] = _stretch(values, _size(window)) > 0
+    return mask
+
+
+def _corners_cut_off(values, box, width, height):
+    return _pasted(lambda values, size: _stretch(values, size) > 0)(values, tuple(int(v) for v in box), width, height)
+
+
+PASTE = Exercise(
+    key="08.5",
+    reference=locations.paste_mask,
+    cases=paste_cases,
+    difficulty=2,
+    minutes=15,
+    mistakes=(
+        Mistake(
+            "compares with 0.5, as if the values went from 0 to 1",
+            _pasted(lambda values, size: _stretch(values, size) > 0.5),
+            "The decoder's values go from about −1, outside, to 1, inside: the middle is 0.",
+        ),
+        Mistake(
+            "compares with 127, as if the values were bytes",
+            _pasted(lambda values, size: _stretch(values, size) > 127),
+            "The decoder's values go from about −1, outside, to 1, inside: the middle is 0.",
+        ),
+        Mistake(
+            "compares first and stretches afterwards",
+            _pasted(lambda values, size: _stretch((values > 0).astype(np.float32), size) > 0.5),
+            "Stretch the numbers, then compare: how far inside a value is decides where the outline runs.",
+        ),
+        Mistake(
+            "takes the nearest value in place of a blend",
+            _pasted(lambda values, size: _stretch(values, size, Image.Resampling.NEAREST) > 0),
+            "`Image.Resampling.BILINEAR`, and on numbers: a picture of True and False is never blended.",
+        ),
+        Mistake(
+            "skips values where the box is smaller than 64×64",
+            _pasted(lambda values, size: _skipping(values, size) > 0),
+            "`F.interpolate` blends what it would skip with `antialias=True` only; PIL's `resize` does so by itself.",
+        ),
+        Mistake(
+            "calls inside what is outside",
+            _pasted(lambda values, size: _stretch(values, size) < 0),
+            "Above 0 is inside.",
+        ),
+        Mistake(
+            "fills the whole box",
+            _pasted(lambda values, size: True),
+            "Within the box only the places are True where the stretched values are above 0.",
+        ),
+        Mistake(
+            "returns the part in the box alone",
+            lambda values, box, width, height: _stretch(values, _size(locations.box_window(box, width, height))) > 0,
+            "The mask is as large as the picture: paste the part into `np.zeros((height, width), bool)`.",
+        ),
+        Mistake(
+            "pastes at the picture's corner, not at the box's",
+            _at_the_origin,
+            "The part belongs to the rows y0 to y1 and the columns x0 to x1: `mask[y0:y1, x0:x1] = …`.",
+        ),
+        Mistake(
+            "stretches over the whole picture",
+            lambda values, box, width, height: _stretch(values, (width, height)) > 0,
+            "The 64×64 values are a picture of the box, not of the whole.",
+        ),
+        Mistake(
+            "lets x count the rows and y the columns",
+            _x_along_the_rows,
+            "An array is indexed [row, column], that is [y, x].",
+        ),
+        Mistake(
+            "makes a mask with as many rows as the picture is wide",
+            _width_many_rows,
+            "Rows first: `np.zeros((height, width), bool)`.",
+        ),
+        Mistake(
+            "gives `resize` the height before the width",
+            _pasted(lambda values, size: _stretch(values, size[::-1]) > 0),
+            "PIL's sizes are (width, height), numpy's shapes (rows, columns): `resize((x1 - x0, y1 - y0), …)`.",
+        ),
+        Mistake(
+            "cuts off the fractions of the corners instead of rounding them",
+            _corners_cut_off,
+            "`box_window(box, width, height)` rounds the corners to whole pixels.",
+        ),
+    ),
+)
+
+
+# --- 08.6 -----------------------------------------------------------------------------------------------------------
+
+
 def top_p_cases(rng):
     for rows, words in ((2, 7), (3, 6), (1, 9), (4, 8), (2, 12)):
         yield normal(rng, rows, words) * 1.5, float(rng.uniform(0.4, 0.9))
@@ -277,7 +508,7 @@ def _mask_not_put_back(logits, p):
 
 
 TOP_P = Exercise(
-    key="08.4",
+    key="08.6",
     reference=generation.top_p_filter,
     cases=top_p_cases,
     difficulty=2,
@@ -327,7 +558,7 @@ TOP_P = Exercise(
 )
 
 
-# --- 08.5 -----------------------------------------------------------------------------------------------------------
+# --- 08.7 -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -392,7 +623,7 @@ def _loop(
 
 
 LOOP = Exercise(
-    key="08.5",
+    key="08.7",
     reference=greedy_loop,
     cases=loop_cases,
     difficulty=3,
@@ -447,4 +678,4 @@ LOOP = Exercise(
     ),
 )
 
-EXERCISES = [MERGE, NEAREST, PLACES, TOP_P, LOOP]
+EXERCISES = [MERGE, NEAREST, PLACES, CODE_GRID, PASTE, TOP_P, LOOP]

@@ -7,7 +7,14 @@ from minivlm.viz.boxes import draw_boxes, draw_sheet
 from minivlm.viz.charts import cache_growth, lines, sampling_distribution
 from minivlm.viz.diagrams import blocks, families, you_are_here
 from minivlm.viz.matrices import similarity_matrix, softmax_and_sigmoid
-from minivlm.viz.patches import attention_on_picture, image_row, nearest_words, patch_grid, position_similarity
+from minivlm.viz.patches import (
+    attention_on_picture,
+    codebook,
+    image_row,
+    nearest_words,
+    patch_grid,
+    position_similarity,
+)
 from minivlm.viz.picture import Picture, from_figure
 from minivlm.viz.tokens import Token, read_tokens, token_strip
 
@@ -20,6 +27,7 @@ __all__ = [
     "attention_over_mask",
     "blocks",
     "cache_growth",
+    "codebook",
     "compare_masks",
     "decoder_attention",
     "draw_boxes",

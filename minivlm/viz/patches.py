@@ -1,4 +1,4 @@
-"""Pictures in rows, cut into patches, under attention, and with a word on every patch.
+"""Pictures in rows, cut into patches, under attention, and with a word on every patch; the shapes of a codebook.
 
 P patches in reading order, row by row from the top left · D width of a vector
 """
@@ -14,6 +14,7 @@ from minivlm.viz.picture import Picture, from_figure
 from minivlm.viz.style import (
     BODY,
     GREY,
+    LIGHT,
     SMALL,
     VERMILION,
     WIDTH,
@@ -345,3 +346,60 @@ def describe_words(words: list[str], grid: int) -> str:
         return text
     rows = (f"row {i + 1}: {', '.join(names[i * grid : (i + 1) * grid])}" for i in range(grid))
     return f"{text} {'; '.join(rows)}."
+
+
+# --- what the codes of masks stand for -----------------------------------------------------------------------------
+
+
+@styled
+def codebook(shapes: Numbers, counts: Numbers | None = None, title: str | None = None) -> Picture:
+    """One small shape a code, up to 16 in a row, each with its number and how often it is used.
+
+    Args:
+        shapes: [C, h, w], about −1 outside to 1 inside, at most 128 of them; what goes beyond is clipped.
+        counts: [C], how often each is used. A code that never is gets a cross in place of a shape.
+        title: a line above.
+
+    Raises:
+        ValueError: more than 128 shapes, or not one count a shape.
+    """
+    shapes = check("shapes", shapes, 3).clip(-1, 1)
+    C = len(shapes)
+    if C > 128:
+        raise ValueError(f"{C} shapes are too many to see: show at most 128.")
+    counts = check("counts", counts, 1).astype(int) if counts is not None else None
+    if counts is not None and len(counts) != C:
+        raise ValueError(f"There are {count(C, 'shape')} and {count(len(counts), 'count')}.")
+    columns, side, step = min(16, C), 42, 48.5
+    high = side + (32 if counts is not None else 19)
+    top = 40 if title else 12
+    figure, axes = sheet(top + -(-C // columns) * high + 34)
+    write_title(axes, title)
+    x0 = (WIDTH - columns * step + step - side) / 2
+    for k, shape in enumerate(shapes):
+        x, y = x0 + k % columns * step, top + k // columns * high
+        if counts is None or counts[k]:
+            area = (x, x + side, y + side, y)
+            axes.imshow(shape, extent=area, aspect="auto", cmap="cividis", vmin=-1, vmax=1, interpolation="nearest")
+        else:
+            axes.plot([x, x + side], [y, y + side], [x, x + side], [y + side, y], color=LIGHT, linewidth=1)
+        box(axes, x, y, x + side, y + side, "none")
+        write(axes, x + side / 2, y + side + 8, f"{k:03d}", SMALL)
+        if counts is not None:
+            write(axes, x + side / 2, y + side + 20, f"{counts[k]}×", SMALL - 1, GREY)
+    note = "below each: the code" + (", and how often it is used" if counts is not None else "")
+    scale_bar(axes, top + -(-C // columns) * high + 16, "outside", "inside", note)
+    return from_figure(figure, describe_codebook(shapes, counts))
+
+
+def describe_codebook(shapes: np.ndarray, counts: np.ndarray | None) -> str:
+    """Alt text: how many codes are used and which most, and what most of the shapes are."""
+    used = np.arange(len(shapes)) if counts is None else np.flatnonzero(counts)
+    text = f"The shapes of {count(len(shapes), 'code')}."
+    if counts is not None:
+        most = sorted(used.tolist(), key=lambda k: (-counts[k], k))[:5]
+        text += f" {len(used)} of them are used"
+        text += f", most often {listed([f'{k:03d} ({counts[k]}×)' for k in most])}." if most else "."
+    mean = shapes[used].mean((1, 2))
+    full, empty = int((mean > 0.5).sum()), int((mean < -0.5).sum())
+    return f"{text} {full} are mostly inside, {empty} mostly outside, {len(used) - full - empty} between."

@@ -301,7 +301,7 @@ for text in ("caption en\n", "answer en how many zebras are there?", "Caption en
 # PaliGemma adds words that no text has:
 #
 # * `<loc0000>` … `<loc1023>`: places along a side of the picture. Four of them are a box.
-# * `<seg000>` … `<seg127>`: shapes. Sixteen of them are the mask of a thing (a later part of the course reads them).
+# * `<seg000>` … `<seg127>`: shapes. Sixteen of them are the mask of a thing (chapter 08 reads them).
 #   There are **128**, not 108 as some explanations say: 108 is something else, the id of the newline in Gemma's
 #   vocabulary.
 # * `<image>`: holds the place of a patch.

@@ -5,9 +5,9 @@
 #
 # | | |
 # |---|---|
-# | time | 110 minutes, 63 of them exercises |
+# | time | 150 minutes, 88 of them exercises; the middle, before the masks, is a good place to pause |
 # | know first | what tower, mask, decoder and cache are for (chapters 03, 05, 06, 07); their details are not needed |
-# | you will build | the place where picture and text meet, the choice of a word, the loop that writes, the reading of boxes; then you run PaliGemma with your own pieces |
+# | you will build | the place where picture and text meet, the choice of a word, the loop that writes, the reading of boxes and masks; then you run PaliGemma with your own pieces |
 # | runs on | CPU, nothing to download |
 
 # %%
@@ -27,6 +27,8 @@ viz.you_are_here("08")
 #    every vector to one length (RMSNorm, chapter 06). Does the answer change?
 # 3. The model gives its next word the probabilities 0.52, 0.31, 0.17. Which words does top-p with *p* = 0.5 leave to draw
 #    from?
+# 4. The model can also answer with a *mask*, which pixels are the thing's: sixteen words of 128 kinds, each for one place
+#    of a 4 × 4 grid, row by row. Someone fills the grid column by column. What comes out: an error, noise, or a shape?
 #
 # <details><summary>Answers, to open at the end of the chapter</summary>
 #
@@ -34,6 +36,7 @@ viz.you_are_here("08")
 # 2. It does, and badly. The norm hides the length from what a layer reads, but what the layers *add* to a vector that is
 #    too long hardly moves it.
 # 3. The first alone: it reaches 0.5 by itself.
+# 4. A shape, and no error: nearly the right one, turned over along its diagonal. On a round thing it looks right.
 #
 # </details>
 
@@ -292,12 +295,12 @@ assert sum(hits) / len(hits) > 0.3
 #
 # The rest of the way is known: the merged sequence goes through the decoder under the prefix-LM mask, the output head
 # scores every word, one is chosen, and it joins the sequence. What is asked is told by the prompt alone. `caption en`,
-# `answer en …` and `detect …` are fixed openings that PaliGemma was trained with; `en` is the language.
+# `answer en …`, `detect …` and `segment …` are fixed openings that PaliGemma was trained with; `en` is the language.
 
 
 # %%
 def ask(model, processor, image, prompts) -> list[str]:
-    answers = minivlm.generate(model, processor, image, prompts, max_new_tokens=64)
+    answers = minivlm.generate(model, processor, image, prompts, max_new_tokens=128)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"{prompt}\n    {answer}")
     return answers
@@ -318,7 +321,7 @@ answers = ask(model, processor, scene.image, prompts)
 # The vocabulary has 1,024 words for places, `<loc0000>` to `<loc1023>`. A place is a fraction of a side of the picture:
 # `round(v / side × 1023)`. Four of them are a box, in the order **y min, x min, y max, x max**: y first, unlike nearly
 # everywhere else. Then comes what is in it. (There are 128 words more, `<seg000>` to `<seg127>`, not 108 as some
-# articles have it; sixteen of them spell the mask of the thing. A later part of the course reads these.)
+# articles have it; sixteen of them spell the mask of the thing. They come after the boxes.)
 #
 # By hand, the true box of the first object:
 
@@ -389,9 +392,352 @@ print("could not be read:", found.problems or "nothing")
 viz.draw_boxes(Image.fromarray(scene.image), found.detections)
 
 # %% [markdown]
+# ### Break it: x before y
+#
+# Who reads the four in the usual order, x first, gets every box turned over along the picture's diagonal. Nothing
+# crashes, and a box that lies on the diagonal looks right. How wrong is it? The **IoU** (intersection over union) of two
+# boxes is the area that they share over the area that they cover together: 1 for the same box, 0 for two that do not touch.
+
+
+# %%
+def box_iou(a, b):
+    """Two boxes (x0, y0, x1, y1) → the area in both over the area in either."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+assert box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == 1 / 3
+
+# %% [markdown]
+# The dozen scenes once more: all their objects are asked for, and each true box is compared with the best of the model's
+# that has its name, or counted as 0 where there is none.
+
+
+# %%
+def asks_for(task, s):
+    """A prompt that asks for everything in a scene: `detect cat ; dog`."""
+    return f"{task} {' ; '.join(dict.fromkeys(thing.name for thing in s.objects))}"
+
+
+def mean_box_iou(texts):
+    scores = []
+    for s, text in zip(some, texts, strict=True):
+        boxes = locations.parse(text, width, height).detections
+        for o in s.objects:
+            scores.append(max((box_iou(o.box, d.box) for d in boxes if d.label == o.name), default=0.0))
+    return sum(scores) / len(scores)
+
+
+# %%
+def x_first(places, width, height):
+    x0, y0, x1, y1 = places  # the bug
+    return places_to_box((y0, x0, y1, x1), width, height)
+
+
+all_prompts = [asks_for("detect", s) for s in some]
+detected = minivlm.generate(model, processor, [s.image for s in some], all_prompts, max_new_tokens=64)
+with patch.object(locations, "places_to_box", x_first):
+    turned = mean_box_iou(detected)
+    picture = viz.draw_boxes(Image.fromarray(scene.image), locations.parse(answers[-1], width, height).detections)
+repaired = mean_box_iou(detected)
+print(f"mean IoU with the truth, x read first: {turned:.2f}; repaired, y first: {repaired:.2f}")
+assert turned < repaired / 2
+picture
+
+# %% [markdown]
+# *This is the middle of the chapter, and a good place to pause. Afterwards, run the cells above again: in JupyterLab with
+# Run → Run All Above Selected Cell.*
+#
+# ## A mask in sixteen words
+#
+# A box says where a thing is; its **mask** says which pixels are the thing's: True on it, False elsewhere. But a
+# vocabulary has words, not pixels. So PaliGemma has a second, small model at its side that spells shapes, a **VQ-VAE**
+# (arXiv:1711.00937; for masks, arXiv:2301.02229):
+#
+# 1. The mask is cut to its box and squashed to 64×64 numbers, 0 outside, 1 inside.
+# 2. An *encoder*, a stack of convolutions, halves it four times, 64 → 4. Each of the 4×4 places gets a vector of width 512.
+# 3. Each vector is replaced by the nearest of 128 that were learnt, the *codebook*. The number of that one, 0 to 127, is the
+#    **code** of the place, and `<seg000>` to `<seg127>` are the words for it.
+# 4. A *decoder* goes the way back. It looks the sixteen vectors up, doubles their grid four times, 4 → 64, and gives
+#    64×64 values, about −1 outside and 1 inside.
+#
+# The VQ-VAE is trained by itself, on masks alone. The language model needs it in training only, to know which words to
+# write; whoever reads the answer needs its decoder. Sixteen words of 128 kinds are 16 × 7 = 112 bits, for 4,096 pixels.
+#
+# By hand, the object from before:
+
+# %%
+import numpy as np
+
+from minivlm.vqvae import MaskVQVAE
+
+vae = MaskVQVAE.from_pretrained()
+codebook = vae._vq_vae._embedding  # [128, 512]; it is called so in Google's file, too
+cut = torch.tensor(locations.cut_mask(thing.mask, thing.box))  # [64, 64]
+with torch.no_grad():
+    grid = vae.encoder(2 * cut[None, None] - 1)  # it reads values from −1 to 1
+print(f"mask {list(thing.mask.shape)} → in its box {list(cut.shape)} → grid {list(grid.shape)}")
+assert grid.shape == (1, 512, 4, 4) and codebook.shape == (128, 512)
+
+# %% [markdown]
+# The nearest vector is the one at the smallest squared distance. For one place, row 1 and column 2, as a slow loop; then all
+# sixteen as the package finds them:
+
+# %%
+vector = grid[0, :, 1, 2].tolist()
+distances = []
+for entry in codebook.tolist():
+    distances.append(sum((v - e) ** 2 for v, e in zip(vector, entry, strict=True)))
+nearest_code = distances.index(min(distances))
+codes = vae.encode(cut[None])[0].tolist()
+print(f"row 1, column 2: code {nearest_code}; all sixteen, row by row: {codes}")
+assert len(codes) == 16 and nearest_code == codes[4 * 1 + 2]
+
+# %%
+viz.nearest_words(cut, [f"{code:03d}" for code in codes], title=f"The mask of the {thing.name}, and its sixteen codes")
+
+# %% [markdown]
+# As text, the codes stand between box and label:
+
+# %%
+box_text, label = written.split(" ", 1)
+with_mask = box_text + "".join(f"<seg{code:03d}>" for code in codes) + f" {label}"
+tokens = processor.encode([with_mask])[0]
+print(with_mask, "→", len(tokens), "tokens")
+assert len(tokens) == 4 + 16 + len(processor.encode([f" {label}"])[0])
+assert locations.parse(with_mask, width, height).detections[0].codes == tuple(codes)
+
+# %% [markdown]
+# And back. Masks have an IoU as boxes do: the pixels in both over the pixels in either.
+
+
+# %%
+def mask_iou(a, b):
+    """Two masks of one shape → the pixels in both over the pixels in either."""
+    return float((a & b).sum() / (a | b).sum())
+
+
+with torch.no_grad():
+    decoded = vae.decode(torch.tensor([codes]))[0]  # [64, 64]
+print(f"values from {decoded.min():.2f} to {decoded.max():.2f}")
+print(f"IoU with the mask: {mask_iou(cut > 0.5, decoded > 0):.2f}; of the whole box: {(cut > 0.5).float().mean():.2f}")
+assert mask_iou(cut > 0.5, decoded > 0) > 0.8
+steps = ["in its box", "its mask", "decoded from 16 codes", "above 0"]
+viz.image_row([scene.image[y0:y1, x0:x1], cut, decoded, decoded > 0], steps)
+
+# %% [markdown]
+# The shape is there; thin parts and sharp corners are what sixteen words cannot hold.
+#
+# ## The codebook as a picture
+#
+# What does each of the 128 codes look like? We encode the masks of all objects in 150 scenes and decode them again. In a
+# decoded mask every place has a cell of 16×16 values of its own. For each code, we average the cells where it stands:
+
+# %%
+things = [o for seed in range(150) for o in scenes.make_scene(seed, "validation").objects]
+used = torch.tensor(vae.codes_of([o.mask for o in things], [o.box for o in things]))  # [N, 16]
+with torch.no_grad():
+    values = vae.decode(used)  # [N, 64, 64]
+cells = values.reshape(-1, 4, 16, 4, 16).transpose(2, 3).reshape(-1, 16, 16)  # one for each code written
+counts = torch.bincount(used.flatten(), minlength=128)
+shapes = torch.zeros(128, 16, 16).index_add(0, used.flatten(), cells) / counts.clamp(min=1)[:, None, None]
+print(f"{len(things)} masks; {(counts > 0).sum()} of 128 codes are used")
+print("the most used:", ", ".join(f"{k:03d} ({counts[k]}×)" for k in counts.argsort(descending=True)[:5].tolist()))
+viz.codebook(shapes, counts, title="The 128 codes: what stands where each is used, on average")
+
+# %% [markdown]
+# Insides, outsides, and pieces of outline in all directions: an alphabet of shapes that nobody drew. But many cells are
+# blurred. In them the code stands for one thing here and for another there: unlike a letter, a code has no shape of its own,
+# it has one among its neighbours, because the decoder's convolutions look at several places at once. Below, one code,
+# that of the fullest cell, in different company: at all places; then alone among copies of the emptiest, at three places.
+
+# %%
+full, empty = int(shapes.mean((1, 2)).argmax()), int(shapes.mean((1, 2)).argmin())
+company = torch.full((4, 16), empty)
+company[0], company[1, 0], company[2, 5], company[3, 15] = full, full, full, full
+with torch.no_grad():
+    four = vae.decode(company)
+corner, inner = four[1, :16, :16], four[2, 16:32, 16:32]  # the cell of the code itself
+print(f"its own cell, in the corner and further in: up to {(corner - inner).abs().max():.1f} apart")
+assert (corner - inner).abs().max() > 0.5
+viz.image_row(list(four), [f"{full:03d} everywhere", "top left", "row 1, column 1", "bottom right"])
+
+# %% [markdown]
+# How far does one code reach? In each of the masks we put another mask's code into row 1, column 1, and look where the
+# values change.
+
+# %%
+changed = used.clone()
+changed[:, 5] = used.roll(1, dims=0)[:, 5]
+with torch.no_grad():
+    change = (vae.decode(changed) - values).abs().mean(0)  # [64, 64]
+own = float(change[16:32, 16:32].sum() / change.sum())
+print(f"of all that changes, {own:.0%} is in the cell of that code, 1/16 of the area")
+assert 1 / 16 < own < 0.6
+viz.image_row([change], ["where the values change, on average"])
+
+# %% [markdown]
+# ## Exercise 8.4 · From codes to a grid ★★☆ (10 minutes)
+#
+# The decoder is made of convolutions, so it wants something like a picture: `[B, D, 4, 4]`, the width D in front of rows and
+# columns. `codes` are whole numbers `[B, 16]`, `codebook` is `[C, D]`. The codes go **row by row**: the first four are the
+# top row, from left to right. Return the vector of each code at its place.
+#
+# <details><summary>Hint</summary>
+#
+# `codebook[codes]` is `[B, 16, D]`. First bring D in front of the 16 (`transpose`), then split the 16 into 4 × 4 (`unflatten`
+# or `reshape`). The other way round, `reshape` alone, gives the right shape and mixes everything.
+#
+# </details>
+
+
+# %%
+def code_grid(codes, codebook):
+    """[B, 16] whole numbers, [C, D] → [B, D, 4, 4]."""
+    ### BEGIN SOLUTION
+    return codebook[codes].transpose(1, 2).unflatten(2, (4, 4))
+    ### END SOLUTION
+
+
+# %%
+exercises.check(code_grid)
+### BEGIN HIDDEN TESTS
+exercises.score(code_grid, points=2, seed=1)
+### END HIDDEN TESTS
+
+# %%
+code_grid = exercises.piece("code_grid")
+with torch.no_grad():
+    from_grid = vae.decoder(code_grid(torch.tensor([codes]), codebook))[0, 0]
+assert (from_grid - decoded).abs().max() <= 1e-5 * decoded.abs().max()
+
+# %% [markdown]
+# ## Exercise 8.5 · Into the picture ★★☆ (15 minutes)
+#
+# `values` are the decoder's 64×64 numbers, a numpy array of float32. `box` is (x0, y0, x1, y1) in pixels, `width` and `height`
+# are those of the picture. Return the mask of the whole picture: booleans `[height, width]`, True where the values,
+# **stretched into the box, are above 0**, and False everywhere outside of the box.
+#
+# Boxes end between pixels. `box_window(box, width, height)`, which you may call, gives whole ones: it rounds each corner to the
+# nearest pixel, keeps it inside the picture, and leaves at least one pixel each way. (big_vision cuts the fractions
+# off; rounding is nearer.) PIL stretches arrays of numbers, too, blending neighbours:
+# `Image.fromarray(values).resize((wide, high), Image.Resampling.BILINEAR)`.
+#
+# <details><summary>Hint</summary>
+#
+# `x0, y0, x1, y1 = box_window(…)`. PIL's sizes are (width, height), numpy's shapes (rows, columns): the part has y1 − y0 rows, and
+# it belongs into `mask[y0:y1, x0:x1]`. Stretch first, then compare.
+#
+# </details>
+
+
+# %%
+def paste_mask(values, box, width, height):
+    """[64, 64] float32, a box and two sides in pixels → [height, width] booleans."""
+    from PIL import Image
+
+    from minivlm.locations import box_window
+
+    ### BEGIN SOLUTION
+    x0, y0, x1, y1 = box_window(box, width, height)
+    part = Image.fromarray(values).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+    mask = np.zeros((height, width), dtype=bool)
+    mask[y0:y1, x0:x1] = np.asarray(part) > 0
+    return mask
+    ### END SOLUTION
+
+
+# %%
+exercises.check(paste_mask)
+### BEGIN HIDDEN TESTS
+exercises.score(paste_mask, points=2, seed=1)
+### END HIDDEN TESTS
+
+# %%
+paste_mask = exercises.piece("paste_mask")
+pasted = paste_mask(decoded.numpy(), thing.box, width, height)
+print(f"{pasted.shape}, IoU with the true mask {mask_iou(pasted, thing.mask):.2f}")
+assert pasted.shape == thing.mask.shape and mask_iou(pasted, thing.mask) > 0.8
+
+# %% [markdown]
+# ## The model's own masks
+#
+# `segment` asks for boxes with masks. As with `detect`, ` ; ` joins several classes, and the answer takes them in that order.
+# The dozen scenes, each with all its objects asked for at once:
+
+# %%
+all_prompts = [asks_for("segment", s) for s in some]
+segmented = minivlm.generate(model, processor, [s.image for s in some], all_prompts, max_new_tokens=128)
+print(all_prompts[0], segmented[0], sep="\n    ")
+read = [locations.parse(text, width, height).detections for text in segmented]
+in_order = [
+    list(dict.fromkeys(d.label for d in r)) == list(dict.fromkeys(o.name for o in s.objects))
+    for s, r in zip(some, read, strict=True)
+]
+print(f"the classes asked for, all of them and in their order: in {sum(in_order)} of {len(some)} scenes")
+assert sum(in_order) > len(some) / 2
+
+# %% [markdown]
+# Now your two pieces, with the decoder between them. Two options break it on purpose: the codes column by column, and
+# another threshold (to take 1 from all values is to compare them with 1 in place of 0).
+
+
+# %%
+def masks_of(detections, column_by_column=False, threshold=0.0):
+    """Detections → the mask of each that has codes, and the detection."""
+    detections = [d for d in detections if d.codes]
+    codes = torch.tensor([d.codes for d in detections], dtype=torch.long).reshape(-1, 16)
+    if column_by_column:
+        codes = codes.unflatten(1, (4, 4)).mT.flatten(1)
+    with torch.no_grad():
+        values = vae.decoder(code_grid(codes, codebook))[:, 0].numpy() - threshold
+    return [(d, paste_mask(v, d.box, width, height)) for d, v in zip(detections, values, strict=True)]
+
+
+# %%
+found, masks = zip(*masks_of(read[0]), strict=True)
+viz.draw_boxes(Image.fromarray(scene.image), found, masks)
+
+
+# %%
+def mean_mask_iou(**broken):
+    """Over all objects: the IoU with the best mask of its name, 0 where there is none."""
+    scores = []
+    for s, detections in zip(some, read, strict=True):
+        pairs = masks_of(detections, **broken)
+        for o in s.objects:
+            scores.append(max((mask_iou(o.mask, m) for d, m in pairs if d.label == o.name), default=0.0))
+    return sum(scores) / len(scores)
+
+
+# %%
+mask_ious = {
+    "row by row, above 0": mean_mask_iou(),
+    "column by column": mean_mask_iou(column_by_column=True),
+    "above 0.5": mean_mask_iou(threshold=0.5),
+    "above 1": mean_mask_iou(threshold=1.0),
+}
+for name, iou in mask_ious.items():
+    print(f"{name:20} mean IoU {iou:.2f}")
+best = mask_ious["row by row, above 0"]
+assert best > 0.6 and max(mask_ious["column by column"], mask_ious["above 1"]) < best - 0.05
+
+# %% [markdown]
+# ### Break it: what each bug looks like
+#
+# Column by column the shape is turned over along the diagonal of its box: round things hide it. A threshold of 0.5 thins
+# the mask a little, since the values rise steeply at the outline: that bug hides as well. Above 1 a moth-eaten rest is left.
+# None of the three raises an error; a comparison with the truth shows them all. The repair: row by row, and above 0.
+
+# %%
+broken = {"as it should be": {}, "column by column": {"column_by_column": True}, "above 1": {"threshold": 1.0}}
+viz.image_row([np.any([m for _, m in masks_of(read[0], **how)], axis=0) for how in broken.values()], list(broken))
+
+# %% [markdown]
 # ## Choosing a word
 #
-# So far each word was the likeliest: *greedy*. That is right for answers and boxes. Where many texts are good, one may
+# So far each word was the likeliest: *greedy*. That is right for answers, boxes and masks. Where many texts are good, one may
 # draw at random instead, and shape what is drawn from. To see it we need a place where the model is unsure: in captions of
 # scenes by an artist whose hand it has never seen, the word that it wrote with the least probability. (In the bars, ␣ is
 # the space that belongs to a word.)
@@ -448,7 +794,7 @@ for chance, word in sorted(zip([0.15, 0.50, 0.05, 0.30], ["dog", "cat", "owl", "
     total += chance
 
 # %% [markdown]
-# ## Exercise 8.4 · Top-p ★★☆ (15 minutes)
+# ## Exercise 8.6 · Top-p ★★☆ (15 minutes)
 #
 # `logits` are `[B, V]`, `p` is a number between 0 and 1. Return `[B, V]`: the logits of the words kept, −∞ for the others,
 # in the order of the vocabulary. The likeliest word is always kept, and so is the one with which the sum reaches p.
@@ -511,7 +857,7 @@ for how in ({"top_p": 0.8}, {"temperature": 2.0}):
 print("the truth:", strange[row].captions["caption"][0])
 
 # %% [markdown]
-# ## Exercise 8.5 · The loop that writes ★★★ (20 minutes)
+# ## Exercise 8.7 · The loop that writes ★★★ (20 minutes)
 #
 # All that is left is to go round. `next_logits(ids)` takes all tokens so far, `[B, T]`, and gives the scores of the next,
 # `[B, V]`. Write greedily for a whole batch, until every row has written `eos` or `max_new_tokens` are written. Rows end at
@@ -587,12 +933,14 @@ viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
 # ## Your PaliGemma
 #
 # Inside `exercises.plugged_in()` the package runs with every piece that has passed its check, in this and in all
-# earlier chapters, in place of its own. The proof is that nothing changes:
+# earlier chapters, in place of its own. The last of the prompts is a segmentation: the model writes, your pieces read the
+# boxes and make the masks. The proof is that nothing changes:
 
 # %%
 with exercises.plugged_in() as parts:
-    mine = ask(model, processor, scene.image, prompts)
-    my_boxes = locations.parse(mine[-1], width, height).detections
+    mine = ask(model, processor, scene.image, [*prompts, asks_for("segment", scene)])
+    my_things = locations.parse(mine[-1], width, height).detections
+    my_masks = vae.masks_of(my_things, width, height)
     my_draws = minivlm.generate(
         model, processor, strange[row].image, rows, do_sample=True, top_p=0.8, seed=0, max_new_tokens=16
     )
@@ -600,15 +948,16 @@ with exercises.plugged_in() as parts:
 print(parts)
 
 # %%
-theirs = locations.parse(answers[-1], width, height).detections
-assert mine == answers
+theirs = locations.parse(segmented[0], width, height).detections
+assert mine == [*answers, segmented[0]]
 assert torch.equal(my_loop, new)
 assert my_draws == minivlm.generate(
     model, processor, strange[row].image, rows, do_sample=True, top_p=0.8, seed=0, max_new_tokens=16
 )
-assert [d.label for d in my_boxes] == [d.label for d in theirs]
-assert torch.allclose(torch.tensor([d.box for d in my_boxes]), torch.tensor([d.box for d in theirs]), rtol=1e-5)
-viz.draw_boxes(Image.fromarray(scene.image), my_boxes)
+assert [(d.label, d.codes) for d in my_things] == [(d.label, d.codes) for d in theirs]
+assert torch.allclose(torch.tensor([d.box for d in my_things]), torch.tensor([d.box for d in theirs]), rtol=1e-5)
+assert all(map(np.array_equal, my_masks, vae.masks_of(theirs, width, height)))
+viz.draw_boxes(Image.fromarray(scene.image), my_things, my_masks)
 
 # %% [markdown]
 # Every piece marked as yours stood in the package's place. Most of them worked on this picture; four had nothing to do
@@ -649,6 +998,39 @@ print("transformers:", processor.decode(out), "  yours:", mine[0])
 assert processor.decode(out) == mine[0]
 
 # %% [markdown]
+# Masks have no counterpart there: transformers gives back the text and leaves boxes and masks to you. So we hold your
+# grid and the decoder against the bare layers of `torch.nn.functional`, called with the weights by their names in the
+# file, the same as in Google's (big_vision, `evaluators/proj/paligemma/transfers/segmentation.py`):
+
+# %%
+import torch.nn.functional as F
+
+w = vae.state_dict()
+
+
+def conv(x, name, padding=0):
+    return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=padding)
+
+
+# %%
+x = torch.zeros(1, 512, 4, 4)
+for i, code in enumerate(codes):
+    x[0, :, i // 4, i % 4] = codebook[code]
+x = conv(x, "decoder.0").relu()
+for block in ("decoder.2.net", "decoder.3.net"):
+    x = x + conv(conv(conv(x, f"{block}.0", 1).relu(), f"{block}.2", 1).relu(), f"{block}.4")
+for i in (4, 6, 8, 10):
+    x = F.conv_transpose2d(x, w[f"decoder.{i}.weight"], w[f"decoder.{i}.bias"], stride=2, padding=1).relu()
+bare = conv(x, "decoder.12")
+
+# %%
+with torch.no_grad():
+    ours = vae.decoder(code_grid(torch.tensor([codes]), codebook))
+difference = float((ours - bare).abs().max() / bare.abs().max())
+print(f"mask decoder: largest difference {difference:.1e} relative")
+assert difference < 1e-5
+
+# %% [markdown]
 # ## Photos, and the real weights
 #
 # Our small model has seen nothing but emoji. Shown a photo, it answers all the same, in the only words it has; an empty answer
@@ -667,22 +1049,27 @@ _ = ask(model, processor, photo, asked)
 # 2. Check the memory. 2.9 billion parameters of two bytes are 5.8 GB, to download and to hold; `python -m minivlm doctor`
 #    says whether they fit.
 # 3. Set `HUB` below to `"google/paligemma-3b-mix-224"` and run the cell. While it is `None`, nothing is downloaded.
+# 4. Masks need one more file, Google's own VQ-VAE, `gs://big_vision/paligemma/vae-oid.npz`: fetch it
+#    (`gsutil cp gs://big_vision/paligemma/vae-oid.npz .`) and set `MASKS` to where it lies.
+#    `MaskVQVAE.from_pretrained(path)` reads it. The one you have used was trained on emoji and has a codebook of its own:
+#    to it, the codes of Google's model are another language.
 #
 # What to expect: 256 image tokens in place of 49, and on a CPU patience, since each word reads all the weights once.
 # The *mix* checkpoints were trained further, on many tasks at once, so they follow the same prompts: a short English
-# caption, a word or two as an answer, `<loc…>` boxes. They know photos, not our hundred emoji. The other pictures in
+# caption, a word or two as an answer, `<loc…>` boxes, `<seg…>` masks. They know photos, not our hundred emoji. The other pictures in
 # `data/images` (coffee, astronaut, rocket, camera) are for you to ask about.
 
 # %%
-HUB = None
+HUB, MASKS = None, None
 if HUB:
     big = minivlm.PaliGemma.from_pretrained(HUB, revision="bfloat16")
     big_processor = minivlm.Processor.from_pretrained(HUB, revision="bfloat16")
-    with exercises.plugged_in() as parts:
-        big_answers = ask(big, big_processor, photo, asked)
+    with exercises.plugged_in() as parts, Image.open(photo) as picture:
+        big_answers = ask(big, big_processor, photo, [*asked, "segment cat"])
+        cats = locations.parse(big_answers[-1], *picture.size).detections
+        big_masks = MaskVQVAE.from_pretrained(MASKS).masks_of(cats, *picture.size) if MASKS else ()
+        display(viz.draw_boxes(picture, cats, big_masks))
     print(parts)
-    with Image.open(photo) as picture:
-        display(viz.draw_boxes(picture, locations.parse(big_answers[-1], *picture.size).detections))
 
 # %% [markdown]
 # ## Recap
@@ -691,10 +1078,12 @@ if HUB:
 # * Text × √D and picture as it is, or picture ÷ √D and then all × √D: the same. Half of each: wrong answers, and no
 #   error.
 # * Boxes are text: y min, x min, y max, x max, in bins of 0 to 1023.
+# * Masks are text: sixteen codes, the numbers of vectors in a codebook, laid out row by row; a decoder makes 64×64 values
+#   of them; these are stretched into the box, and what is above 0 is inside.
 # * Greedy takes the likeliest word. Temperature reshapes, top-k and top-p cut off, and only then is one drawn.
 # * The loop: choose, pad what has ended, look for `<eos>`, append, again. The picture is encoded once.
 #
-# **Three questions**
+# **Four questions**
 #
 # <details><summary>1. Why do the picture's vectors need no position embedding in the decoder?</summary>
 #
@@ -713,6 +1102,13 @@ if HUB:
 #
 # Width and height taken for each other when bins become pixels. (x and y swapped would be wrong in square pictures
 # as well.)
+#
+# </details>
+#
+# <details><summary>4. A mask that the model wrote has one wrong code of its sixteen. Which part of the mask is wrong?</summary>
+#
+# Mostly the cell of that code and what borders on it; in part the whole mask, since the decoder's convolutions look at
+# neighbours. The box is not touched: its four words are others.
 #
 # </details>
 #
