@@ -359,7 +359,7 @@ bad_codes = st.one_of(
     st.lists(st.integers(0, 127), min_size=17, max_size=40),
     st.lists(st.integers(128, 9_999), min_size=16, max_size=16),
 )
-names = st.text(max_size=20).filter(lambda t: not set(t) & set(";<>")).map(str.strip)
+names = st.text(max_size=20).filter(lambda t: not set(t) & set(";<>")).map(str.strip).filter(bool)
 bad_names = st.sampled_from(
     ["a cat <loc", "a cat <seg001>", "a cat <loc0001> ", "a cat>t", "a cat<eos>", "a cat <loc٠١٢٣> cat"]
 )
