@@ -300,7 +300,6 @@ def run(
 
     ``vae`` is the one that the model learnt to write the codes of; the embedded one when not given.
     """
-    vae = vae or MaskVQVAE.from_pretrained()
     columns = {split: evaluate(model, processor, split, count, vae=vae) for split in splits}
     columns[f"{splits[0]}, blank picture"] = evaluate(model, processor, splits[0], count, blank=True, vae=vae)
     print(markdown(columns))

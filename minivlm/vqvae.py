@@ -21,12 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minivlm import locations
+from minivlm import checkpoint, locations
 from minivlm.locations import CODES, Box, Detection
 
 WIDTH = 512  # of a codebook vector
 GRID = 4  # codes along each side of a mask
-EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "checkpoints" / "paligemma-emoji-112"
 TRAINING_ONLY = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # of a file; only the training that wrote it needs them
 
 
@@ -134,7 +133,7 @@ class MaskVQVAE(nn.Module):
             FileNotFoundError: there is no such file; big_vision's is `vae-oid.npz`.
             ValueError: it is damaged, holds pickled objects, or its arrays are not those of this architecture.
         """
-        path = find_file(Path(path or EMBEDDED))
+        path = find_file(Path(path or checkpoint.EMBEDDED))
         model = cls()
         arrays = read_arrays(path)
         check_arrays(path, arrays, {name: tuple(value.shape) for name, value in model.state_dict().items()})

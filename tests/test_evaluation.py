@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from minivlm import evaluation, scenes, training
+from minivlm.checkpoint import EMBEDDED
 from minivlm.evaluation import Figure, average_precision, figures, prompts_of, share_right
 from minivlm.locations import Detection, format_boxes
 from minivlm.processor import Processor
 from minivlm.scenes import Scene, SceneObject
-from minivlm.vqvae import EMBEDDED, MaskVQVAE
+from minivlm.vqvae import MaskVQVAE
 
 SCENES = [scenes.make_scene(seed, "validation") for seed in range(30)]
 ASKED = [(scene, example) for scene in SCENES for example in prompts_of(scene)]

@@ -184,7 +184,6 @@ def test_generate_finds_the_masks_of_the_checkpoint_in_its_folder(folder, says, 
     assert from_folder == capsys.readouterr() and from_folder.out.count("mask of") == 2
 
 
-@pytest.mark.skipif(not list(checkpoint.EMBEDDED.glob("vae-*.npz")), reason="there is no embedded VQ-VAE yet")
 def test_the_embedded_vqvae_reads_what_it_wrote(says, capsys):
     scene = scenes.make_scene(0, "validation")
     size = {thing.name: int(thing.mask.sum()) for thing in scene.objects}
@@ -354,6 +353,7 @@ def test_the_embedded_checkpoint_knows_the_demo(tmp_path):
     captions = [line for line in ran.stdout.splitlines() if line.startswith("  caption en: ")]
     assert len(captions) == len(cli.DEMO)
     assert sum("truth" not in line for line in captions[:2]) >= 1
+    assert ran.stdout.count(" pixels") >= 5  # masks, of eight objects
     assert ran.stdout.count("\n  detect ") == ran.stdout.count("\n  segment ") == len(cli.DEMO)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 

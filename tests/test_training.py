@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from minivlm import locations, scenes, training
+from minivlm.checkpoint import EMBEDDED
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.vqvae import EMBEDDED, MaskVQVAE
+from minivlm.vqvae import MaskVQVAE
 
 ROOT = Path(__file__).parent.parent
 TINY = training.Recipe(

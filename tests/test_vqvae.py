@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from minivlm import scenes
+from minivlm import locations, scenes, vqvae
+from minivlm.checkpoint import EMBEDDED
 from minivlm.locations import Detection, cut_mask, paste_mask
-from minivlm.vqvae import EMBEDDED, MaskVQVAE, code_grid, find_file
+from minivlm.vqvae import MaskVQVAE, code_grid, find_file
 
 # Every array of a file, by hand: what big_vision's decoder reads from vae-oid.npz, and the encoder beside it.
 SHAPES = {
@@ -396,3 +397,15 @@ def test_the_one_file_of_a_folder(arrays, tmp_path):
     with pytest.raises(ValueError, match="vae-one.npz and vae-two.npz: name the file"):
         MaskVQVAE.from_pretrained(tmp_path)
     assert find_file(EMBEDDED) == EMBEDDED / "vae-emoji.npz"
+
+
+def test_masks_are_made_with_the_pieces_that_exercises_replace(monkeypatch):
+    """`plugged_in` puts a learner's function into its module: it has to be looked up there at every call."""
+    called = []
+    for module, name in ((vqvae, "code_grid"), (locations, "paste_mask"), (locations, "cut_mask")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, own=own, name=name: called.append(name) or own(*given))
+    vae, box = MaskVQVAE(), (0, 0, 8, 8)
+    (codes,) = vae.codes_of([np.ones((8, 8), bool)], [box])
+    vae.masks_of([Detection("cat", box, codes)], 8, 8)
+    assert called == ["cut_mask", "code_grid", "paste_mask"]
