@@ -20,7 +20,10 @@ Stage 3, ``polish``: the same on new scenes, with more of what is still hard, wh
 Stage 4, ``finish``: the learning rate rises and falls once more (a warm restart, arXiv:1608.03983), on scenes with many
 objects and on the two tasks that must name them all, captions and detections.
 
-Stage 5, ``segment``: the same once more, with masks.
+Stage 5, ``shapes``: the tower and the projector again. To name a thing, nobody needs to know whether it is mirrored or
+tilted; its mask depends on that most of all. So each patch learns to tell the mask of the thing that it shows.
+
+Stage 6, ``segment``: everything once more, with masks.
 
 Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on
 from its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower
@@ -29,6 +32,7 @@ arXiv:2407.07726, section 3.2; the VQ-VAE's losses and moving averages arXiv:171
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -81,7 +85,7 @@ class Recipe:
     answer_scenes: int = 184_000
     answer_horizon: int = 280_000  # scenes after which the learning rate would be nothing: stage 3 goes on before that
     answer_batch: int = 16  # scenes a step
-    examples: int = 4  # of each scene, in stages 2 to 5
+    examples: int = 4  # of each scene, in stages 2 to 4 and 6
     answer_lr: float = 1e-3
     tower_lr: float = 0.2  # of the learning rate of the rest
     tower_warmup: float = 0.2  # of stage 2
@@ -91,7 +95,11 @@ class Recipe:
     finish_scenes: int = 384_000
     finish_lr: float = 1e-3
     finish_tower_lr: float = 0.4  # of it
-    segment_scenes: int = 208_000
+    shapes_scenes: int = 320_000
+    shapes_batch: int = 64  # scenes a step
+    shapes_lr: float = 2e-3
+    shapes_tower_lr: float = 0.5  # of it
+    segment_scenes: int = 400_000
     segment_lr: float = 8e-4
     segment_tower_lr: float = 0.4  # of it
     warmup: float = 0.01  # of each stage
@@ -101,7 +109,7 @@ class Recipe:
     def __post_init__(self):
         if self.precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision must be 'bfloat16' or 'float32', not {self.precision!r}.")
-        for name in ("masks", "align", "answer"):
+        for name in ("masks", "align", "answer", "shapes"):
             name, batch = f"{name}_scenes", getattr(self, f"{name}_batch")
             if batch < 1 or getattr(self, name) < batch:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must fill at least one step of {batch} scenes.")
@@ -133,7 +141,7 @@ FINISH = {
     "relation": 1.0,
     "detect": 5.0,
 }
-# And in stage 5.
+# And in stage 6.
 SEGMENT = FINISH | {"caption": 10.0, "detect": 2.5, "segment": 6.0}
 
 
@@ -233,8 +241,42 @@ class Alignment(nn.Module):
             return losses.sigmoid_loss(patches, names, self.log_temperature, self.bias, shows.flatten(0, 1))
 
 
+class Shaping(nn.Module):
+    """Stage 5: a reader, dropped afterwards, asks every patch for the mask of the thing that it shows.
+
+    The decoder understands what the patches have said so far, so that must hardly change.
+    """
+
+    side = 16  # of the mask that is read
+    holding = 0.015  # weight of the squared change
+
+    def __init__(self, model: PaliGemma):
+        super().__init__()
+        self.model = model
+        self.before = copy.deepcopy(nn.Sequential(model.vision_tower, model.multi_modal_projector))
+        self.before.requires_grad_(False)
+        width = model.config.text_config.hidden_size
+        self.reader = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, self.side**2))
+
+    def begin(self) -> None:
+        """What the patches say now is what they must hold on to."""
+        now = nn.Sequential(self.model.vision_tower, self.model.multi_modal_projector)
+        self.before.load_state_dict(now.state_dict())
+
+    def forward(
+        self, pixel_values: Float[Tensor, "S 3 H W"], owners: Int[Tensor, "S P"], masks: Float[Tensor, "O 64 64"]
+    ) -> Float[Tensor, ""]:
+        """`owners`: which of the masks each patch is asked for; -1 where none. A mean over all patches."""
+        features = self.model.encode_image(pixel_values)
+        asked = owners >= 0
+        wanted = F.adaptive_avg_pool2d(masks, self.side).flatten(1)[owners[asked]]
+        misread = F.binary_cross_entropy_with_logits(self.reader(features[asked]).float(), wanted)
+        changed = F.mse_loss(features.float(), self.before(pixel_values).float())
+        return misread * asked.float().mean() + self.holding * changed
+
+
 class Answering(nn.Module):
-    """Stages 2 to 5: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
+    """Stages 2 to 4 and 6: the suffix's cross-entropy. Short rows and long ones go apart, to spare padding."""
 
     def __init__(self, model: PaliGemma):
         super().__init__()
@@ -258,14 +300,30 @@ class Answering(nn.Module):
 # --- what it is trained on ------------------------------------------------------------------------------------------
 
 
-def patches_show(scene: scenes.Scene, patch_size: int, covers: float = 0.25) -> Bool[np.ndarray, "P M"]:
-    """Which patch shows which of ``scenes.OBJECTS``: those that cover at least ``covers`` of the patch."""
+COVERS = 0.25  # of a patch, for it to show a thing
+
+
+def shares_of_patches(scene: scenes.Scene, patch_size: int) -> Float[np.ndarray, "O P"]:
+    """How much of each patch each thing of the scene covers."""
     side = scene.size // patch_size
-    shows = np.zeros((side * side, len(scenes.OBJECTS)), dtype=bool)
-    for thing in scene.objects:
-        share = thing.mask.reshape(side, patch_size, side, patch_size).mean(axis=(1, 3))
-        shows[:, scenes.OBJECTS.index(thing.name)] |= share.ravel() >= covers
+    return np.stack(
+        [t.mask.reshape(side, patch_size, side, patch_size).mean(axis=(1, 3)).ravel() for t in scene.objects]
+    )
+
+
+def patches_show(scene: scenes.Scene, patch_size: int) -> Bool[np.ndarray, "P M"]:
+    """Which patch shows which of ``scenes.OBJECTS``."""
+    shares = shares_of_patches(scene, patch_size)
+    shows = np.zeros((shares.shape[1], len(scenes.OBJECTS)), dtype=bool)
+    for thing, share in zip(scene.objects, shares, strict=True):
+        shows[:, scenes.OBJECTS.index(thing.name)] |= share >= COVERS
     return shows
+
+
+def owners_of_patches(scene: scenes.Scene, patch_size: int) -> Int[np.ndarray, " P"]:
+    """Which thing of the scene each patch shows most of; -1 where it shows none."""
+    shares = shares_of_patches(scene, patch_size)
+    return np.where(shares.max(0) >= COVERS, shares.argmax(0), -1)
 
 
 def choose_examples(
@@ -373,6 +431,22 @@ class FinishSteps(AnswerSteps):
         return rng.choice(offered, self.batch, replace=False, p=weights / weights.sum()).tolist()
 
 
+class ShapeSteps(FinishSteps):
+    """Stage 4's scenes once more: the pictures, the masks of all things as seen in their boxes, whose each patch is."""
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        drawn, owners, masks = self.scenes(step), [], []
+        for scene in drawn:
+            found = owners_of_patches(scene, self.recipe.patch_size)
+            owners.append(np.where(found >= 0, found + len(masks), -1))
+            masks += [cut_mask(thing.mask, thing.box) for thing in scene.objects]
+        return {
+            "pixel_values": self.processor.pixels([scene.image for scene in drawn]),
+            "owners": torch.from_numpy(np.stack(owners)),
+            "masks": torch.from_numpy(np.stack(masks)),
+        }
+
+
 class SegmentSteps(FinishSteps):
     """The same on the scenes after those of stage 4, with masks, for which it needs the VQ-VAE of stage 0."""
 
@@ -460,6 +534,10 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
             r.finish_tower_lr,
         ),
         stage(
+            *("shapes", Shaping(model), ShapeSteps, r.shapes_scenes, r.shapes_scenes, r.shapes_batch, r.shapes_lr),
+            r.shapes_tower_lr,
+        ),
+        stage(
             *("segment", answering, SegmentSteps, r.segment_scenes, r.segment_scenes, r.answer_batch, r.segment_lr),
             r.segment_tower_lr,
         ),
@@ -468,7 +546,7 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
 
 def share_of_loss(batch: dict[str, Tensor], world: int) -> float:
     """What a process's mean loss counts in the mean over all: suffixes, and numbers of objects, differ among them."""
-    if world == 1 or "shows" in batch:
+    if world == 1 or "shows" in batch or "owners" in batch:
         return 1.0
     counted = batch["masks"].new_ones(len(batch["masks"])) if "masks" in batch else batch["labels"][:, 1:] != -100
     count = counted.sum().float()
@@ -578,9 +656,10 @@ def draw_curve(out: Path) -> None:
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: segment")
-    for stage, (axes, title) in enumerate(zip(figure.subplots(2, 3).flat, titles, strict=True)):
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: shapes", "6: segment")
+    for stage, title in enumerate(titles):
+        axes = figure.add_subplot(2, 4, stage + 1)
         points = [(r["scenes"], r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
         unit = "squared error" if stage == 0 else "nats"
@@ -597,10 +676,11 @@ def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Plac
     optimizer = new_optimizer(module, recipe.weight_decay)
     if at_stage == number and start:
         load_state(state, module, optimizer)
-    # "align" leaves the decoder's layers aside, so not every weight has a gradient
-    wrapped = (
-        DistributedDataParallel(module, find_unused_parameters=stage.name == "align") if place.world > 1 else module
-    )
+    if place.world > 1:  # stages that leave the decoder aside have weights without a gradient
+        aside = stage.name in ("align", "shapes")
+        wrapped = DistributedDataParallel(module, find_unused_parameters=aside)
+    else:
+        wrapped = module
     log = Log(out / "metrics.jsonl", number, start) if place.first else None
     loader = DataLoader(
         stage.batches, batch_size=None, sampler=range(start, stage.steps), num_workers=place.workers, prefetch_factor=4
@@ -671,6 +751,8 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
     for number, stage in enumerate(plan):
         if number < reached:  # what earlier stages gave the model is in the saved state, which run_stage loads
             continue
+        if stage.name == "shapes":
+            stage.module.begin()
         if stage.name == "segment":
             stage.batches.vae = MaskVQVAE.from_pretrained(out)
         run_stage(stage, number, out, recipe, place, save_every)

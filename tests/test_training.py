@@ -37,6 +37,8 @@ TINY = training.Recipe(
     answer_batch=4,
     polish_scenes=8,
     finish_scenes=8,
+    shapes_scenes=8,
+    shapes_batch=4,
     segment_scenes=8,
     examples=2,
 )
@@ -202,6 +204,64 @@ def test_patches_show_what_covers_a_quarter_of_them():
             assert {scenes.OBJECTS[i] for i in np.flatnonzero(shows[patch])} == expected
 
 
+def test_a_patch_belongs_to_what_covers_most_of_it():
+    shared = 0
+    for seed in range(60):
+        scene = scenes.make_scene(seed)
+        owners = training.owners_of_patches(scene, 16)
+        for patch in range(49):
+            y, x = patch // 7 * 16, patch % 7 * 16
+            pixels = [int(thing.mask[y : y + 16, x : x + 16].sum()) for thing in scene.objects]
+            assert owners[patch] == (pixels.index(max(pixels)) if max(pixels) >= 64 else -1)
+            shared += sum(n >= 64 for n in pixels) > 1
+    assert shared > 3  # or nothing had to be decided
+
+
+def test_shapes_batch_holds_the_mask_of_each_patch(processor):
+    steps = training.ShapeSteps(TINY, processor, 4)
+    batch, drawn = steps[1], steps.scenes(1)
+    assert [scene.seed for scene in drawn] == training.FinishSteps(TINY, processor, 4).seeds(1)
+    masks = [locations.cut_mask(thing.mask, thing.box) for scene in drawn for thing in scene.objects]
+    assert np.array_equal(batch["masks"].numpy(), np.stack(masks))
+    assert batch["owners"].shape == (4, 16)
+    first = 0
+    for scene, pixels, owners in zip(drawn, batch["pixel_values"], batch["owners"], strict=True):
+        assert torch.equal(pixels, processor.pixels([scene.image])[0])
+        own = training.owners_of_patches(scene, 16)
+        assert owners.tolist() == [first + thing if thing >= 0 else -1 for thing in own]
+        first += len(scene.objects)
+
+
+def test_loss_of_the_shapes_by_hand(processor):
+    """A mean over all patches: of what is misread, where there is something to read, and of what has changed."""
+    shaping = training.Shaping(training.new_model(TINY, processor))
+    batch = training.ShapeSteps(TINY, processor, 4)[0]
+    with torch.no_grad():
+        before = shaping.model.encode_image(batch["pixel_values"]).double()
+        shaping.model.multi_modal_projector.linear.bias += 0.5
+        features = shaping.model.encode_image(batch["pixel_values"])
+        read, got = shaping.reader(features).double().sigmoid(), shaping(**batch).double()
+    small = batch["masks"].double().unflatten(1, (16, 4)).unflatten(3, (16, 4)).mean((2, 4)).flatten(1)
+    owners, misread = batch["owners"], 0.0
+    assert (owners < 0).any() and (owners >= 0).any()
+    for scene, patch in (owners >= 0).nonzero().tolist():
+        wanted, said = small[owners[scene, patch]], read[scene, patch]
+        misread -= float((wanted * said.log() + (1 - wanted) * (1 - said).log()).mean())
+    changed = (features.double() - before).square().mean()
+    assert changed == pytest.approx(0.25)
+    torch.testing.assert_close(got, misread / owners.numel() + 0.015 * changed, rtol=1e-6, atol=0)
+    shaping.begin()
+    with torch.no_grad():
+        assert float(shaping(**batch)) == pytest.approx(misread / owners.numel(), rel=1e-6)
+
+
+def test_shapes_are_taught_to_the_tower_alone(processor):
+    shaping = training.Shaping(training.new_model(TINY, processor))
+    shaping(**training.ShapeSteps(TINY, processor, 4)[0]).backward()
+    taught = {name.split(".")[1] for name, weight in shaping.named_parameters() if weight.grad is not None}
+    assert taught == {"vision_tower", "multi_modal_projector", "0", "2"}  # and the reader's two layers
+
+
 def test_name_ids_are_three_forms_of_each_name(processor):
     ids = training.AlignSteps(TINY, processor, 4).name_ids()
     texts = processor.batch_decode(ids)
@@ -276,15 +336,16 @@ def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
 
 def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
     plan = training.stages(TINY, training.new_model(TINY, processor), processor)
-    assert [stage.name for stage in plan] == ["masks", "align", "answer", "polish", "finish", "segment"]
-    assert [stage.steps for stage in plan] == [6, 6, 6, 2, 2, 2]
-    masks, align, answer, polish, finish, segment = plan
+    assert [stage.name for stage in plan] == ["masks", "align", "answer", "polish", "finish", "shapes", "segment"]
+    assert [stage.steps for stage in plan] == [6, 6, 6, 2, 2, 2, 2]
+    masks, align, answer, polish, finish, shapes, segment = plan
     assert answer.horizon == 8 and all(stage.horizon == stage.steps for stage in plan if stage is not answer)
     assert isinstance(masks.module, training.MaskLearning) and isinstance(masks.batches, training.MaskSteps)
     assert answer.module is polish.module and answer.module.model is align.module.model
     assert [scene.seed for scene in polish.batches.scenes(0)] == [24, 25, 26, 27]
     assert polish.batches.mixture is training.POLISH
     assert finish.module is polish.module is segment.module
+    assert isinstance(shapes.module, training.Shaping) and shapes.module.model is align.module.model
     assert finish.batches.mixture is training.FINISH and segment.batches.mixture is training.SEGMENT
     assert segment.lr == TINY.segment_lr and segment.tower_lr == TINY.segment_tower_lr
 
@@ -304,7 +365,7 @@ def test_stage_four_draws_new_scenes_in_proportion_to_what_they_show(processor):
     assert [scene.seed for half in two for scene in half] == drawn[0]
 
 
-def test_stage_five_draws_the_same_way_from_the_scenes_after_those_of_stage_four(processor):
+def test_the_last_stage_draws_the_same_way_from_the_scenes_after_those_of_stage_four(processor):
     finish, segment = (kind(TINY, processor, 4) for kind in (training.FinishSteps, training.SegmentSteps))
     assert segment.first_seed == finish.first_seed + 2 * TINY.finish_scenes == 24 + 8 + 2 * 8
     last = max(seed for step in range(TINY.finish_scenes // 4) for seed in finish.seeds(step))
@@ -333,7 +394,7 @@ def test_loss_falls(processor, tmp_path, monkeypatch):
     batch = training.AnswerSteps(recipe, saved, 8)[1000]
     with torch.no_grad():
         assert float(module(**batch)) < 0.7 * float(new(**batch))
-    assert {r["stage"] for r in records} == set(range(6))
+    assert {r["stage"] for r in records} == set(range(7))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     vae = MaskVQVAE.from_pretrained(tmp_path / "checkpoint")  # the one whose codes the model has learnt
     of_run = MaskVQVAE.from_pretrained(tmp_path)
@@ -358,11 +419,11 @@ def finish(process: subprocess.Popen) -> None:
 
 def test_killed_run_goes_on_to_the_same_result(tmp_path):
     """SIGKILL, at no chosen moment, in every stage: same losses, same weights, same codebook, bit for bit."""
-    scenes_of = {"masks": 240, "align": 240, "answer": 240, "polish": 240, "finish": 240, "segment": 480}
+    scenes_of = {"masks": 240, "align": 240, "answer": 240, "polish": 240, "finish": 240, "shapes": 240, "segment": 480}
     options = [word for stage, count in scenes_of.items() for word in (f"--{stage}-scenes", str(count))]
     options += ["--answer-horizon", "240"]
     never_killed = train_in_subprocess(tmp_path / "whole", *options)  # meanwhile
-    for stage in range(6):
+    for stage in range(7):
         process = train_in_subprocess(tmp_path / "killed", *options)
         state = tmp_path / "killed" / "state.safetensors"
         deadline = time.monotonic() + 120
@@ -397,7 +458,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
-    assert len(one) == 6 and one == pytest.approx(two, rel=1e-5)
+    assert len(one) == 7 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_bad_runs_say_what_to_do(processor, tmp_path, monkeypatch):
