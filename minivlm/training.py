@@ -660,10 +660,10 @@ def draw_curve(out: Path) -> None:
     titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: shapes", "6: segment")
     for stage, title in enumerate(titles):
         axes = figure.add_subplot(2, 4, stage + 1)
-        points = [(r["scenes"], r["loss"]) for r in records if r["stage"] == stage]
+        points = [(r["scenes"] / 1000, r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
         unit = "squared error" if stage == 0 else "nats"
-        axes.set(title=f"stage {title}", xlabel="scenes seen", ylabel=f"loss ({unit})", yscale="log")
+        axes.set(title=f"stage {title}", xlabel="thousand scenes", ylabel=f"loss ({unit})", yscale="log")
     figure.savefig(out / "curve.png", dpi=120)
 
 
