@@ -106,12 +106,17 @@ _PARTNERS = {n: frozenset(b if a == n else a for a, b in HELD_OUT_PAIRS if n in 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as it can be seen: `box` is tight around `mask`, and `mask` leaves out what later objects cover."""
+    """One object as it can be seen: `box` is tight around `mask`, and `mask` leaves out what later objects cover.
+
+    `angle` and `mirrored` are its pose: how `draw_sprite` drew it.
+    """
 
     name: str
     artist: str
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half open
     mask: Bool[np.ndarray, "H W"] = field(repr=False, compare=False)
+    angle: int = 0  # degrees, counter-clockwise
+    mirrored: bool = False
 
     @property
     def center(self) -> tuple[float, float]:
@@ -281,12 +286,13 @@ def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarra
     artists = UNSEEN_ARTISTS if split == "artist" else TRAIN_ARTISTS
     image = _background(rng, size)
     kept: list[tuple[str, str]] = []
+    poses: list[tuple[int, bool]] = []
     visible: list[np.ndarray] = []
     totals: list[int] = []
     for name in names:
         artist = artists[rng.integers(len(artists))]
         side = round(size * (SMALLEST + (LARGEST - SMALLEST) * rng.random()))
-        angle, mirror = int(rng.integers(-TILT, TILT + 1)), rng.random() < 0.5 and _ENTRY[name]["mirror"]
+        angle, mirror = int(rng.integers(-TILT, TILT + 1)), bool(rng.random() < 0.5 and _ENTRY[name]["mirror"])
         sprite = draw_sprite(name, artist, side, angle, mirror)
         mask = sprite[..., 3] > 127
         corner = _place(rng, mask, visible, totals, size)
@@ -300,10 +306,11 @@ def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarra
         own = np.zeros((size, size), bool)
         own[window] = mask
         kept.append((name, artist))
+        poses.append((angle, mirror))
         visible.append(own)
         totals.append(int(mask.sum()))
-    objects = [SceneObject(name, artist, mask_box(v), v) for (name, artist), v in zip(kept, visible, strict=True)]
-    return image, objects
+    parts = zip(kept, visible, poses, strict=True)
+    return image, [SceneObject(*who, mask_box(v), v, *pose) for who, v, pose in parts]
 
 
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:

@@ -20,8 +20,8 @@ Stage 3, ``polish``: the same on new scenes, with more of what is still hard, wh
 Stage 4, ``finish``: the learning rate rises and falls once more (a warm restart, arXiv:1608.03983), on scenes with many
 objects and on the two tasks that must name them all, captions and detections.
 
-Stage 5, ``shapes``: the tower and the projector again. To name a thing, nobody needs to know whether it is mirrored or
-tilted; its mask depends on that most of all. So each patch learns to tell the mask of the thing that it shows.
+Stage 5, ``pose``: the tower and the projector again. To name a thing, nobody needs to know whether it is mirrored or
+tilted; its mask depends on that most of all. So each patch learns to tell the pose of the thing that it shows.
 
 Stage 6, ``segment``: everything once more, with masks.
 
@@ -95,10 +95,10 @@ class Recipe:
     finish_scenes: int = 384_000
     finish_lr: float = 1e-3
     finish_tower_lr: float = 0.4  # of it
-    shapes_scenes: int = 320_000
-    shapes_batch: int = 64  # scenes a step
-    shapes_lr: float = 2e-3
-    shapes_tower_lr: float = 0.5  # of it
+    pose_scenes: int = 384_000
+    pose_batch: int = 64  # scenes a step
+    pose_lr: float = 2e-3
+    pose_tower_lr: float = 0.5  # of it
     segment_scenes: int = 400_000
     segment_lr: float = 8e-4
     segment_tower_lr: float = 0.4  # of it
@@ -109,7 +109,7 @@ class Recipe:
     def __post_init__(self):
         if self.precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision must be 'bfloat16' or 'float32', not {self.precision!r}.")
-        for name in ("masks", "align", "answer", "shapes"):
+        for name in ("masks", "align", "answer", "pose"):
             name, batch = f"{name}_scenes", getattr(self, f"{name}_batch")
             if batch < 1 or getattr(self, name) < batch:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must fill at least one step of {batch} scenes.")
@@ -241,14 +241,13 @@ class Alignment(nn.Module):
             return losses.sigmoid_loss(patches, names, self.log_temperature, self.bias, shows.flatten(0, 1))
 
 
-class Shaping(nn.Module):
-    """Stage 5: a reader, dropped afterwards, asks every patch for the mask of the thing that it shows.
+class Posing(nn.Module):
+    """Stage 5: a reader, dropped afterwards, asks every patch how the thing that it shows is tilted and mirrored.
 
     The decoder understands what the patches have said so far, so that must hardly change.
     """
 
-    side = 16  # of the mask that is read
-    holding = 0.015  # weight of the squared change
+    holding = 0.005  # weight of the squared change
 
     def __init__(self, model: PaliGemma):
         super().__init__()
@@ -256,7 +255,7 @@ class Shaping(nn.Module):
         self.before = copy.deepcopy(nn.Sequential(model.vision_tower, model.multi_modal_projector))
         self.before.requires_grad_(False)
         width = model.config.text_config.hidden_size
-        self.reader = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, self.side**2))
+        self.reader = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 2))
 
     def begin(self) -> None:
         """What the patches say now is what they must hold on to."""
@@ -264,13 +263,16 @@ class Shaping(nn.Module):
         self.before.load_state_dict(now.state_dict())
 
     def forward(
-        self, pixel_values: Float[Tensor, "S 3 H W"], owners: Int[Tensor, "S P"], masks: Float[Tensor, "O 64 64"]
+        self, pixel_values: Float[Tensor, "S 3 H W"], owners: Int[Tensor, "S P"], poses: Float[Tensor, "O 2"]
     ) -> Float[Tensor, ""]:
-        """`owners`: which of the masks each patch is asked for; -1 where none. A mean over all patches."""
+        """`owners`: which of the things each patch shows, -1 where none; `poses`: (angle / TILT, mirrored) of each.
+
+        The squared error of the angle and the cross-entropy of the mirroring, a mean over all patches.
+        """
         features = self.model.encode_image(pixel_values)
         asked = owners >= 0
-        wanted = F.adaptive_avg_pool2d(masks, self.side).flatten(1)[owners[asked]]
-        misread = F.binary_cross_entropy_with_logits(self.reader(features[asked]).float(), wanted)
+        (angle, mirrored), wanted = self.reader(features[asked]).float().unbind(1), poses[owners[asked]]
+        misread = F.mse_loss(angle, wanted[:, 0]) + F.binary_cross_entropy_with_logits(mirrored, wanted[:, 1])
         changed = F.mse_loss(features.float(), self.before(pixel_values).float())
         return misread * asked.float().mean() + self.holding * changed
 
@@ -431,19 +433,19 @@ class FinishSteps(AnswerSteps):
         return rng.choice(offered, self.batch, replace=False, p=weights / weights.sum()).tolist()
 
 
-class ShapeSteps(FinishSteps):
-    """Stage 4's scenes once more: the pictures, the masks of all things as seen in their boxes, whose each patch is."""
+class PoseSteps(FinishSteps):
+    """Stage 4's scenes once more: the pictures, which thing each patch shows, and the poses of all things."""
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        drawn, owners, masks = self.scenes(step), [], []
+        drawn, owners, poses = self.scenes(step), [], []
         for scene in drawn:
             found = owners_of_patches(scene, self.recipe.patch_size)
-            owners.append(np.where(found >= 0, found + len(masks), -1))
-            masks += [cut_mask(thing.mask, thing.box) for thing in scene.objects]
+            owners.append(np.where(found >= 0, found + len(poses), -1))
+            poses += [(thing.angle / scenes.TILT, float(thing.mirrored)) for thing in scene.objects]
         return {
             "pixel_values": self.processor.pixels([scene.image for scene in drawn]),
             "owners": torch.from_numpy(np.stack(owners)),
-            "masks": torch.from_numpy(np.stack(masks)),
+            "poses": torch.tensor(poses),
         }
 
 
@@ -534,8 +536,8 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
             r.finish_tower_lr,
         ),
         stage(
-            *("shapes", Shaping(model), ShapeSteps, r.shapes_scenes, r.shapes_scenes, r.shapes_batch, r.shapes_lr),
-            r.shapes_tower_lr,
+            *("pose", Posing(model), PoseSteps, r.pose_scenes, r.pose_scenes, r.pose_batch, r.pose_lr),
+            r.pose_tower_lr,
         ),
         stage(
             *("segment", answering, SegmentSteps, r.segment_scenes, r.segment_scenes, r.answer_batch, r.segment_lr),
@@ -657,7 +659,7 @@ def draw_curve(out: Path) -> None:
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(14, 6), layout="constrained")
-    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: shapes", "6: segment")
+    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: pose", "6: segment")
     for stage, title in enumerate(titles):
         axes = figure.add_subplot(2, 4, stage + 1)
         points = [(r["scenes"] / 1000, r["loss"]) for r in records if r["stage"] == stage]
@@ -677,7 +679,7 @@ def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Plac
     if at_stage == number and start:
         load_state(state, module, optimizer)
     if place.world > 1:  # stages that leave the decoder aside have weights without a gradient
-        aside = stage.name in ("align", "shapes")
+        aside = stage.name in ("align", "pose")
         wrapped = DistributedDataParallel(module, find_unused_parameters=aside)
     else:
         wrapped = module
@@ -751,7 +753,7 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
     for number, stage in enumerate(plan):
         if number < reached:  # what earlier stages gave the model is in the saved state, which run_stage loads
             continue
-        if stage.name == "shapes":
+        if stage.name == "pose":
             stage.module.begin()
         if stage.name == "segment":
             stage.batches.vae = MaskVQVAE.from_pretrained(out)

@@ -130,6 +130,27 @@ def test_boxes_are_tight_and_masks_disjoint(drawn):
         assert cover.max() <= 1
 
 
+def test_poses_are_those_that_were_drawn(drawn):
+    """What was pasted last, nothing covers: drawn again in its pose it has the same mask, and in no other pose."""
+
+    def fits(thing, angle, mirrored):
+        x0, y0, x1, y1 = thing.box
+        for side in range(max(x1 - x0, y1 - y0), max(x1 - x0, y1 - y0) + 6):  # a sprite may have faint edges
+            redrawn = scenes.draw_sprite(thing.name, thing.artist, side, angle, mirrored)[..., 3] > 127
+            bx0, by0, bx1, by1 = scenes.mask_box(redrawn)
+            if np.array_equal(redrawn[by0:by1, bx0:bx1], thing.mask[y0:y1, x0:x1]):
+                return True
+        return False
+
+    last = [scene.objects[-1] for scene in drawn["train"]]
+    assert all(fits(thing, thing.angle, thing.mirrored) for thing in last)
+    assert {thing.angle for thing in last} == set(range(-15, 16))
+    mirrored = [thing for thing in last if thing.mirrored]
+    assert 0.4 * len(last) < len(mirrored) < 0.6 * len(last)
+    assert sum(fits(thing, thing.angle, False) for thing in mirrored) < 0.2 * len(mirrored)  # some are symmetrical
+    assert sum(fits(thing, thing.angle + 7, thing.mirrored) for thing in last) < 0.1 * len(last)
+
+
 @pytest.mark.parametrize("size", [112, 160])
 def test_three_quarters_of_every_object_stay_visible(monkeypatch, size):
     pasted = []
