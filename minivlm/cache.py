@@ -60,8 +60,8 @@ class StaticCache:
 
     def __init__(self, config: GemmaConfig, batch_size: int, max_length: int, dtype=torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # no NaN where attention is told not to look
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = [0] * config.num_hidden_layers
 
     @property

@@ -210,7 +210,17 @@ class GemmaModel(nn.Module):
         """
         T = x.shape[1]
         full, sliding = masks.attention_masks(attention_mask, token_type_ids, T, self.config.sliding_window)
-        positions = token_positions(attention_mask, T)
+        return self.through_layers(x, token_positions(attention_mask, T), full, sliding, cache)
+
+    def through_layers(
+        self,
+        x: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "B T"],
+        full: Bool[Tensor, "#B T S"] | None,
+        sliding: Bool[Tensor, "#B T S"] | None,
+        cache: Cache | None,
+    ) -> Float[Tensor, "B T D"]:
+        """The same, once it is known where each token stands and what it may see, in full and in sliding layers."""
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, full if self.config.window(i) is None else sliding, cache)

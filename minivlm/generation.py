@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minivlm.cache import Cache, GrowingCache, StaticCache
+from minivlm.compiled import CompiledStep, room_for
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
 
@@ -67,6 +68,8 @@ class Options:
         temperature, top_k, top_p: shape the distribution to draw from, in this order. Only with ``do_sample``.
         seed: the same seed draws the same tokens; without one, torch's global generator is used.
         cache: "static" (allocated once), "growing", or None: every step computes everything anew, the slow truth.
+        compile: have torch compile the decode step. That takes half a minute or more when a model first answers a batch
+            of this size, and on a CPU a C++ compiler; the steps are faster then. Only with the static cache.
     """
 
     max_new_tokens: int = 32
@@ -76,6 +79,7 @@ class Options:
     top_p: int | float | None = None
     seed: int | None = None
     cache: str | None = "static"
+    compile: bool = False
 
     def __post_init__(self):
         for name in ("max_new_tokens", "top_k"):
@@ -93,6 +97,8 @@ class Options:
             raise ValueError("temperature, top_k and top_p need do_sample=True: without it they would change nothing.")
         if self.cache not in ("static", "growing", None):
             raise ValueError(f"cache must be 'static', 'growing' or None, not {self.cache!r}.")
+        if self.compile and self.cache != "static":
+            raise ValueError(f"compile needs cache='static', not {self.cache!r}: the cache must keep its shape.")
 
 
 def choose(
@@ -136,18 +142,23 @@ def steps(model: PaliGemma, batch: dict[str, Tensor], options: Options) -> Itera
     )
     generator = None if options.seed is None else torch.Generator(device).manual_seed(options.seed)
     features = model.encode_image(pixels)
-    cache = new_cache(model, len(ids), ids.shape[1] + options.max_new_tokens - 1, options.cache)  # the last is not fed
+    room = ids.shape[1] + options.max_new_tokens - 1  # the last is not fed
+    cache = new_cache(model, len(ids), room_for(room) if options.compile else room, options.cache)
+    compiled = CompiledStep(model, cache, attention) if options.compile else None
     if bool(attention.all()):
         attention = None  # no padding, nothing to mask
     one = torch.ones_like(ids[:, :1])
     finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     for step in range(options.max_new_tokens):
-        if step == 0 or cache is None:
-            inputs = {"input_ids": ids, "token_type_ids": types, "image_features": features}
+        if step and compiled is not None:
+            logits = compiled(token)
         else:
-            inputs = {"input_ids": token[:, None]}
-        logits = model(**inputs, attention_mask=attention, cache=cache, last_only=True)
-        logits = logits[:, -1].float()
+            if step == 0 or cache is None:
+                inputs = {"input_ids": ids, "token_type_ids": types, "image_features": features}
+            else:
+                inputs = {"input_ids": token[:, None]}
+            logits = model(**inputs, attention_mask=attention, cache=cache, last_only=True)[:, -1]
+        logits = logits.float()
         log_probs = logits.log_softmax(-1)
         if bool(log_probs[:, 0].isnan().any()):  # a single NaN or infinity turns its whole row into NaN
             raise ValueError("the model's logits are not finite numbers: its weights are broken.")

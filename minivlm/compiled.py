@@ -1,0 +1,92 @@
+"""The decode step as one compiled program: the same layers, of which no shape ever changes.
+
+    B rows · M slots of the cache · L layers · K key/value heads · d width of a head · V vocabulary
+
+A decode step is hundreds of small operations. Each costs more to start than to compute, on a small model or a fast GPU.
+torch can compile them into a few, if every step is the same program: so the slot to fill is a number in a tensor,
+attention reads all M slots of a static cache, and the mask closes those that are not filled yet.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minivlm.cache import Pair, StaticCache
+from minivlm.paligemma import PaliGemma
+
+ROOM = 64  # slots of a cache are a multiple of this: a prompt a little longer needs no other program
+
+
+class SlotCache:
+    """Writes one token's keys and values into slot ``slot`` and returns all M slots, filled or not."""
+
+    def __init__(self, keys: Float[Tensor, "L B K M d"], values: Float[Tensor, "L B K M d"], slot: Int[Tensor, "1"]):
+        self.keys, self.values, self.slot = keys, values, slot
+
+    def update(self, layer: int, k: Float[Tensor, "B K 1 d"], v: Float[Tensor, "B K 1 d"]) -> Pair:
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
+
+
+def decode_step(
+    model: PaliGemma,
+    token: Int[Tensor, " B"],
+    slot: Int[Tensor, "1"],
+    real: Bool[Tensor, "B M"],
+    keys: Float[Tensor, "L B K M d"],
+    values: Float[Tensor, "L B K M d"],
+) -> Float[Tensor, "B V"]:
+    """Logits after ``token``, which is the one of slot ``slot``. ``real`` is False where a slot holds padding."""
+    decoder, slots = model.language_model, torch.arange(real.shape[1], device=real.device)
+    full = real & (slots <= slot)
+    window = decoder.config.sliding_window
+    sliding = full if window is None else full & (slot - slots < window)
+    hidden = decoder.model.through_layers(
+        decoder.model.embed(token[:, None]),
+        full.sum(1, keepdim=True),  # the position: its number among the row's tokens, from 1
+        full[:, None],
+        sliding[:, None],
+        SlotCache(keys, values, slot),
+    )
+    return decoder.logits(hidden)[:, 0]
+
+
+@functools.cache
+def compiler(device: str):
+    """``decode_step``, compiled when it is first called; on a GPU replayed as one recorded graph."""
+    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
+
+
+class CompiledStep:
+    """Logits of one token after another, behind a prompt of T tokens that ``cache`` will hold when it is first called.
+
+    Raises:
+        ValueError: torch cannot compile here.
+    """
+
+    def __init__(self, model: PaliGemma, cache: StaticCache, attention_mask: Int[Tensor, "B T"]):
+        self.model, self.cache, self.slot = model, cache, attention_mask.shape[1]
+        self.real = F.pad(attention_mask, (0, cache.keys.shape[3] - self.slot), value=1).bool()
+        for memory in (cache.keys, cache.values):
+            torch._dynamo.mark_static_address(memory)  # so that a recorded graph may write into it
+
+    def __call__(self, token: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        slot = torch.tensor([self.slot], device=token.device)
+        self.slot += 1
+        step = compiler(token.device.type)
+        try:
+            return step(self.model, token, slot, self.real, self.cache.keys, self.cache.values)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            why = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"torch cannot compile the decode step here ({why}): install a C++ compiler, or leave compile out."
+            ) from error
+
+
+def room_for(length: int) -> int:
+    """The slots of a cache that is to hold ``length`` tokens."""
+    return math.ceil(length / ROOM) * ROOM
