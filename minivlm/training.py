@@ -25,9 +25,6 @@ tilted; its mask depends on that most of all. So each patch learns to tell the p
 
 Stage 6, ``segment``: everything once more, with masks.
 
-Stage 7, ``draw``: the VQ-VAE's decoder again. Until now it has seen the codes of masks alone; now it is shown the codes
-that the model writes, which are often others, and learns to draw the mask that they were meant for.
-
 Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on
 from its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower
 arXiv:2407.07726, section 3.2; the VQ-VAE's losses and moving averages arXiv:1711.00937, equation 3 and appendix A.1.
@@ -59,7 +56,7 @@ from tqdm import tqdm
 
 from minivlm import locations, losses, scenes
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
-from minivlm.locations import CODES, CODES_PER_MASK, cut_mask
+from minivlm.locations import CODES, cut_mask
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor, train_tokenizer
 from minivlm.vqvae import WIDTH, MaskVQVAE, code_grid
@@ -88,7 +85,7 @@ class Recipe:
     answer_scenes: int = 184_000
     answer_horizon: int = 280_000  # scenes after which the learning rate would be nothing: stage 3 goes on before that
     answer_batch: int = 16  # scenes a step
-    examples: int = 4  # of each scene, in stages 2 to 4, 6 and 7
+    examples: int = 4  # of each scene, in stages 2 to 4 and 6
     answer_lr: float = 1e-3
     tower_lr: float = 0.2  # of the learning rate of the rest
     tower_warmup: float = 0.2  # of stage 2
@@ -105,8 +102,6 @@ class Recipe:
     segment_scenes: int = 400_000
     segment_lr: float = 8e-4
     segment_tower_lr: float = 0.4  # of it
-    draw_scenes: int = 24_000
-    draw_lr: float = 3e-4
     warmup: float = 0.01  # of each stage
     weight_decay: float = 0.02
     precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32. Or "float32"
@@ -304,42 +299,6 @@ class Answering(nn.Module):
         return loss
 
 
-class Drawing(nn.Module):
-    """Stage 7: the decoder of the VQ-VAE draws masks from the model's codes and from their own, half and half.
-
-    The model is told all words before the one that it writes, as in training. It stays as it is, and so do the encoder
-    and the codebook, so that the codes that it has learnt keep their meaning.
-    """
-
-    def __init__(self, model: PaliGemma, first_code: int):
-        super().__init__()
-        self.model, self.first_code = model, first_code  # the id of <seg000>
-        self.vae = MaskVQVAE()
-
-    def forward(
-        self,
-        pixel_values: Float[Tensor, "S 3 H W"],
-        labels: Int[Tensor, "B T"],
-        masks: Float[Tensor, "O 64 64"],
-        **text: Int[Tensor, "B T"],
-    ) -> Float[Tensor, ""]:
-        """The mean squared error of what is drawn. ``masks``: those of the objects, in the order of the rows."""
-        right, written = self.codes(labels, pixel_values, **text)
-        codes = torch.cat((right.view(-1, CODES_PER_MASK), written.view(-1, CODES_PER_MASK)))
-        return F.mse_loss(self.vae.decode(codes).float(), 2 * masks.repeat(2, 1, 1) - 1)
-
-    @torch.no_grad()
-    def codes(
-        self, labels: Int[Tensor, "B T"], pixel_values: Float[Tensor, "S 3 H W"], **text: Int[Tensor, "B T"]
-    ) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-        """The right codes of all masks, in a row, and the likeliest of each under the model."""
-        numbers = labels[:, 1:] - self.first_code
-        is_code = (numbers >= 0) & (numbers < CODES)
-        hidden = self.model.hidden_states(pixel_values=pixel_values, **text)[:, :-1][is_code]
-        logits = self.model.language_model.logits(hidden)
-        return numbers[is_code], logits[:, self.first_code : self.first_code + CODES].argmax(1)
-
-
 # --- what it is trained on ------------------------------------------------------------------------------------------
 
 
@@ -503,29 +462,8 @@ class SegmentSteps(FinishSteps):
     def answer(self, scene: scenes.Scene, example: scenes.Example) -> str:
         if example.kind != "segment":
             return example.answers[0]
-        return scenes.segment_target(scene.objects, self.classes(example), scene.size, self.vae.codes_of)
-
-    def classes(self, example: scenes.Example) -> list[str]:
-        return example.prompt.removeprefix("segment ").split(locations.SEPARATOR)
-
-
-class DrawSteps(SegmentSteps):
-    """The same on the scenes after those of stage 6, `segment` alone, and the masks of all objects asked for."""
-
-    mixture = {"segment": 1.0}
-
-    @property
-    def first_seed(self) -> int:
-        return super().first_seed + 2 * self.recipe.segment_scenes
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        self.asked = []
-        batch = super().__getitem__(step)
-        return batch | {"masks": torch.from_numpy(np.stack([cut_mask(thing.mask, thing.box) for thing in self.asked]))}
-
-    def answer(self, scene: scenes.Scene, example: scenes.Example) -> str:
-        self.asked += scenes.asked_for(scene.objects, self.classes(example))
-        return super().answer(scene, example)
+        classes = example.prompt.removeprefix("segment ").split(locations.SEPARATOR)
+        return scenes.segment_target(scene.objects, classes, scene.size, self.vae.codes_of)
 
 
 # --- a stage --------------------------------------------------------------------------------------------------------
@@ -574,7 +512,7 @@ class Stage:
 
 
 def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0, world: int = 1) -> list[Stage]:
-    """The stages of a recipe, in order; the first and the last train a VQ-VAE, all others the same model."""
+    """The stages of a recipe, in order; the first trains a new VQ-VAE, all others the same model."""
 
     def stage(name, module, kind, scenes, horizon, batch, lr, tower_lr, tower_warmup=0.0):
         batches = kind(recipe, processor, batch, rank, world)
@@ -582,7 +520,6 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
         return Stage(name, module, batches, *steps, lr, tower_lr, tower_warmup, recipe.warmup)
 
     r, answering = recipe, Answering(model)
-    drawing = Drawing(model, processor.tokenizer.token_to_id("<seg000>"))
     return [
         stage("masks", MaskLearning(), MaskSteps, r.masks_scenes, r.masks_scenes, r.masks_batch, r.masks_lr, 1.0),
         stage("align", Alignment(model), AlignSteps, r.align_scenes, r.align_scenes, r.align_batch, r.align_lr, 1.0),
@@ -606,7 +543,6 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
             *("segment", answering, SegmentSteps, r.segment_scenes, r.segment_scenes, r.answer_batch, r.segment_lr),
             r.segment_tower_lr,
         ),
-        stage("draw", drawing, DrawSteps, r.draw_scenes, r.draw_scenes, r.answer_batch, r.draw_lr, 1.0),
     ]
 
 
@@ -723,12 +659,12 @@ def draw_curve(out: Path) -> None:
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(14, 6), layout="constrained")
-    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: pose", "6: segment", "7: draw")
+    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: pose", "6: segment")
     for stage, title in enumerate(titles):
         axes = figure.add_subplot(2, 4, stage + 1)
         points = [(r["scenes"] / 1000, r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
-        unit = "squared error" if stage in (0, 7) else "nats"
+        unit = "squared error" if stage == 0 else "nats"
         axes.set(title=f"stage {title}", xlabel="thousand scenes", ylabel=f"loss ({unit})", yscale="log")
     figure.savefig(out / "curve.png", dpi=120)
 
@@ -742,8 +678,8 @@ def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Plac
     optimizer = new_optimizer(module, recipe.weight_decay)
     if at_stage == number and start:
         load_state(state, module, optimizer)
-    if place.world > 1:  # stages that leave a part of the model aside have weights without a gradient
-        aside = stage.name in ("align", "pose", "draw")
+    if place.world > 1:  # stages that leave the decoder aside have weights without a gradient
+        aside = stage.name in ("align", "pose")
         wrapped = DistributedDataParallel(module, find_unused_parameters=aside)
     else:
         wrapped = module
@@ -819,12 +755,10 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
             continue
         if stage.name == "pose":
             stage.module.begin()
-        if stage.name in ("segment", "draw"):
+        if stage.name == "segment":
             stage.batches.vae = MaskVQVAE.from_pretrained(out)
-        if stage.name == "draw":
-            stage.module.vae.load_state_dict(stage.batches.vae.state_dict())
         run_stage(stage, number, out, recipe, place, save_every)
-        if stage.name in ("masks", "draw") and place.first:
+        if stage.name == "masks" and place.first:
             stage.module.vae.save_pretrained(out)
     if place.first:
         model = model.to("cpu").eval()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -41,7 +40,6 @@ TINY = training.Recipe(
     pose_scenes=8,
     pose_batch=4,
     segment_scenes=8,
-    draw_scenes=8,
     examples=2,
 )
 HERE = training.Place(torch.device("cpu"), workers=1)
@@ -264,55 +262,6 @@ def test_the_pose_is_taught_to_the_tower_alone(processor):
     assert taught == {"vision_tower", "multi_modal_projector", "0", "2"}  # and the reader's two layers
 
 
-def new_drawing(processor) -> tuple[training.Drawing, dict[str, torch.Tensor]]:
-    """The last stage with the embedded VQ-VAE and a model that knows nothing, and its first batch."""
-    drawing = training.Drawing(training.new_model(TINY, processor), processor.tokenizer.token_to_id("<seg000>"))
-    steps = training.DrawSteps(TINY, processor, 4)
-    steps.vae = MaskVQVAE.from_pretrained()
-    drawing.vae.load_state_dict(steps.vae.state_dict())
-    return drawing, steps[0]
-
-
-def test_draw_batch_pairs_masks_with_the_codes_in_the_rows(processor):
-    drawing, batch = new_drawing(processor)
-    assert all("segment" in processor.decode(ids) for ids in batch["input_ids"])
-    masks = batch.pop("masks")
-    right, written = drawing.codes(**batch)
-    assert right.shape == written.shape == (16 * len(masks),) and len(masks) > 5
-    assert torch.equal(right.view(-1, 16), drawing.vae.encode(masks))
-    agreeing = (right == written).float().mean()
-    assert agreeing < 0.2  # it knows nothing
-
-
-def test_the_written_codes_are_the_models_likeliest(processor):
-    drawing, batch = new_drawing(processor)
-    _, written = drawing.codes(**{name: value for name, value in batch.items() if name != "masks"})
-    inputs = {name: value for name, value in batch.items() if name not in ("masks", "labels")}
-    with torch.no_grad():
-        logits = drawing.model(**inputs)
-    expected = []
-    for row, labels in zip(logits, batch["labels"], strict=True):
-        for place, label in enumerate(labels.tolist()):
-            if re.fullmatch(r"<seg\d{3}>", processor.tokenizer.id_to_token(label) or "" if label >= 0 else ""):
-                first = processor.tokenizer.token_to_id("<seg000>")
-                expected.append(int(row[place - 1, first : first + 128].argmax()))
-    assert written.tolist() == expected and len(expected) > 80
-
-
-def test_loss_of_the_drawing_by_hand_and_what_it_teaches(processor):
-    """Half of the codes are right, half are the model's; the decoder alone learns."""
-    drawing, batch = new_drawing(processor)
-    masks = batch["masks"]
-    right, written = drawing.codes(**{name: value for name, value in batch.items() if name != "masks"})
-    loss = drawing(**batch)
-    drawn = [drawing.vae.decode(codes.view(-1, 16)) for codes in (right, written)]
-    expected = sum((d - (2 * masks - 1)).square().mean() for d in drawn) / 2
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    loss.backward()
-    taught = {name for name, weight in drawing.named_parameters() if weight.grad is not None}
-    assert taught == {f"vae.decoder.{name}" for name, _ in drawing.vae.decoder.named_parameters()}
-
-
 def test_name_ids_are_three_forms_of_each_name(processor):
     ids = training.AlignSteps(TINY, processor, 4).name_ids()
     texts = processor.batch_decode(ids)
@@ -387,10 +336,9 @@ def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
 
 def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
     plan = training.stages(TINY, training.new_model(TINY, processor), processor)
-    names = ["masks", "align", "answer", "polish", "finish", "pose", "segment", "draw"]
-    assert [stage.name for stage in plan] == names
-    assert [stage.steps for stage in plan] == [6, 6, 6, 2, 2, 2, 2, 2]
-    masks, align, answer, polish, finish, pose, segment, draw = plan
+    assert [stage.name for stage in plan] == ["masks", "align", "answer", "polish", "finish", "pose", "segment"]
+    assert [stage.steps for stage in plan] == [6, 6, 6, 2, 2, 2, 2]
+    masks, align, answer, polish, finish, pose, segment = plan
     assert answer.horizon == 8 and all(stage.horizon == stage.steps for stage in plan if stage is not answer)
     assert isinstance(masks.module, training.MaskLearning) and isinstance(masks.batches, training.MaskSteps)
     assert answer.module is polish.module and answer.module.model is align.module.model
@@ -399,8 +347,6 @@ def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
     assert finish.module is polish.module is segment.module
     assert isinstance(pose.module, training.Posing) and pose.module.model is align.module.model
     assert finish.batches.mixture is training.FINISH and segment.batches.mixture is training.SEGMENT
-    assert isinstance(draw.module, training.Drawing) and draw.module.model is align.module.model
-    assert isinstance(draw.batches, training.DrawSteps) and draw.lr == TINY.draw_lr
     assert segment.lr == TINY.segment_lr and segment.tower_lr == TINY.segment_tower_lr
 
 
@@ -448,7 +394,7 @@ def test_loss_falls(processor, tmp_path, monkeypatch):
     batch = training.AnswerSteps(recipe, saved, 8)[1000]
     with torch.no_grad():
         assert float(module(**batch)) < 0.7 * float(new(**batch))
-    assert {r["stage"] for r in records} == set(range(8))
+    assert {r["stage"] for r in records} == set(range(7))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     vae = MaskVQVAE.from_pretrained(tmp_path / "checkpoint")  # the one whose codes the model has learnt
     of_run = MaskVQVAE.from_pretrained(tmp_path)
@@ -474,11 +420,10 @@ def finish(process: subprocess.Popen) -> None:
 def test_killed_run_goes_on_to_the_same_result(tmp_path):
     """SIGKILL, at no chosen moment, in every stage: same losses, same weights, same codebook, bit for bit."""
     scenes_of = {"masks": 240, "align": 240, "answer": 240, "polish": 240, "finish": 240, "pose": 240, "segment": 480}
-    scenes_of["draw"] = 240
     options = [word for stage, count in scenes_of.items() for word in (f"--{stage}-scenes", str(count))]
     options += ["--answer-horizon", "240"]
     never_killed = train_in_subprocess(tmp_path / "whole", *options)  # meanwhile
-    for stage in range(8):
+    for stage in range(7):
         process = train_in_subprocess(tmp_path / "killed", *options)
         state = tmp_path / "killed" / "state.safetensors"
         deadline = time.monotonic() + 120
@@ -513,7 +458,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
-    assert len(one) == 8 and one == pytest.approx(two, rel=1e-5)
+    assert len(one) == 7 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_bad_runs_say_what_to_do(processor, tmp_path, monkeypatch):
