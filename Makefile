@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(NEW_ENOUGH)" 2>/dev/null 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help run test lab notebooks class train evaluate lint
+.PHONY: help run test lab notebooks class train evaluate bench lint
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -34,6 +34,9 @@ train: .venv/installed  ## train the embedded checkpoint anew, into runs/
 
 evaluate: .venv/installed  ## measure the embedded checkpoint on scenes that training never showed
 	@$(PY) -m minivlm evaluate
+
+bench: .venv/installed  ## measure speed and memory beside transformers; ARGS="--real" for the real size
+	@$(PY) -m benchmarks $(ARGS)
 
 lint: .venv/installed-dev  ## check the style of the code
 	@$(PY) -m ruff check .

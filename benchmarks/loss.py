@@ -69,7 +69,10 @@ def sig_lip_loss(path: str):
 
 
 def sigmoid_loss(rounds: int, open_clip: Path | None, pairs: int = PAIRS) -> list[Row]:
-    """Two rows: seconds, and the memory that a pass takes beyond the embeddings."""
+    """Two rows: seconds, and the memory that a pass takes beyond the embeddings.
+
+    Two more with half as many pairs, and so on, where memory does not suffice for the dense form.
+    """
     contestants = {"in chunks": "chunked_sigmoid_loss", "dense": "sigmoid_loss"}
     missing = {}
     if open_clip is None:
@@ -98,6 +101,8 @@ def sigmoid_loss(rounds: int, open_clip: Path | None, pairs: int = PAIRS) -> lis
         ratios = {f"in chunks to {name}, {what}": ratio(values["in chunks"], values[name]) for name in others}
         title = f"sigmoid loss, {pairs:,} pairs of width {WIDTH}, CPU, forward and backward: {what}"
         rows.append(Row(title, unit, measured | missing, ratios, aim))
+    if "dense" in missing and pairs > 1024:  # compare where both fit
+        rows += sigmoid_loss(rounds, open_clip, pairs // 2)
     return rows
 
 

@@ -1,6 +1,7 @@
 """The KV cache: what every layer has already computed for the tokens behind the one being written.
 
-    B batch · K key/value heads · S tokens so far · T new tokens · M tokens that there is room for · d width of a head
+    B batch · L layers · K key/value heads · S tokens so far · T new tokens · M tokens that there is room for · d width of
+    a head
 
 Keys and values of a token never change once computed, since no later token may alter an earlier one: image and prefix
 are complete before the first word is written, and the words are causal. Two kinds with one interface:
@@ -9,11 +10,12 @@ are complete before the first word is written, and the words are causal. Two kin
     cache.length                                  # tokens stored
 
 ``GrowingCache`` concatenates: simple, and copies everything for every token. ``StaticCache`` allocates once and
-writes in place. Sizes in bytes: 2 (keys and values) × layers × K × d × tokens × bytes per number.
+writes in place; ``SlotCache`` writes into one too, for compiled.py. Sizes in bytes: 2 (keys and values) × layers × K ×
+d × tokens × bytes per number.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minivlm.config import GemmaConfig
@@ -76,7 +78,18 @@ class StaticCache:
         return write_in_place(self.keys[layer], k, start), write_in_place(self.values[layer], v, start)
 
 
-Cache = GrowingCache | StaticCache
+class SlotCache:
+    """Writes one token's keys and values into slot ``slot`` and returns all M slots, filled or not."""
+
+    def __init__(self, keys: Float[Tensor, "L B K M d"], values: Float[Tensor, "L B K M d"], slot: Int[Tensor, "1"]):
+        self.keys, self.values, self.slot = keys, values, slot
+
+    def update(self, layer: int, k: Float[Tensor, "B K 1 d"], v: Float[Tensor, "B K 1 d"]) -> Pair:
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
+
+
+Cache = GrowingCache | StaticCache | SlotCache
 
 
 def cache_bytes(config: GemmaConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:

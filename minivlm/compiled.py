@@ -15,21 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minivlm.cache import Pair, StaticCache
+from minivlm.cache import SlotCache, StaticCache
 from minivlm.paligemma import PaliGemma
 
 ROOM = 64  # slots of a cache are a multiple of this: a prompt a little longer needs no other program
-
-
-class SlotCache:
-    """Writes one token's keys and values into slot ``slot`` and returns all M slots, filled or not."""
-
-    def __init__(self, keys: Float[Tensor, "L B K M d"], values: Float[Tensor, "L B K M d"], slot: Int[Tensor, "1"]):
-        self.keys, self.values, self.slot = keys, values, slot
-
-    def update(self, layer: int, k: Float[Tensor, "B K 1 d"], v: Float[Tensor, "B K 1 d"]) -> Pair:
-        keys, values = self.keys[layer], self.values[layer]
-        return keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
 
 
 def decode_step(
