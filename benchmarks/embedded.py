@@ -16,9 +16,9 @@ TOKENS = 64
 ENDLESS = -1  # no token has this id: an answer that never ends
 
 
-def speed_row(figure: str, contestants: dict, work: float, unit: str, rounds: int, aim: str, warmups: int = 1) -> Row:
+def speed_row(figure: str, contestants: dict, work: float, unit: str, rounds: int, aim: str) -> Row:
     """``work`` a second of each contestant, and how many times as fast the others are as transformers."""
-    seconds = in_turns(contestants, rounds, warmups)
+    seconds = in_turns(contestants, rounds)
     rates = {name: Spread.of([work / s for s in some]) for name, some in seconds.items()}
     others = [name for name in contestants if name != "transformers"]
     return Row(figure, unit, rates, {name: ratio(seconds["transformers"], seconds[name]) for name in others}, aim)

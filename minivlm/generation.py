@@ -273,7 +273,7 @@ def generate(
             is encoded once, and one prompt with a list of pictures is put to each.
         stream: called with each piece of text as soon as it is written; for one picture and one prompt.
         options: the fields of ``Options``: max_new_tokens=32, do_sample=False, temperature=1.0, top_k=None, top_p=None,
-            seed=None, cache="static".
+            seed=None, cache="static", compile=False.
 
     Returns:
         The answer, or, where either argument is a list, a list of answers.

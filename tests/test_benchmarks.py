@@ -93,7 +93,6 @@ def test_real_size_rows_on_a_tiny_size(tmp_path, monkeypatch):
     config = tiny_config(1)
     config.image_token_index = 100
     monkeypatch.setattr(real, "config_of", lambda image_size: config)
-    monkeypatch.setattr(real, "NEWLINE", 108)
     monkeypatch.setattr(real, "CAPTION_EN", (21, 65))
     monkeypatch.setattr(real, "read_bandwidth", lambda: measure.read_bandwidth(size=2**24, rounds=1))
     rows = real.on_cpu(tmp_path, None, rounds=1, compiled=False)
