@@ -8,6 +8,7 @@ import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  see ring_process
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
@@ -285,7 +286,12 @@ def towers_and_data(loss, N):
 
 
 def ring_process(rank, world, store, pairs):
-    """One process of the ring test: DistributedDataParallel around the ring loss, against the dense loss of all."""
+    """One process of the ring test: DistributedDataParallel around the ring loss, against the dense loss of all.
+
+    DistributedDataParallel imports torch.distributed.nn, whose functions keep the group that there is then, for good:
+    its threads outlive destroy_process_group, and now and then turn the process's end into SIGABRT. So that module is
+    imported above, before there is a group.
+    """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         dense, images, texts = towers_and_data(losses.sigmoid_loss, world * pairs)
