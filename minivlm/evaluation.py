@@ -33,6 +33,7 @@ ROWS = 128  # prompts a batch
 GREY = 128  # of the blank picture
 BLOCKS = 20  # of scenes, for the interval of what is no share of answers
 CORRECT = 0.5  # IoU from which a box is right
+LONGEST = 112  # tokens of a right answer, at most: four objects with masks have 4 · (4 + 16), and their names
 QUESTIONS = ("what", "how many", "is there", "where", "relation")
 
 
@@ -54,18 +55,20 @@ class Figure:
 def prompts_of(scene: Scene) -> list[Example]:
     """What a scene is asked: its captions and questions, then all its classes at once, their boxes and their masks."""
     asked = [example for example in scene.examples if example.kind not in ("detect", "segment")]
+    return [*asked, ask_for_all(scene, "detect"), ask_for_all(scene, "segment")]
+
+
+def ask_for_all(scene: Scene, task: str) -> Example:
+    """``detect`` or ``segment`` with all classes of a scene at once; the answer that it holds has the boxes alone."""
     classes = list(dict.fromkeys(thing.name for thing in scene.objects))
     target = scenes.detect_target(scene.objects, classes, scene.size)
-    return [*asked, *(Example(task, f"{task} {' ; '.join(classes)}", (target,)) for task in ("detect", "segment"))]
+    return Example(task, f"{task} {locations.SEPARATOR.join(classes)}", (target,))
 
 
 def answer_all(
-    model: PaliGemma, processor: Processor, asked: list[tuple[Scene, Example]], max_new_tokens: int = 112
+    model: PaliGemma, processor: Processor, asked: list[tuple[Scene, Example]], max_new_tokens: int = LONGEST
 ) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Greedy answers, each with its boxes' items and scores. Prompts of a kind go together: they end together.
-
-    The longest right answer, four objects with masks, has 4 · (4 + 16) tokens and their names.
-    """
+    """Greedy answers, each with its boxes' items and scores. Prompts of a kind go together: they end together."""
     answers: list = [None] * len(asked)
     order = sorted(range(len(asked)), key=lambda i: (asked[i][1].kind, len(asked[i][1].answers[0]), i))
     for start in tqdm(range(0, len(order), ROWS), unit="batch", desc="answering", leave=False):

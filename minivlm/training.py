@@ -25,9 +25,13 @@ tilted; its mask depends on that most of all. So each patch learns to tell the p
 
 Stage 6, ``segment``: everything once more, with masks.
 
+Stage 7, ``redraw``: the decoder of the VQ-VAE again. Many of the codes that the model writes are not those of the true
+mask; from them, right or wrong, the decoder learns to draw the mask that was most likely meant.
+
 Scenes are drawn by seed (scenes.py), step ``i`` having the same ones on any machine, so a run that is killed goes on
 from its last state as if nothing had happened. Sources: sigmoid loss arXiv:2303.15343; stages and slow tower
-arXiv:2407.07726, section 3.2; the VQ-VAE's losses and moving averages arXiv:1711.00937, equation 3 and appendix A.1.
+arXiv:2407.07726, section 3.2; the VQ-VAE's losses and moving averages arXiv:1711.00937, equation 3 and appendix A.1;
+soft IoU Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22.
 """
 
 import argparse
@@ -44,6 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  imported after init_process_group, it would keep the group's threads alive
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
@@ -56,6 +61,8 @@ from tqdm import tqdm
 
 from minivlm import locations, losses, scenes
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from minivlm.evaluation import LONGEST, ask_for_all, find_partners
+from minivlm.generation import generate
 from minivlm.locations import CODES, cut_mask
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor, train_tokenizer
@@ -102,6 +109,9 @@ class Recipe:
     segment_scenes: int = 400_000
     segment_lr: float = 8e-4
     segment_tower_lr: float = 0.4  # of it
+    redraw_scenes: int = 48_000
+    redraw_batch: int = 32  # scenes a step
+    redraw_lr: float = 4e-4
     warmup: float = 0.01  # of each stage
     weight_decay: float = 0.02
     precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32. Or "float32"
@@ -109,7 +119,7 @@ class Recipe:
     def __post_init__(self):
         if self.precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision must be 'bfloat16' or 'float32', not {self.precision!r}.")
-        for name in ("masks", "align", "answer", "pose"):
+        for name in ("masks", "align", "answer", "pose", "redraw"):
             name, batch = f"{name}_scenes", getattr(self, f"{name}_batch")
             if batch < 1 or getattr(self, name) < batch:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must fill at least one step of {batch} scenes.")
@@ -299,6 +309,33 @@ class Answering(nn.Module):
         return loss
 
 
+class Redrawing(nn.Module):
+    """Stage 7: the VQ-VAE's decoder alone. Encoder and codebook stay as they are, and with them what a code says.
+
+    ``model`` learns nothing here; it writes the codes (RedrawSteps), and its weights are kept with the run's state.
+    """
+
+    steepness = 5.0  # of the sigmoid that turns drawn values, about -1 to 1, into how likely a pixel is inside
+    squared = 0.2  # weight of the squared error, which keeps the values near -1 and 1
+    true_codes = 0.3  # weight of the codes of true masks, against 1 of written ones
+
+    def __init__(self, model: PaliGemma):
+        super().__init__()
+        self.model = model
+        self.vae = MaskVQVAE()
+
+    def forward(
+        self, codes: Int[Tensor, "O 16"], masks: Float[Tensor, "O 64 64"], written: Bool[Tensor, " O"]
+    ) -> Float[Tensor, ""]:
+        """1 - soft IoU, intersection over union with likelihoods for pixels: a weighted mean over all masks."""
+        drawn = self.vae.decode(codes).float()
+        likely = torch.sigmoid(self.steepness * drawn)
+        both = (likely * masks).sum((1, 2))
+        either = (likely + masks).sum((1, 2)) - both
+        wrong = 1 - both / either + self.squared * (drawn - (2 * masks - 1)).square().mean((1, 2))
+        return (wrong * torch.where(written, 1.0, self.true_codes)).mean()
+
+
 # --- what it is trained on ------------------------------------------------------------------------------------------
 
 
@@ -466,6 +503,41 @@ class SegmentSteps(FinishSteps):
         return scenes.segment_target(scene.objects, classes, scene.size, self.vae.codes_of)
 
 
+class RedrawSteps(FinishSteps):
+    """Masks and codes of the scenes after those of stage 6: those that the model writes when asked for all things, for
+    each thing that it finds, with the true mask as seen in the written box; and those of the true masks in true boxes.
+    """
+
+    model: PaliGemma  # put here, and the VQ-VAE too, when they are trained
+    vae: MaskVQVAE
+
+    @property
+    def first_seed(self) -> int:
+        return super().first_seed + 2 * (self.recipe.finish_scenes + self.recipe.segment_scenes)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        drawn = self.scenes(step)
+        prompts = [ask_for_all(scene, "segment").prompt for scene in drawn]
+        images = [scene.image for scene in drawn]
+        answers = generate(self.model, self.processor, images, prompts, max_new_tokens=LONGEST)
+        codes, masks, written = [], [], []
+        for scene, answer in zip(drawn, answers, strict=True):
+            things = scene.objects
+            found = locations.parse(answer, scene.size, scene.size).detections
+            partners = [None if j is None else found[j] for j in find_partners(things, found)]
+            pairs = [(thing, d) for thing, d in zip(things, partners, strict=True) if d and d.codes]
+            codes += [d.codes for _, d in pairs]
+            codes += self.vae.codes_of([thing.mask for thing in things], [thing.box for thing in things])
+            masks += [cut_mask(thing.mask, d.box) for thing, d in pairs]
+            masks += [cut_mask(thing.mask, thing.box) for thing in things]
+            written += [True] * len(pairs) + [False] * len(things)
+        return {
+            "codes": torch.tensor(codes),
+            "masks": torch.from_numpy(np.stack(masks)),
+            "written": torch.tensor(written),
+        }
+
+
 # --- a stage --------------------------------------------------------------------------------------------------------
 
 
@@ -512,7 +584,7 @@ class Stage:
 
 
 def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0, world: int = 1) -> list[Stage]:
-    """The stages of a recipe, in order; the first trains a new VQ-VAE, all others the same model."""
+    """The stages of a recipe, in order; the first and the last train a VQ-VAE, all between them the same model."""
 
     def stage(name, module, kind, scenes, horizon, batch, lr, tower_lr, tower_warmup=0.0):
         batches = kind(recipe, processor, batch, rank, world)
@@ -542,6 +614,9 @@ def stages(recipe: Recipe, model: PaliGemma, processor: Processor, rank: int = 0
         stage(
             *("segment", answering, SegmentSteps, r.segment_scenes, r.segment_scenes, r.answer_batch, r.segment_lr),
             r.segment_tower_lr,
+        ),
+        stage(
+            "redraw", Redrawing(model), RedrawSteps, r.redraw_scenes, r.redraw_scenes, r.redraw_batch, r.redraw_lr, 1.0
         ),
     ]
 
@@ -659,12 +734,12 @@ def draw_curve(out: Path) -> None:
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(14, 6), layout="constrained")
-    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: pose", "6: segment")
+    titles = ("0: masks", "1: align", "2: answer", "3: polish", "4: finish", "5: pose", "6: segment", "7: redraw")
     for stage, title in enumerate(titles):
         axes = figure.add_subplot(2, 4, stage + 1)
         points = [(r["scenes"] / 1000, r["loss"]) for r in records if r["stage"] == stage]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), color="#0072B2")
-        unit = "squared error" if stage == 0 else "nats"
+        unit = {0: "squared error", 7: "1 − soft IoU"}.get(stage, "nats")
         axes.set(title=f"stage {title}", xlabel="thousand scenes", ylabel=f"loss ({unit})", yscale="log")
     figure.savefig(out / "curve.png", dpi=120)
 
@@ -678,8 +753,10 @@ def run_stage(stage: Stage, number: int, out: Path, recipe: Recipe, place: "Plac
     optimizer = new_optimizer(module, recipe.weight_decay)
     if at_stage == number and start:
         load_state(state, module, optimizer)
-    if place.world > 1:  # stages that leave the decoder aside have weights without a gradient
-        aside = stage.name in ("align", "pose")
+    if stage.name == "redraw":  # whoever prepares its steps asks the model, on a CPU
+        stage.batches.model = copy.deepcopy(module.model).cpu().eval()
+    if place.world > 1:  # stages that leave something aside have weights without a gradient
+        aside = stage.name in ("align", "pose", "redraw")
         wrapped = DistributedDataParallel(module, find_unused_parameters=aside)
     else:
         wrapped = module
@@ -755,8 +832,10 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
             continue
         if stage.name == "pose":
             stage.module.begin()
-        if stage.name == "segment":
+        if stage.name in ("segment", "redraw"):
             stage.batches.vae = MaskVQVAE.from_pretrained(out)
+        if stage.name == "redraw":
+            stage.module.vae.load_state_dict(stage.batches.vae.state_dict())
         run_stage(stage, number, out, recipe, place, save_every)
         if stage.name == "masks" and place.first:
             stage.module.vae.save_pretrained(out)
@@ -764,7 +843,7 @@ def train(recipe: Recipe, out: Path, place: Place, save_every: float = 180.0) ->
         model = model.to("cpu").eval()
         model.save_pretrained(out / "checkpoint", dtype=torch.bfloat16)
         processor.save_pretrained(out / "checkpoint")
-        MaskVQVAE.from_pretrained(out).save_pretrained(out / "checkpoint")
+        plan[-1].module.vae.save_pretrained(out / "checkpoint")
     return model
 
 
