@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minivlm import checkpoint
 from minivlm.cache import Cache, GrowingCache, StaticCache
 from minivlm.compiled import CompiledStep, room_for
 from minivlm.paligemma import PaliGemma
@@ -160,8 +161,9 @@ def steps(model: PaliGemma, batch: dict[str, Tensor], options: Options) -> Itera
             logits = model(**inputs, attention_mask=attention, cache=cache, last_only=True)[:, -1]
         logits = logits.float()
         log_probs = logits.log_softmax(-1)
-        if bool(log_probs[:, 0].isnan().any()):  # a single NaN or infinity turns its whole row into NaN
-            raise ValueError("the model's logits are not finite numbers: its weights are broken.")
+        if not bool(log_probs.min().isfinite()):  # NaN counts as below all numbers
+            fault = checkpoint.find_broken(dict(model.named_parameters()))
+            raise ValueError(fault or "the logits are not finite, though the weights are: load them as torch.float32.")
         token = choose(logits, options, generator).masked_fill(finished, model.config.pad_token_id)
         log_prob = log_probs.gather(-1, token[:, None])[:, 0].masked_fill(finished, 0.0)
         finished = finished | (token == model.config.eos_token_id)

@@ -376,14 +376,22 @@ def test_options_that_make_no_sense(tiny_processor, options, message):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_broken_weights_say_so(value, do_sample):
+@pytest.mark.parametrize("name", ["language_model.model.norm.weight", "language_model.model.embed_tokens.weight"])
+def test_broken_weights_are_named(name, value, do_sample):
     model = tiny_model(1)
     with torch.no_grad():
-        model.language_model.model.norm.weight[3] = value
-    with pytest.raises(ValueError, match="its weights are broken"):
+        model.get_parameter(name)[-1] = value  # of the embeddings, the row of a word that no prompt here has
+    with pytest.raises(ValueError, match=f"^1 weights hold NaN or infinity .*: {name}.$"):
         generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"), do_sample=do_sample)
+
+
+def test_logits_beyond_all_numbers_are_no_fault_of_the_weights():
+    model = tiny_model(1)
+    model.language_model.logits = lambda hidden: torch.full((len(hidden), 1, 300), math.inf)
+    with pytest.raises(ValueError, match="though the weights are"):
+        generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"))
 
 
 def test_batches_that_do_not_fit(talker, tiny_processor):
