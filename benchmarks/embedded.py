@@ -160,7 +160,8 @@ def growth(rounds: int, most_tokens: int = 4096, most_rows: int = 32) -> tuple[R
     batches = {n: Spread.of(some).median for n, some in by_size.items()}
     for tokens, rows in [(n, 1) for n in lengths] + [(TOKENS, n) for n in sizes]:
         cache = StaticCache(config, rows, tokens)
-        if cache.keys.nbytes + cache.values.nbytes != cache_bytes(config, tokens, rows, torch.float32):
+        allocated = sum(memory.nbytes for memory in cache.keys + cache.values)
+        if allocated != cache_bytes(config, tokens, rows, torch.float32):
             raise AssertionError(f"the formula of chapter 07 is wrong for {tokens} tokens and {rows} rows")
     points = {
         "tokens": lengths,

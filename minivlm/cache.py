@@ -61,10 +61,11 @@ class StaticCache:
     """Room for ``max_length`` tokens, allocated once; an update writes into it and returns a view of what is filled."""
 
     def __init__(self, config: GemmaConfig, batch_size: int, max_length: int, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # no NaN where attention is told not to look
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.filled = [0] * config.num_hidden_layers
+        self.max_length, layers = max_length, range(config.num_hidden_layers)
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        # zeros: no NaN where attention is told not to look
+        self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in range(2))
+        self.filled = [0 for _ in layers]
 
     @property
     def length(self) -> int:
@@ -72,8 +73,8 @@ class StaticCache:
 
     def update(self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"]) -> Pair:
         start, end = self.filled[layer], self.filled[layer] + k.shape[2]
-        if end > self.keys.shape[3]:  # torch would drop a single token that does not fit, and say nothing
-            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens and {end} are needed: make it longer.")
+        if end > self.max_length:  # torch would drop a single token that does not fit, and say nothing
+            raise ValueError(f"the cache holds {self.max_length} tokens and {end} are needed: make it longer.")
         self.filled[layer] = end
         return write_in_place(self.keys[layer], k, start), write_in_place(self.values[layer], v, start)
 
@@ -81,12 +82,13 @@ class StaticCache:
 class SlotCache:
     """Writes one token's keys and values into slot ``slot`` and returns all M slots, filled or not."""
 
-    def __init__(self, keys: Float[Tensor, "L B K M d"], values: Float[Tensor, "L B K M d"], slot: Int[Tensor, "1"]):
+    def __init__(
+        self, keys: list[Float[Tensor, "B K M d"]], values: list[Float[Tensor, "B K M d"]], slot: Int[Tensor, "1"]
+    ):
         self.keys, self.values, self.slot = keys, values, slot
 
     def update(self, layer: int, k: Float[Tensor, "B K 1 d"], v: Float[Tensor, "B K 1 d"]) -> Pair:
-        keys, values = self.keys[layer], self.values[layer]
-        return keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
+        return self.keys[layer].index_copy_(2, self.slot, k), self.values[layer].index_copy_(2, self.slot, v)
 
 
 Cache = GrowingCache | StaticCache | SlotCache

@@ -94,10 +94,10 @@ def test_a_static_cache_never_moves(model):
     """Allocated once: every later pass writes into the same memory."""
     batch = random_batch(model.config, [6], [4])
     cache = StaticCache(model.config.text_config, 1, 20)
-    where = cache.keys.data_ptr(), cache.values.data_ptr()
+    where = [memory.data_ptr() for memory in cache.keys + cache.values]
     with torch.no_grad():
         in_pieces(model, batch, cache, [16, 17, 18, 19])
-    assert where == (cache.keys.data_ptr(), cache.values.data_ptr())
+    assert where == [memory.data_ptr() for memory in cache.keys + cache.values]
     keys, _ = cache.update(0, *[torch.zeros(1, model.config.text_config.num_key_value_heads, 0, 12)] * 2)
     assert keys.untyped_storage().data_ptr() == where[0]  # a view, not a copy
 
@@ -110,7 +110,7 @@ def test_cache_bytes_are_the_real_bytes(model, dtype):
     for layer in range(config.num_hidden_layers):
         growing.update(layer, static.keys[layer], static.values[layer])
     stored = {
-        "static": static.keys.nbytes + static.values.nbytes,
+        "static": sum(tensor.nbytes for tensor in static.keys + static.values),
         "growing": sum(tensor.nbytes for pair in growing.layers for tensor in pair),
     }
     assert set(stored.values()) == {cache_bytes(config, 17, batch_size=3, dtype=dtype)}
