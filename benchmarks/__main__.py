@@ -21,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted rounds of each figure; default 7")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only the figures with one of these words")
     parser.add_argument("--real", action="store_true", help="the real size too: 6 GB on disk, 18 GB of memory")
-    parser.add_argument("--real-compiled", action="store_true", help="and its decode step compiled by torch")
     parser.add_argument("--folder", type=Path, help="where to keep the random weights; a temporary one if not given")
     parser.add_argument("--hkproj", type=Path, help="a checkout of hkproj/pytorch-paligemma")
     parser.add_argument("--open-clip", type=Path, help="the file src/open_clip/loss.py of mlfoundations/open_clip")
@@ -58,7 +57,7 @@ def measure_all(args: argparse.Namespace, folder: Path) -> tuple[list[Row], dict
         "sigmoid": partial(loss.sigmoid_loss, max(1, args.rounds // 3), args.open_clip),
     }
     if args.real:
-        plan["real cpu"] = partial(real.on_cpu, folder, args.hkproj, few, args.real_compiled)
+        plan["real cpu"] = partial(real.on_cpu, folder, args.hkproj, few)
     if args.real and torch.cuda.is_available():
         plan["real gpu"] = partial(real.on_gpu, folder, args.rounds)
     rows, points = [], {}

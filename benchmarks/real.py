@@ -6,6 +6,7 @@ The work does not depend on them.
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -104,11 +105,13 @@ def per_token_bytes(model, tokens: int) -> int:
     return weights + cache_bytes(decoder.config, tokens, 1, torch.bfloat16)
 
 
-def bound_row(figure: str, model, batch, ways: dict, rounds: int, bandwidth: float, what: str) -> Row:
-    """What is read for each token after the first, a second, beside what the memory gives."""
+def bound_row(figure: str, model, batch, ways: dict, rounds: int, device: str, what: str) -> Row:
+    """What is read for each token after the first, a second, beside the most that the memory gives, before or after."""
     read = per_token_bytes(model, batch["input_ids"].shape[1] + TOKENS // 2)
     counts = {f"{name} {n}": partial(run, tokens=n) for name, run in ways.items() for n in (1, TOKENS)}
+    before = read_bandwidth(device)
     seconds = in_turns(counts, rounds)
+    bandwidth = max(before, read_bandwidth(device))
     rates = {}
     for name in ways:
         pairs = zip(seconds[f"{name} {TOKENS}"], seconds[f"{name} 1"], strict=True)
@@ -122,38 +125,31 @@ def bound_row(figure: str, model, batch, ways: dict, rounds: int, bandwidth: flo
 # --- on a CPU -------------------------------------------------------------------------------------------------------
 
 
-def on_cpu(folder: Path, hkproj: Path | None, rounds: int, compiled: bool) -> list[Row]:
-    """The rows of the real size on a CPU. ``compiled`` has the decode step compiled too, which takes minutes."""
+def on_cpu(folder: Path, hkproj: Path | None, rounds: int, compiled: bool = True) -> list[Row]:
+    """The rows of the real size on a CPU, with the decode step as it is and ``compiled``."""
     path = make_checkpoint(folder, 224)
     rows = loading(path, rounds)
     config, model = config_of(224), ours_on(path, "cpu")
     batch, other = prompt(config), theirs.load(path, dtype=torch.bfloat16)
-    contestants = {
-        "minivlm": partial(write, model, batch, TOKENS),
-        "transformers": partial(theirs.answers, other, batch, TOKENS, None),
-    }
-    seconds = in_turns(contestants, rounds)
-    measured = {name: Spread.of(some) for name, some in seconds.items()}
-    ratios = {"to transformers": ratio(seconds["transformers"], seconds["minivlm"])}
-    if hkproj is None:
-        measured["hkproj"] = "absent: name its checkout with --hkproj"
-    else:
-        contestants = {"minivlm": contestants["minivlm"], "hkproj": partial(write_as_hkproj, hkproj, path, batch)}
-        beside = in_turns(contestants, 1, warmups=0)
-        measured["hkproj"] = Spread.of(beside["hkproj"])
-        ratios["to hkproj"] = ratio(beside["hkproj"], beside["minivlm"])
-    title = f"real size, CPU: {TOKENS} tokens after a 224 px picture"
-    rows.append(Row(title, "s", measured, ratios, "≥ 1.0 and ≥ 8"))
     ways = {"minivlm": partial(write, model, batch)}
     if compiled:
         ways["minivlm, compiled"] = partial(write, model, batch, compiled=True)
-    rows.append(
-        bound_row(
-            "real size, CPU: bytes read a second while decoding",
-            *(model, batch, ways, rounds, read_bandwidth(), "memory, summing 1 GiB"),
-        )
-    )
-    return rows
+    ours = {name: partial(run, tokens=TOKENS) for name, run in ways.items()}
+    seconds = in_turns(ours | {"transformers": partial(theirs.answers, other, batch, TOKENS, None)}, rounds)
+    measured = {name: Spread.of(some) for name, some in seconds.items()}
+    ratios = {f"{name}, to transformers": ratio(seconds["transformers"], seconds[name]) for name in ways}
+    title = "real size, CPU: bytes read a second while decoding"
+    bound = bound_row(title, model, batch, ways, rounds, "cpu", "memory, summing 1 GiB")
+    if hkproj is None:
+        measured["hkproj"] = "absent: name its checkout with --hkproj"
+    else:
+        del other
+        run = write_as_hkproj(*load_hkproj(hkproj, path), batch)
+        beside = in_turns(ours | {"hkproj": run}, min(rounds, 2), warmups=0)
+        measured["hkproj"] = Spread.of(beside["hkproj"])
+        ratios |= {f"{name}, to hkproj": ratio(beside["hkproj"], beside[name]) for name in ways}
+    title = f"real size, CPU: {TOKENS} tokens after a 224 px picture"
+    return [*rows, Row(title, "s", measured, ratios, "≥ 1.0 and ≥ 8"), bound]
 
 
 def loading(path: Path, rounds: int) -> list[Row]:
@@ -185,28 +181,28 @@ def loading(path: Path, rounds: int) -> list[Row]:
 
 # --- hkproj/pytorch-paligemma, from a checkout ----------------------------------------------------------------------
 
-_hkproj: dict[Path, tuple] = {}  # a checkout → its module and its model
 
+def write_as_hkproj(module, model, batch: dict) -> Callable[[], list[int]]:
+    """What gives the same answer by a model of hkproj/pytorch-paligemma, in the loop of its inference.py."""
 
-def write_as_hkproj(checkout: Path, path: Path, batch: dict) -> list[int]:
-    """The same answer by the model in a checkout of hkproj/pytorch-paligemma, in the loop of its inference.py."""
-    if checkout not in _hkproj:
-        _hkproj[checkout] = load_hkproj(checkout, path)
-    module, model = _hkproj[checkout]
-    ids, attention, cache, tokens = batch["input_ids"], batch["attention_mask"], module.KVCache(), []
-    with torch.inference_mode():
+    @torch.inference_mode()
+    def run() -> list[int]:
+        ids, attention, cache, tokens = batch["input_ids"], batch["attention_mask"], module.KVCache(), []
+        pixels = batch["pixel_values"].float()
         for _ in range(TOKENS):
-            out = model(input_ids=ids, pixel_values=batch["pixel_values"], attention_mask=attention, kv_cache=cache)
+            out = model(input_ids=ids, pixel_values=pixels, attention_mask=attention, kv_cache=cache)
             ids = out["logits"][:, -1].argmax(-1, keepdim=True)
             tokens.append(int(ids))
             attention = torch.cat([attention, torch.ones_like(ids)], dim=-1)
-    return tokens
+        return tokens
+
+    return run
 
 
 def load_hkproj(checkout: Path, path: Path) -> tuple:
-    """Its modules, with the weights of the file put in their places, in bfloat16 as all others have them.
+    """Its modules, with the weights of the file put in their places, in float32 as its own loader has them.
 
-    Its own loader holds the weights twice and does not know today's config.json: pad_token_id stands there twice.
+    That one does not know today's config.json: pad_token_id stands there twice.
     """
     sys.path.insert(0, str(checkout))
     try:
@@ -217,8 +213,7 @@ def load_hkproj(checkout: Path, path: Path) -> tuple:
     config["text_config"].pop("pad_token_id", None)
     with left_uninitialised():
         model = modeling_gemma.PaliGemmaForConditionalGeneration(modeling_gemma.PaliGemmaConfig(**config)).eval()
-    weights = load_file(path / "model.safetensors")
-    missing = model.load_state_dict(weights, strict=False, assign=True)
+    missing = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     model.tie_weights()
     if set(missing.missing_keys) - {"language_model.lm_head.weight"} or missing.unexpected_keys:
         raise RuntimeError(f"the checkout at {checkout} is not hkproj/pytorch-paligemma as we know it: {missing}")
@@ -227,17 +222,14 @@ def load_hkproj(checkout: Path, path: Path) -> tuple:
 
 @contextmanager
 def left_uninitialised():
-    """Layers made here have bfloat16 weights that nobody fills with random numbers: they are replaced anyway."""
+    """Layers made here have weights that nobody fills with random numbers: they are replaced anyway."""
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d)
     originals = [kind.reset_parameters for kind in kinds]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
     try:
         for kind in kinds:
             kind.reset_parameters = lambda self: None
         yield
     finally:
-        torch.set_default_dtype(before)
         for kind, original in zip(kinds, originals, strict=True):
             kind.reset_parameters = original
 
@@ -275,9 +267,8 @@ def on_gpu(folder: Path, rounds: int) -> list[Row]:
         "minivlm": lambda tokens: timed(partial(write, model, batch, tokens))(),
         "minivlm, compiled": lambda tokens: timed(partial(write, model, batch, tokens, True))(),
     }
-    bandwidth = read_bandwidth("cuda")
     title = "real size, GPU: bytes read a second while decoding"
-    rows.append(bound_row(title, model, batch, ways, rounds, bandwidth, "memory, copying 1 GiB"))
+    rows.append(bound_row(title, model, batch, ways, rounds, "cuda", "memory, copying 1 GiB"))
     for image_size in (224, 448):
         if image_size == 448:
             del model, other

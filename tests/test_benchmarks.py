@@ -94,7 +94,7 @@ def test_real_size_rows_on_a_tiny_size(tmp_path, monkeypatch):
     config.image_token_index = 100
     monkeypatch.setattr(real, "config_of", lambda image_size: config)
     monkeypatch.setattr(real, "CAPTION_EN", (21, 65))
-    monkeypatch.setattr(real, "read_bandwidth", lambda: measure.read_bandwidth(size=2**24, rounds=1))
+    monkeypatch.setattr(real, "read_bandwidth", lambda device: measure.read_bandwidth(device, size=2**24, rounds=1))
     rows = real.on_cpu(tmp_path, None, rounds=1, compiled=False)
     assert "absent" in rows[2].measured["hkproj"] and len(rows) == 4
     decoder = real.ours_on(tmp_path / "random-3b-224", "cpu").language_model
