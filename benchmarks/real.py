@@ -26,9 +26,9 @@ CAPTION_EN, NEWLINE = (21209, 659), 108  # ids
 
 OUR_LOAD = """
 import json, sys, time
-import minivlm
+from minivlm import PaliGemma
 start = time.perf_counter()
-model = minivlm.PaliGemma.from_pretrained(sys.argv[1])
+model = PaliGemma.from_pretrained(sys.argv[1])
 print(json.dumps(time.perf_counter() - start))
 """
 THEIR_LOAD = """

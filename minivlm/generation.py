@@ -69,7 +69,7 @@ class Options:
         temperature, top_k, top_p: shape the distribution to draw from, in this order. Only with ``do_sample``.
         seed: the same seed draws the same tokens; without one, torch's global generator is used.
         cache: "static" (allocated once), "growing", or None: every step computes everything anew, the slow truth.
-        compile: have torch compile the decode step. That takes half a minute or more when a model first answers a batch
+        compile: have torch compile the decode step. That takes 20 seconds or more when a model first answers a batch
             of this size, and on a CPU a C++ compiler; the steps are faster then. Only with the static cache.
     """
 
