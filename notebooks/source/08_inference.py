@@ -679,6 +679,27 @@ print(f"the classes asked for, all of them and in their order: in {sum(in_order)
 assert sum(in_order) > len(some) / 2
 
 # %% [markdown]
+# Are these the codes that the encoder gives the true masks? For every object whose box is right:
+
+# %%
+right = [
+    (o, d)
+    for s, detections in zip(some, read, strict=True)
+    for o in s.objects
+    for d in detections
+    if d.codes and d.label == o.name and box_iou(o.box, d.box) >= 0.5
+]
+true_codes = vae.codes_of([o.mask for o, _ in right], [o.box for o, _ in right])
+same = np.mean(
+    [a == b for (_, d), row in zip(right, true_codes, strict=True) for a, b in zip(d.codes, row, strict=True)]
+)
+print(f"{len(right)} objects; {same:.0%} of their codes are those of the encoder")
+assert same < 0.5
+
+# %% [markdown]
+# Most are not. The masks can be good all the same: many codes look alike, and this decoder knows the model's hand. Last of all it
+# learnt to draw the true masks from codes that the model had written (`minivlm/training.py`, stage 7).
+#
 # Now your two pieces, with the decoder between them. Two options break it on purpose: the codes column by column, and
 # another threshold (to take 1 from all values is to compare them with 1 in place of 0).
 
@@ -727,8 +748,8 @@ assert best > 0.6 and max(mask_ious["column by column"], mask_ious["above 1"]) <
 # ### Break it: what each bug looks like
 #
 # Column by column the shape is turned over along the diagonal of its box: round things hide it. A threshold of 0.5 thins
-# the mask a little, since the values rise steeply at the outline: that bug hides as well. Above 1 a moth-eaten rest is left.
-# None of the three raises an error; a comparison with the truth shows them all. The repair: row by row, and above 0.
+# the mask a little, since the values rise steeply at the outline: that bug hides as well. Above 1 a shrunken rest with gaps
+# is left. None of the three raises an error; a comparison with the truth shows them all. The repair: row by row, and above 0.
 
 # %%
 broken = {"as it should be": {}, "column by column": {"column_by_column": True}, "above 1": {"threshold": 1.0}}
