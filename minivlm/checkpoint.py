@@ -291,8 +291,9 @@ def find_broken(weights: dict[str, Tensor]) -> str | None:
     broken = [name for name, x in weights.items() if not all(bool(bound.isfinite()) for bound in x.aminmax())]
     if not broken:
         return None
+    what = "1 weight holds" if len(broken) == 1 else f"{len(broken)} weights hold"
     kind = weights[broken[0]].dtype
-    return f"{len(broken)} weights hold NaN or infinity ({kind}), so no answer would be right: {_some(broken)}."
+    return f"{what} NaN or infinity ({kind}), so no answer would be right: {_some(broken)}."
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

@@ -383,7 +383,7 @@ def test_broken_weights_are_named(name, value, do_sample):
     model = tiny_model(1)
     with torch.no_grad():
         model.get_parameter(name)[-1] = value  # of the embeddings, the row of a word that no prompt here has
-    with pytest.raises(ValueError, match=f"^1 weights hold NaN or infinity .*: {name}.$"):
+    with pytest.raises(ValueError, match=f"^1 weight holds NaN or infinity .*: {name}.$"):
         generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"), do_sample=do_sample)
 
 
