@@ -37,6 +37,14 @@ for version, attention in PAIRS.values():
         same = fast.sequences.tolist() == slow.sequences.tolist() == new.tolist()
         print(json.dumps([same, relative_error(fast.log_probs, slow.log_probs), len(new.unique()) / len(new)]))
 """
+PARITY = """
+import pytest
+from minivlm.generation import Options
+
+Options.__init__.__defaults__ = (*Options.__init__.__defaults__[:-1], True)
+assert Options().compile
+raise SystemExit(pytest.main("-q -o addopts= -p no:cacheprovider tests/test_parity.py -k greedy".split()))
+"""
 COMPLAIN = """
 import minivlm
 model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
@@ -94,6 +102,11 @@ def test_compiled_answers_are_those_of_transformers_token_for_token():
     for same, error, words in lines:
         assert same and error <= 1e-5
         assert words > 3, "answers too dull to tell anything"
+
+
+@needs_compiler
+def test_the_parity_of_greedy_answers_holds_with_compile_as_the_default():
+    assert " passed" in run(PARITY)[-1]
 
 
 def test_without_a_compiler_it_says_what_to_do(tmp_path):
