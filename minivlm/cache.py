@@ -1,7 +1,6 @@
 """The KV cache: what every layer has already computed for the tokens behind the one being written.
 
-    B batch · L layers · K key/value heads · S tokens so far · T new tokens · M tokens that there is room for
-    d width of a head
+    B batch · K key/value heads · S tokens so far · T new tokens · M tokens that there is room for · d width of a head
 
 Keys and values of a token never change once computed, since no later token may alter an earlier one: image and prefix
 are complete before the first word is written, and the words are causal. Two kinds with one interface:

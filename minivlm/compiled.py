@@ -64,9 +64,9 @@ class RowProducts(TorchFunctionMode):
 @functools.cache
 def compiler(device: str):
     """``decode_step``, compiled when it is first called; on a GPU replayed as one recorded graph."""
-    if device == "cuda":
-        return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead")
-    return torch.compile(decode_step, fullgraph=True, options={"cpp_wrapper": True})  # calls its loops from C++
+    if device == "cpu":
+        return torch.compile(decode_step, fullgraph=True, options={"cpp_wrapper": True})  # calls its loops from C++
+    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
 
 
 class CompiledStep:

@@ -37,6 +37,7 @@ soft IoU Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22.
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import math
 import os
@@ -327,7 +328,8 @@ class Redrawing(nn.Module):
     def forward(
         self, codes: Int[Tensor, "O 16"], masks: Float[Tensor, "O 64 64"], written: Bool[Tensor, " O"]
     ) -> Float[Tensor, ""]:
-        """1 - soft IoU, intersection over union with likelihoods for pixels: a weighted mean over all masks."""
+        """1 - soft IoU (intersection over union, with likelihoods for pixels), and a little squared error: weighted, a
+        mean over all masks."""
         drawn = self.vae.decode(codes).float()
         likely = torch.sigmoid(self.steepness * drawn)
         both = (likely * masks).sum((1, 2))
@@ -876,4 +878,5 @@ def run(args: argparse.Namespace) -> None:
     if place.first:
         print(f"Trained. Look at it with: python -m minivlm evaluate --checkpoint {args.out / 'checkpoint'}")
     if place.world > 1:
+        gc.collect()  # frees DistributedDataParallel, a cycle: after the group, it would wait for its threads for ever
         dist.destroy_process_group()

@@ -92,7 +92,7 @@ def test_products_of_one_row(dtype, shape):
         product = torch.nn.functional.linear(x, weight)
     exact = torch.nn.functional.linear(x.double(), weight.double())
     assert product.dtype == dtype and product.shape == exact.shape
-    assert relative_error(product.double(), exact) <= {8: 1e-15, 4: 1e-6, 2: 2**-8}[dtype.itemsize]
+    assert relative_error(product.double(), exact) <= {8: 1e-15, 4: 2e-7, 2: 2**-9}[dtype.itemsize]
 
 
 @needs_compiler

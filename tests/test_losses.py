@@ -1,7 +1,9 @@
 """losses.py against definitions written differently: torch's own losses, loops over pairs, finite differences."""
 
+import gc
 import json
 import math
+from pathlib import Path
 
 import hypothesis.strategies as st
 import jaxtyping
@@ -286,45 +288,54 @@ def towers_and_data(loss, N):
 
 
 def ring_process(rank, world, store, pairs):
-    """One process of the ring test: DistributedDataParallel around the ring loss, against the dense loss of all.
+    """One process of the ring test: in DistributedDataParallel, and in a group of two.
 
-    DistributedDataParallel imports torch.distributed.nn, whose functions keep the group that there is then, for good:
-    its threads outlive destroy_process_group, and now and then turn the process's end into SIGABRT. So that module is
-    imported above, before there is a group.
+    A group's threads must end with it: one that still frees tensors when the interpreter ends brings SIGABRT. So
+    nothing may hold the group beyond destroy_process_group. The functions of torch.distributed.nn would, for good, if
+    DistributedDataParallel were the first to import it; and so would DistributedDataParallel itself, which is part of a
+    cycle and, freed after the group, waits for the threads with the lock that they wait for.
     """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        dense, images, texts = towers_and_data(losses.sigmoid_loss, world * pairs)
-        expected = dense(images, texts)
-        expected.backward()
-
-        mine = slice(rank * pairs, (rank + 1) * pairs)
-        model = DistributedDataParallel(towers_and_data(losses.ring_sigmoid_loss, 1)[0])
-        loss = model(images[mine], texts[mine])
-        loss.backward()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        torch.testing.assert_close(mean / world, expected.detach(), rtol=1e-10, atol=0)
-        for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
-
-        group = dist.new_group([1, 2])  # ranks within a group differ from ranks in the world
-        if rank in (1, 2):
-            check_group_ring(rank - 1, group)
-            with pytest.raises(ValueError, match="one holds 1, another 2"):
-                losses.ring_sigmoid_loss(*embeddings(rank), group=group)
+        check_data_parallel_ring(rank, world, pairs)
+        check_group_ring(rank)
     finally:
+        gc.collect()
         dist.destroy_process_group()
+    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}  # none but on Linux
+    assert not any("gloo" in name for name in threads), threads
 
 
-def check_group_ring(rank, group, n=2):
-    """Embedding gradients of the ring: those of the sum of both values, twice the dense ones."""
+def check_data_parallel_ring(rank, world, pairs):
+    """DistributedDataParallel around the ring loss, against the dense loss of all."""
+    dense, images, texts = towers_and_data(losses.sigmoid_loss, world * pairs)
+    expected = dense(images, texts)
+    expected.backward()
+
+    mine = slice(rank * pairs, (rank + 1) * pairs)
+    model = DistributedDataParallel(towers_and_data(losses.ring_sigmoid_loss, 1)[0])
+    loss = model(images[mine], texts[mine])
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / world, expected.detach(), rtol=1e-10, atol=0)
+    for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+def check_group_ring(rank, n=2):
+    """Embedding gradients of a ring of two: those of the sum of both values, twice the dense ones."""
+    group = dist.new_group([1, 2])  # ranks within a group differ from ranks in the world
+    if rank == 0:
+        return
     inputs = embeddings(2 * n)
     _, dense_x, dense_y, *_ = value_and_gradients(losses.sigmoid_loss, inputs)
-    mine = slice(rank * n, (rank + 1) * n)
+    mine = slice((rank - 1) * n, rank * n)
     local = [inputs[0].detach()[mine].requires_grad_(), inputs[1].detach()[mine].requires_grad_(), *inputs[2:]]
     _, x, y, *_ = value_and_gradients(lambda *a: losses.ring_sigmoid_loss(*a, group=group), local)
     torch.testing.assert_close((x, y), (2 * dense_x[mine], 2 * dense_y[mine]), rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="one holds 1, another 2"):
+        losses.ring_sigmoid_loss(*embeddings(rank), group=group)
 
 
 def test_ring_is_dense(tmp_path):

@@ -416,6 +416,8 @@ def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
     assert finish.module is polish.module is segment.module
     assert isinstance(pose.module, training.Posing) and pose.module.model is align.module.model
     assert finish.batches.mixture is training.FINISH and segment.batches.mixture is training.SEGMENT
+    assert isinstance(redraw.module, training.Redrawing) and redraw.module.model is align.module.model
+    assert isinstance(redraw.batches, training.RedrawSteps) and redraw.lr == TINY.redraw_lr
     assert segment.lr == TINY.segment_lr and segment.tower_lr == TINY.segment_tower_lr
 
 

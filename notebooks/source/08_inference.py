@@ -697,7 +697,7 @@ print(f"{len(right)} objects; {same:.0%} of their codes are those of the encoder
 assert same < 0.5
 
 # %% [markdown]
-# Most are not. The masks can be good all the same: many codes look alike, and this decoder knows the model's hand. Last of all it
+# Most are not. The masks can be good all the same, as the figures below show: last of all in its training, this decoder
 # learnt to draw the true masks from codes that the model had written (`minivlm/training.py`, stage 7).
 #
 # Now your two pieces, with the decoder between them. Two options break it on purpose: the codes column by column, and
