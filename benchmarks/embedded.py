@@ -8,8 +8,9 @@ import torch
 import minivlm
 from benchmarks import theirs
 from benchmarks.measure import Row, Spread, fresh, in_turns, ratio
-from minivlm import generation, scenes, training
+from minivlm import emoji, generation
 from minivlm.cache import StaticCache, cache_bytes
+from minivlm.emoji import recipe
 from minivlm.vqvae import MaskVQVAE
 
 TOKENS = 64
@@ -28,7 +29,7 @@ def decode(threads: int, rounds: int) -> Row:
     """64 tokens after a picture and "caption en", the prompt's reading included."""
     torch.set_num_threads(threads)
     model, processor, other = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained(), theirs.load()
-    batch = processor(text="caption en", images=scenes.make_scene(0, "validation").image)
+    batch = processor(text="caption en", images=emoji.make_scene(0, "validation").image)
     model.config.eos_token_id = ENDLESS
 
     def ours(compiled: bool) -> torch.Tensor:
@@ -48,7 +49,7 @@ def caption(pictures: int, rounds: int) -> Row:
     """From pictures to captions as text."""
     torch.set_num_threads(2)
     model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
-    images = [scenes.make_scene(seed, "validation").image for seed in range(pictures)]
+    images = [emoji.make_scene(seed, "validation").image for seed in range(pictures)]
 
     def ours(compiled: bool) -> list[str]:
         return minivlm.generate(model, processor, images, "caption en", compile=compiled)
@@ -72,12 +73,12 @@ def check_equal(answers: dict[str, object]) -> None:
 def training_step(rounds: int) -> Row:
     """One update of the recipe's last stage that trains everything: 16 pictures, 64 rows."""
     torch.set_num_threads(2)
-    recipe, processor = training.Recipe(), minivlm.Processor.from_pretrained()
-    steps = training.SegmentSteps(recipe, processor, recipe.answer_batch)
+    config, processor = recipe.TrainConfig(), minivlm.Processor.from_pretrained()
+    steps = recipe.SegmentSteps(config, processor, config.answer_batch)
     steps.vae = MaskVQVAE.from_pretrained()
     batches = [steps[i] for i in range(rounds + 1)]
     modules = {
-        "minivlm": training.Answering(minivlm.PaliGemma.from_pretrained()),
+        "minivlm": recipe.SuffixObjective(minivlm.PaliGemma.from_pretrained()),
         "transformers": theirs.Loss(theirs.load(dtype=torch.float32)),
     }
     with torch.no_grad():
@@ -86,15 +87,15 @@ def training_step(rounds: int) -> Row:
         raise AssertionError(f"the losses differ: {one} and {other}")
     contestants = {}
     for name, module in modules.items():
-        optimizer, left = training.new_optimizer(module.train(), recipe.weight_decay), iter(batches)
-        contestants[name] = partial(one_update, module, optimizer, left, recipe)
+        optimizer, left = recipe.new_optimizer(module.train(), config.weight_decay), iter(batches)
+        contestants[name] = partial(one_update, module, optimizer, left, config)
     return speed_row(
-        "training step, embedded recipe, CPU", contestants, recipe.answer_batch, "pictures/s", rounds, "≥ 1.3"
+        "training step, embedded recipe, CPU", contestants, config.answer_batch, "pictures/s", rounds, "≥ 1.3"
     )
 
 
-def one_update(module, optimizer, batches, recipe) -> None:
-    training.train_step(module, next(batches), optimizer, 1, recipe.precision)
+def one_update(module, optimizer, batches, config) -> None:
+    recipe.train_step(module, next(batches), optimizer, 1, config.precision)
 
 
 OUR_START = """
@@ -137,14 +138,14 @@ def growth(rounds: int, most_tokens: int = 4096, most_rows: int = 32) -> tuple[R
     torch.set_num_threads(1)
     model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
     model.config.eos_token_id = ENDLESS
-    image = scenes.make_scene(0, "validation").image
+    image = emoji.make_scene(0, "validation").image
     config = model.config.text_config
 
     def write(rows: int, tokens: int, marks: set[int]) -> dict[int, float]:
         """Seconds from the first new token to each of ``marks``."""
         batch = processor(text=["caption en"] * rows, images=[image] * rows)
         seen, start = {}, None
-        options = generation.Options(max_new_tokens=tokens)
+        options = generation.GenerationConfig(max_new_tokens=tokens)
         for number, _ in enumerate(generation.steps(model, batch, options)):
             start = start or time.perf_counter()
             if number in marks:
@@ -206,15 +207,15 @@ def draw_growth(points: dict[str, list], path) -> None:
     for number, (along, seconds, bytes_, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
         other = axes.twinx()
-        for axis, key, colour, mark, unit in (
+        for axis, key, color, mark, unit in (
             (axes, seconds, "#0072B2", "o", "time (s)"),
             (other, bytes_, "#D55E00", "s", "KV cache (bytes)"),
         ):
             slope = exponent(points[along], points[key])
-            axis.plot(points[along], points[key], mark, color=colour, label=f"{unit}, exponent {slope:.2f}")
+            axis.plot(points[along], points[key], mark, color=color, label=f"{unit}, exponent {slope:.2f}")
             logs = torch.tensor([points[along], points[key]], dtype=torch.float64).log()
             line = (logs[1].mean() + slope * (logs[0] - logs[0].mean())).exp()
-            axis.plot(points[along], line, "-" if axis is axes else "--", color=colour, linewidth=1)
+            axis.plot(points[along], line, "-" if axis is axes else "--", color=color, linewidth=1)
             axis.set(xscale="log", yscale="log", ylabel=unit)
         axes.set_xscale("log", base=2)
         axes.set_xlabel(label)

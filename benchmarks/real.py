@@ -211,7 +211,7 @@ def load_hkproj(checkout: Path, path: Path) -> tuple:
         sys.path.remove(str(checkout))
     config = json.loads((path / "config.json").read_text())
     config["text_config"].pop("pad_token_id", None)
-    with left_uninitialised():
+    with left_uninitialized():
         model = modeling_gemma.PaliGemmaForConditionalGeneration(modeling_gemma.PaliGemmaConfig(**config)).eval()
     missing = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     model.tie_weights()
@@ -221,7 +221,7 @@ def load_hkproj(checkout: Path, path: Path) -> tuple:
 
 
 @contextmanager
-def left_uninitialised():
+def left_uninitialized():
     """Layers made here have weights that nobody fills with random numbers: they are replaced anyway."""
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d)
     originals = [kind.reset_parameters for kind in kinds]

@@ -67,10 +67,10 @@ def load(args: argparse.Namespace) -> tuple:
     import torch
 
     import minivlm
-    from minivlm import checkpoint
+    from minivlm import hub
 
     device = find_device(args.device)
-    folder = checkpoint.resolve(args.checkpoint, args.revision)
+    folder = hub.resolve(args.checkpoint, args.revision)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         model = minivlm.PaliGemma.from_pretrained(folder, dtype=dtype, device=device)
@@ -116,7 +116,7 @@ def find_boxes(answer: str, size: tuple[int, int]) -> list:
 
     if "<loc" not in answer:
         return []
-    parsed = locations.parse(answer, *size)
+    parsed = locations.parse_detections(answer, *size)
     for problem in parsed.problems:
         note(problem)
     return parsed.detections
@@ -151,7 +151,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generation_options(args: argparse.Namespace) -> dict:
     """The arguments as ``minivlm.generate`` wants them, checked before any model is loaded."""
-    from minivlm.generation import Options
+    from minivlm.generation import GenerationConfig
 
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -159,11 +159,11 @@ def generation_options(args: argparse.Namespace) -> dict:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{names} changes nothing without --sample: add it, or leave {names} out.")
     if not 0 <= given.get("seed", 0) < 2**63:
-        raise ValueError(f"--seed must be a whole number from 0 to 2**63 - 1, not {args.seed}.")
+        raise ValueError(f"--seed must be an integer from 0 to 2**63 - 1, not {args.seed}.")
     if args.max_new_tokens > LONGEST_ANSWER:
         raise ValueError(f"--max-new-tokens must be at most {LONGEST_ANSWER}, not {args.max_new_tokens}.")
     options = given | {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
-    Options(**options)
+    GenerationConfig(**options)
     return options
 
 
@@ -200,7 +200,7 @@ def print_piece(text: str) -> None:
 
 def print_boxes(answer: str, size: tuple[int, int], vqvae, indent: str = "  ") -> list[tuple]:
     """Prints each box and mask of an answer in pixels; returns the detections, each with its mask or None."""
-    from minivlm.viz.boxes import in_words
+    from minivlm.course.viz.boxes import in_words
 
     found = with_masks(find_boxes(answer, size), size, vqvae)
     for detection, mask in found:
@@ -210,7 +210,7 @@ def print_boxes(answer: str, size: tuple[int, int], vqvae, indent: str = "  ") -
 
 def with_masks(detections: list, size: tuple[int, int], vqvae) -> list[tuple]:
     """Each detection with its mask; with None where it has no codes, or there is no VQ-VAE to read them."""
-    masks = vqvae.masks_of(detections, *size) if vqvae else [None] * len(detections)
+    masks = vqvae.masks_from_detections(detections, *size) if vqvae else [None] * len(detections)
     return list(zip(detections, masks, strict=True))
 
 
@@ -219,7 +219,7 @@ def save_sheet(panels: list, path: Path) -> None:
 
     ``panels`` holds (image, [(detection, mask), …], lines).
     """
-    from minivlm.viz import draw_boxes, draw_sheet
+    from minivlm.course.viz import draw_boxes, draw_sheet
 
     pictures = [draw_boxes(image, [d for d, _ in found], [m for _, m in found]) for image, found, _ in panels]
     draw_sheet([(p, "\n".join(lines)) for p, (_, _, lines) in zip(pictures, panels, strict=True)]).save(path)
@@ -245,14 +245,14 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(args: argparse.Namespace) -> None:
     """All four tasks on a few scenes that training never showed, with the truth beside what is wrong."""
-    from minivlm import scenes
+    from minivlm import emoji
 
     check_output(args.save)
     model, processor, folder = load(args)
     vqvae = load_masks(folder)
     panels = []
     for split, seed in DEMO:
-        scene = scenes.make_scene(seed, split)
+        scene = emoji.make_scene(seed, split)
         print(f"{SPLIT_MEANS[split]} ({split}, seed {seed})")
         panels.append(show_scene(model, processor, vqvae, scene))
         print()
@@ -269,17 +269,17 @@ Next:
 def show_scene(model, processor, vqvae, scene) -> tuple:
     """Asks for a caption, two answers, and every object twice; prints them and returns a panel for ``save_sheet``."""
     import minivlm
-    from minivlm import scenes
+    from minivlm import emoji, hub
     from minivlm.processor import open_image
 
-    image = open_image(scenes.DATA / "images" / "scenes" / f"{scene.split}-{scene.seed}.png")
+    image = open_image(hub.DATA / "images" / "scenes" / f"{scene.split}-{scene.seed}.png")
     names = " ; ".join(dict.fromkeys(thing.name for thing in scene.objects))
     asked = {"caption en": scene.captions["caption"]} | {q.prompt: q.answers for q in scene.questions[:2]}
     prompts = [*asked, f"detect {names}", f"segment {names}"]
     *answers, boxes, masks = minivlm.generate(model, processor, image, prompts, max_new_tokens=ANSWER)
     lines = []
     for (prompt, right), answer in zip(asked.items(), answers, strict=True):
-        is_right = answer in right or scenes.same_caption(answer, right[0])
+        is_right = answer in right or emoji.same_caption(answer, right[0])
         lines.append(f"{prompt}: {answer or '(nothing)'}" + ("" if is_right else f"  (truth: {right[0]})"))
         print(f"  {lines[-1]}")
     print(f"  {prompts[-2]}: {len(scene.objects)} to find")
@@ -290,7 +290,7 @@ def show_scene(model, processor, vqvae, scene) -> tuple:
 
 def print_masks(prompt: str, answer: str, size: tuple[int, int], vqvae) -> list[tuple]:
     """Prints the sizes of an answer's masks, in one line; returns the detections that have one, with it."""
-    from minivlm.viz.boxes import area
+    from minivlm.course.viz.boxes import area
 
     found = [(d, mask) for d, mask in with_masks(find_boxes(answer, size), size, vqvae) if mask is not None]
     print(f"  {prompt}: " + ("; ".join(f"{d.label or '(no name)'}, {area(mask)}" for d, mask in found) or "(nothing)"))
@@ -308,7 +308,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from minivlm import evaluation
+    from minivlm.emoji import evaluation
 
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}.")
@@ -322,15 +322,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    from minivlm import training
+    from minivlm.emoji import recipe
 
-    training.add_arguments(parser)
+    recipe.add_arguments(parser)
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from minivlm import training
+    from minivlm.emoji import recipe
 
-    training.run(args)
+    recipe.run(args)
 
 
 def run_doctor(args: argparse.Namespace) -> None:
@@ -353,10 +353,10 @@ def add_grade_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_grade(args: argparse.Namespace) -> None:
-    from minivlm.exercises import grading
+    from minivlm.course.grading import grader
 
-    grading.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter)
-    note(f"Wrote {args.out}, and {grading.messages_path(args.out)} with a sentence for every lost mark.")
+    grader.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter)
+    note(f"Wrote {args.out}, and {grader.messages_path(args.out)} with a sentence for every lost mark.")
 
 
 COMMANDS = {

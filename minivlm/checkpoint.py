@@ -25,87 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minivlm.config import PaliGemmaConfig
-
-EMBEDDED = Path(__file__).parent.parent / "data" / "checkpoints" / "paligemma-emoji-112"
-
-WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
-JSON_FILES = [
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-]
-
-
-# --- where the files are ---
-
-
-def resolve(path: str | Path | None, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder that ``path`` means, downloaded first where it is a hub id.
-
-    Args:
-        path: a folder; a hub id such as ``"google/paligemma-3b-pt-224"``; or ``None`` for the embedded checkpoint.
-        revision: the hub commit, branch or tag to pin. A folder has none.
-        weights: fetch the weights too, not just configuration and tokenizer.
-
-    Raises:
-        ValueError: ``path`` is neither a folder nor a hub id.
-        OSError: the embedded checkpoint is missing, or the hub repository is gated, absent or out of reach.
-    """
-    if path is None:
-        if not EMBEDDED.is_dir():
-            raise FileNotFoundError(
-                f"The embedded checkpoint is not at {EMBEDDED}: install minivlm from a clone of its repository with "
-                "`pip install -e .`, or name a folder or hub id."
-            )
-        return EMBEDDED
-    if Path(path).is_dir():
-        return Path(path)
-    if (
-        not isinstance(path, str)
-        or not re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", path)
-        or Path(path).exists()
-    ):
-        raise ValueError(f"{str(path)!r} is neither a folder nor a hub id ('owner/name'): check the spelling.")
-    return _download(path, revision, JSON_FILES + WEIGHT_FILES if weights else JSON_FILES)
-
-
-def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub  # here, not above: most runs never download
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's
-        reason = _why_no_download(repo, revision, error)
-        raise OSError(f"{reason}; the embedded checkpoint works meanwhile: leave the path out.") from error
-
-
-def _why_no_download(repo: str, revision: str | None, error: Exception) -> str:
-    """What stands between us and the repository, and what to do about it."""
-    from huggingface_hub import errors
-
-    page = f"https://huggingface.co/{repo}"
-    causes = [error, error.__cause__]  # the hub's client hides a 403 behind "not in the cache"
-    status = {cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError)}
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{page} has no revision {revision!r}: choose a branch, tag or commit listed there"
-    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
-        return (
-            f"There is no folder {repo!r} here and no public repository {page}: check the spelling, or, if it is "
-            "private, log in with `hf auth login`"
-        )
-    if isinstance(error, errors.GatedRepoError) or status & {401, 403}:
-        return (
-            f'{page} is gated: open that page, log in and click "Acknowledge license", then run `hf auth login` here'
-            " and try again"
-        )
-    reason = (str(causes[1] or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"{page} could not be fetched and is not in the local cache ({reason}): check the network and try again"
-
+from minivlm.hub import resolve
 
 # --- loading ---
 
@@ -150,7 +70,7 @@ def load(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a PaliGemma checkpoint.")
     config = PaliGemmaConfig.from_json(folder / "config.json")
-    with torch.device("meta"), NoInit():
+    with torch.device("meta"), SkipInit():
         model = cls(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = _match([entry for file in _weight_files(folder) for entry in _header(file)], shapes, folder)
@@ -168,7 +88,7 @@ def _working_type(config: Path) -> torch.dtype | None:
     return {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}.get(str(name))
 
 
-class NoInit(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Leaves new weights undrawn. To draw numbers for tensors without memory, torch would import 70 MB in 3 seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -278,12 +198,12 @@ def _read(weights: dict[str, Stored], dtype: torch.dtype | None, device: str | t
     tensors = {}
     for name, entry in weights.items():
         tensors[name] = source(entry.file).get_tensor(entry.name).to(device=device, dtype=dtype)
-    if not in_place and (fault := find_broken({weights[name].name: tensor for name, tensor in tensors.items()})):
+    if not in_place and (fault := find_nonfinite({weights[name].name: tensor for name, tensor in tensors.items()})):
         raise ValueError(fault)
     return tensors
 
 
-def find_broken(weights: dict[str, Tensor]) -> str | None:
+def find_nonfinite(weights: dict[str, Tensor]) -> str | None:
     """A sentence on the weights that hold NaN or infinity, or None where there are none.
 
     Both show in the smallest and the largest value, which take one pass and no memory.

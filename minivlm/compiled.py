@@ -38,8 +38,8 @@ def decode_step(
     full = real & (slots <= slot)
     window = decoder.config.sliding_window
     sliding = full if window is None else full & (slot - slots < window)
-    with RowProducts():
-        hidden = decoder.model.through_layers(
+    with SingleRowLinear():
+        hidden = decoder.model.run_layers(
             decoder.model.embed(token[:, None]),
             full.sum(1, keepdim=True),  # the position: its number among the row's tokens, from 1
             full[:, None],
@@ -49,7 +49,7 @@ def decode_step(
         return decoder.logits(hidden)[:, 0]
 
 
-class RowProducts(TorchFunctionMode):
+class SingleRowLinear(TorchFunctionMode):
     """On a CPU, x · Wᵀ for a single row x is (W · x).sum(-1), added up in float32 or better."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -95,6 +95,6 @@ class CompiledStep:
             ) from error
 
 
-def room_for(length: int) -> int:
+def padded_length(length: int) -> int:
     """The slots of a cache that is to hold ``length`` tokens."""
     return math.ceil(length / ROOM) * ROOM

@@ -81,7 +81,7 @@ class GemmaConfig:
 
     @property
     def four_norms(self) -> bool:
-        """Gemma 2 normalises before and after both blocks of a layer, Gemma 1 only before."""
+        """Gemma 2 normalizes before and after both blocks of a layer, Gemma 1 only before."""
         return self.model_type == "gemma2"
 
     def window(self, layer: int) -> int | None:
@@ -228,4 +228,4 @@ def _check_positive(config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")

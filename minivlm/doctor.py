@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minivlm import __version__, checkpoint
+from minivlm import __version__, hub
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "jupyterlab")
 # Parameters in billions; in bfloat16 each takes two bytes.
@@ -94,5 +94,5 @@ def try_embedded() -> str:
 
 def without_places(text: str) -> str:
     """A message without the folders that would tell whose machine this is."""
-    root = checkpoint.EMBEDDED.parent.parent.parent
+    root = hub.EMBEDDED.parent.parent.parent
     return text.replace(str(root), ".").replace(str(Path.home()), "~")

@@ -153,7 +153,7 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaDecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); in Gemma 2 each result is normalised once more before it is added.
+    """x + attention(norm(x)), then x + mlp(norm(x)); in Gemma 2 each result is normalized once more before it is added.
 
     The hub's names mislead: ``post_attention_layernorm`` stands before the MLP in Gemma 1, after attention in Gemma 2.
     """
@@ -210,9 +210,9 @@ class GemmaModel(nn.Module):
         """
         T = x.shape[1]
         full, sliding = masks.attention_masks(attention_mask, token_type_ids, T, self.config.sliding_window)
-        return self.through_layers(x, token_positions(attention_mask, T), full, sliding, cache)
+        return self.run_layers(x, token_positions(attention_mask, T), full, sliding, cache)
 
-    def through_layers(
+    def run_layers(
         self,
         x: Float[Tensor, "B T D"],
         positions: Int[Tensor, "B T"],

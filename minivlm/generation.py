@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minivlm import checkpoint
 from minivlm.cache import Cache, GrowingCache, StaticCache
-from minivlm.compiled import CompiledStep, room_for
+from minivlm.compiled import CompiledStep, padded_length
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
 
@@ -60,7 +60,7 @@ def sample(logits: Float[Tensor, "B V"], generator: torch.Generator | None = Non
 
 
 @dataclass
-class Options:
+class GenerationConfig:
     """How to generate. ``ValueError`` for values that make no sense.
 
     Attributes:
@@ -86,7 +86,7 @@ class Options:
         for name in ("max_new_tokens", "top_k"):
             value = getattr(self, name)
             if not (name == "top_k" and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
         if not 1e-6 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be above 0 (at least 1e-6) and finite, not {self.temperature}: "
@@ -102,8 +102,8 @@ class Options:
             raise ValueError(f"compile needs cache='static', not {self.cache!r}: the cache must keep its shape.")
 
 
-def choose(
-    logits: Float[Tensor, "B V"], options: Options, generator: torch.Generator | None = None
+def sample_next_token(
+    logits: Float[Tensor, "B V"], options: GenerationConfig, generator: torch.Generator | None = None
 ) -> Int[Tensor, " B"]:
     """The next token of each row, as ``options`` say."""
     if not options.do_sample:
@@ -120,7 +120,7 @@ def choose(
 
 
 @dataclass
-class Generated:
+class GenerationOutput:
     """What ``generate_ids`` returns; N is the length of the longest answer.
 
     Attributes:
@@ -135,8 +135,10 @@ class Generated:
 
 
 @torch.inference_mode()
-def steps(model: PaliGemma, batch: dict[str, Tensor], options: Options) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields one column of ``Generated`` after the other: tokens [B], log-probabilities [B], finished so far [B]."""
+def steps(
+    model: PaliGemma, batch: dict[str, Tensor], options: GenerationConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields the columns of ``GenerationOutput``: tokens [B], log-probabilities [B], finished so far [B]."""
     device = model.multi_modal_projector.linear.weight.device
     ids, attention, types, pixels = (
         batch[name].to(device) for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -144,7 +146,7 @@ def steps(model: PaliGemma, batch: dict[str, Tensor], options: Options) -> Itera
     generator = None if options.seed is None else torch.Generator(device).manual_seed(options.seed)
     features = model.encode_image(pixels)
     room = ids.shape[1] + options.max_new_tokens - 1  # the last is not fed
-    cache = new_cache(model, len(ids), room_for(room) if options.compile else room, options.cache)
+    cache = new_cache(model, len(ids), padded_length(room) if options.compile else room, options.cache)
     compiled = CompiledStep(model, cache, attention) if options.compile else None
     if bool(attention.all()):
         attention = None  # no padding, nothing to mask
@@ -162,9 +164,9 @@ def steps(model: PaliGemma, batch: dict[str, Tensor], options: Options) -> Itera
         logits = logits.float()
         log_probs = logits.log_softmax(-1)
         if not bool(log_probs.min().isfinite()):  # NaN counts as below all numbers
-            fault = checkpoint.find_broken(dict(model.named_parameters()))
+            fault = checkpoint.find_nonfinite(dict(model.named_parameters()))
             raise ValueError(fault or "the logits are not finite, though the weights are: load them as torch.float32.")
-        token = choose(logits, options, generator).masked_fill(finished, model.config.pad_token_id)
+        token = sample_next_token(logits, options, generator).masked_fill(finished, model.config.pad_token_id)
         log_prob = log_probs.gather(-1, token[:, None])[:, 0].masked_fill(finished, 0.0)
         finished = finished | (token == model.config.eos_token_id)
         yield token, log_prob, finished
@@ -183,23 +185,23 @@ def new_cache(model: PaliGemma, batch_size: int, max_length: int, kind: str | No
     return GrowingCache() if kind == "growing" else None
 
 
-def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> Generated:
+def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> GenerationOutput:
     """Tokens in, tokens out.
 
     Args:
         batch: what a ``Processor`` makes of prompts and pictures, without suffixes and padded on the left. With fewer
             pictures than rows, consecutive rows share one.
-        options: the fields of ``Options``.
+        options: the fields of ``GenerationConfig``.
 
     Raises:
         ValueError: options that make no sense, a batch padded on the right, or logits that are not finite.
     """
-    options = Options(**options)
+    options = GenerationConfig(**options)
     if not bool(batch["attention_mask"][:, -1].all()):
         raise ValueError("the prompts are padded on the right, where the answers go: give padding_side='left'.")
     columns = list(steps(model, batch, options))
     tokens, log_probs, finished = zip(*columns, strict=True)
-    return Generated(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), finished[-1].clone())
+    return GenerationOutput(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), finished[-1].clone())
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def prepare(processor: Processor, images, prompts) -> dict[str, Tensor]:
     """
     if not isinstance(images, list | tuple):
         rows = len(prompts) if isinstance(prompts, list | tuple) else 1
-        batch = processor(text=prompts, images=[processor.square(images)] * rows, padding_side="left")
+        batch = processor(text=prompts, images=[processor.load_and_resize(images)] * rows, padding_side="left")
         return batch | {"pixel_values": batch["pixel_values"][:1]}
     prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
     return processor(text=prompts, images=images, padding_side="left")
@@ -221,8 +223,8 @@ def prepare(processor: Processor, images, prompts) -> dict[str, Tensor]:
 class TextStream:
     """Tokens in, pieces of text out, which joined are the decoded whole.
 
-    A character that the vocabulary lacks is spelt as byte tokens, and a run of these means nothing until it is over: it
-    is kept back till another token or the end follows.
+    A character that the vocabulary lacks is spelled as byte tokens. A run of these means nothing until it is over, so
+    it is held back until another token or the end follows.
     """
 
     def __init__(self, processor: Processor):
@@ -242,12 +244,12 @@ class TextStream:
         return piece
 
 
-def generate_pieces(model: PaliGemma, processor: Processor, image, prompt, **options) -> Iterator[str]:
-    """Yields the answer as it is written: ``for piece in generate_pieces(…): print(piece, end="", flush=True)``.
+def stream_generate(model: PaliGemma, processor: Processor, image, prompt, **options) -> Iterator[str]:
+    """Yields the answer as it is written: ``for piece in stream_generate(…): print(piece, end="", flush=True)``.
 
     Arguments and errors as for ``generate``, with one picture and one prompt.
     """
-    options = Options(**options)
+    options = GenerationConfig(**options)
     if not isinstance(prompt, str) or isinstance(image, list | tuple):
         raise ValueError("only one answer can be streamed at a time: give one picture and one prompt, not lists.")
     text = TextStream(processor)
@@ -274,8 +276,8 @@ def generate(
         prompt: such as "caption en", or a list of them. Lists of both go in pairs; one picture with a list of prompts
             is encoded once, and one prompt with a list of pictures is put to each.
         stream: called with each piece of text as soon as it is written; for one picture and one prompt.
-        options: the fields of ``Options``: max_new_tokens=32, do_sample=False, temperature=1.0, top_k=None, top_p=None,
-            seed=None, cache="static", compile=False.
+        options: the fields of ``GenerationConfig``: max_new_tokens=32, do_sample=False, temperature=1.0, top_k=None,
+            top_p=None, seed=None, cache="static", compile=False.
 
     Returns:
         The answer, or, where either argument is a list, a list of answers.
@@ -285,7 +287,7 @@ def generate(
     """
     if stream is not None:
         pieces = []
-        for piece in generate_pieces(model, processor, image, prompt, **options):
+        for piece in stream_generate(model, processor, image, prompt, **options):
             pieces.append(piece)
             stream(piece)
         return "".join(pieces)

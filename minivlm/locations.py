@@ -43,7 +43,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedDetections:
     """What could be read from a text, and a sentence for everything that could not."""
 
     detections: list[Detection]
@@ -63,13 +63,13 @@ def from_bin(index: int, side: Real) -> float:
     return index / (BINS - 1) * side
 
 
-def box_to_places(box: Box, width: Real, height: Real) -> Places:
+def box_to_locations(box: Box, width: Real, height: Real) -> Places:
     """Pixels (x0, y0, x1, y1) → bins, in the order in which PaliGemma writes them: y before x."""
     x0, y0, x1, y1 = box
     return to_bin(y0, height), to_bin(x0, width), to_bin(y1, height), to_bin(x1, width)
 
 
-def places_to_box(places: Places, width: Real, height: Real) -> Box:
+def locations_to_box(places: Places, width: Real, height: Real) -> Box:
     """Bins (y min, x min, y max, x max) → pixels, x before y."""
     y0, x0, y1, x1 = places
     return from_bin(x0, width), from_bin(y0, height), from_bin(x1, width), from_bin(y1, height)
@@ -78,19 +78,19 @@ def places_to_box(places: Places, width: Real, height: Real) -> Box:
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
-def box_window(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+def pixel_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """A box → whole pixels (x0, y0, x1, y1) inside the picture, at least one wide and one high."""
     x0, y0, x1, y1 = (round(v) for v in box)
     x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
 
 
-def cut_mask(mask: Bool[np.ndarray, "H W"], box: Box) -> Float32[np.ndarray, "64 64"]:
+def crop_mask(mask: Bool[np.ndarray, "H W"], box: Box) -> Float32[np.ndarray, "64 64"]:
     """The part of a picture's mask inside a box, squashed to 64×64: the share of each cell that is inside, in [0, 1].
 
     Bilinear with antialiasing, as big_vision prepares the masks that its VQ-VAE reads.
     """
-    x0, y0, x1, y1 = box_window(box, mask.shape[1], mask.shape[0])
+    x0, y0, x1, y1 = pixel_box(box, mask.shape[1], mask.shape[0])
     part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
     return np.asarray(part.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR))
 
@@ -102,7 +102,7 @@ def paste_mask(
 
     First stretched, then compared, so that the outline is smooth.
     """
-    x0, y0, x1, y1 = box_window(box, width, height)
+    x0, y0, x1, y1 = pixel_box(box, width, height)
     part = Image.fromarray(values).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
     mask = np.zeros((height, width), bool)
     mask[y0:y1, x0:x1] = np.asarray(part) > 0
@@ -112,16 +112,16 @@ def paste_mask(
 # --- boxes → text --------------------------------------------------------------------------------------------------
 
 
-def format_boxes(detections: Iterable[Detection], width: Real, height: Real) -> str:
+def format_detections(detections: Iterable[Detection], width: Real, height: Real) -> str:
     """Detections in a picture of width × height pixels → the text that PaliGemma is trained to answer.
 
     Raises ValueError for a box that is upside down or leaves the picture, and for a label that could not be read back.
     """
     check_size(width, height)
-    return SEPARATOR.join(format_box(detection, width, height) for detection in detections)
+    return SEPARATOR.join(format_detection(detection, width, height) for detection in detections)
 
 
-def format_box(detection: Detection, width: Real, height: Real) -> str:
+def format_detection(detection: Detection, width: Real, height: Real) -> str:
     """One detection → `<locYMIN><locXMIN><locYMAX><locXMAX> label`, with its codes, if any, before the label."""
     x0, y0, x1, y1 = detection.box
     label, codes = detection.label, detection.codes
@@ -134,14 +134,14 @@ def format_box(detection: Detection, width: Real, height: Real) -> str:
         raise ValueError(f"The label {label!r} must be a text without ';', '<', '>' or spaces around it.")
     if len(codes) not in (0, CODES_PER_MASK) or not all(0 <= code < CODES for code in codes):
         raise ValueError(f"The mask of {label!r} must have 16 codes of 0…127, or none; it has {list(codes)}.")
-    places = box_to_places(detection.box, width, height)
+    places = box_to_locations(detection.box, width, height)
     return "".join(f"<loc{i:04d}>" for i in places) + "".join(f"<seg{i:03d}>" for i in codes) + f" {label}".rstrip()
 
 
 # --- text → boxes --------------------------------------------------------------------------------------------------
 
 
-def parse(text: str, width: Real, height: Real) -> Parsed:
+def parse_detections(text: str, width: Real, height: Real) -> ParsedDetections:
     """A model's answer about a picture of width × height pixels → what it found, and what is wrong with the answer.
 
     Never raises on a text, however malformed: what cannot be read of an item is left out, and `problems` says which and
@@ -158,7 +158,7 @@ def parse(text: str, width: Real, height: Real) -> Parsed:
         if detection is not None:
             detections.append(detection)
         problems += [f"Item {number} {complaint}: {shorten(item.strip())}." for complaint in complaints]
-    return Parsed(detections, problems)
+    return ParsedDetections(detections, problems)
 
 
 def parse_item(item: str, width: Real, height: Real) -> tuple[Detection | None, list[str]]:
@@ -179,7 +179,7 @@ def parse_item(item: str, width: Real, height: Real) -> tuple[Detection | None, 
     if codes is None or len(codes) not in (0, CODES_PER_MASK):
         codes = []
         complaints.append("has a mask that is not 16 tokens of <seg000> to <seg127>, so only its box is kept")
-    return Detection(label, places_to_box(tuple(places), width, height), tuple(codes)), complaints
+    return Detection(label, locations_to_box(tuple(places), width, height), tuple(codes)), complaints
 
 
 def read_tokens(text: str, kind: str, digits: int, count: int) -> list[int] | None:

@@ -7,7 +7,7 @@ CLIP asks "which of these texts?" of each picture, and the reverse: a softmax ov
 SigLIP adds a bias and asks "do these two match?" of each pair on its own: a sigmoid. So its sum over pairs may be cut
 anywhere, into chunks that fit in memory or blocks on other machines, which a softmax does not allow as simply.
 
-All losses normalise the embeddings themselves, as both papers' listings do, take the *logarithm* of the temperature,
+All losses normalize the embeddings themselves, as both papers' listings do, take the *logarithm* of the temperature,
 and compute in float32 (float64 for float64 inputs) unless autocast decides otherwise.
 
 Sources: CLIP arXiv:2103.00020, figure 3; SigLIP arXiv:2303.15343, Algorithm 1 and figure 1.
@@ -58,7 +58,7 @@ def _finite_max(x: Float[Tensor, "*S"], dim: int) -> Float[Tensor, "*R"]:
     return torch.where(top.isfinite(), top, 0)
 
 
-def normalise(x: Float[Tensor, "*B D"], eps: float = 1e-12) -> Float[Tensor, "*B D"]:
+def l2_normalize(x: Float[Tensor, "*B D"], eps: float = 1e-12) -> Float[Tensor, "*B D"]:
     """x / ‖x‖ over the last dimension, computed in float32 or wider and cast back.
 
     A vector no longer than ``eps`` has no direction and stays as it is: zeros remain zeros, with a finite gradient.
@@ -126,7 +126,7 @@ def _directions(images: Tensor, texts: Tensor, pairs: bool) -> tuple[Tensor, Ten
     if pairs and len(images) != len(texts):
         raise ValueError(f"{len(images)} images and {len(texts)} texts do not make pairs.")
     wide = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
-    return normalise(images.to(wide)), normalise(texts.to(wide))
+    return l2_normalize(images.to(wide)), l2_normalize(texts.to(wide))
 
 
 def chunked_sigmoid_loss(
@@ -167,7 +167,7 @@ def ring_sigmoid_loss(
         group: the processes of the ring, all of which must call; ``None``: all there are.
 
     Raises:
-        ValueError: as ``sigmoid_loss``, torch.distributed is not initialised, or n differs between the processes.
+        ValueError: as ``sigmoid_loss``, torch.distributed is not initialized, or n differs between the processes.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("ring_sigmoid_loss needs torch.distributed.init_process_group to have been called.")

@@ -49,7 +49,7 @@ def sliding_window_mask(length: int, window: int) -> Bool[Tensor, "T T"]:
     return position[:, None] - position[None, :] < window
 
 
-def close_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B T S"]:
+def mask_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B T S"]:
     """The mask with every padding key closed, except that the last T tokens, which are the queries, see themselves.
 
     Without that exception a padding query could see nothing (in a causal mask, with padding in front): the softmax of
@@ -77,13 +77,13 @@ def attention_masks(
         return _newest_token_masks(attention_mask, window)
     S, device = attention_mask.shape[1], attention_mask.device
     visible = prefix_lm_mask(token_type_ids)[:, S - queries :]
-    full = close_padding(visible, attention_mask)
+    full = mask_padding(visible, attention_mask)
     if window is None or window >= S:
         return _none_if_open(full), _none_if_open(full)
     near = sliding_window_mask(S, window).to(device)[S - queries :]
     prefix = token_type_ids == 0
     both_prefix = prefix[:, S - queries :, None] & prefix[:, None, :]
-    sliding = close_padding(visible & (near | both_prefix), attention_mask)
+    sliding = mask_padding(visible & (near | both_prefix), attention_mask)
     return _none_if_open(full), _none_if_open(sliding)
 
 

@@ -167,7 +167,7 @@ class PaliGemma(nn.Module):
     def loss(self, labels: Int[Tensor, "B T"], **inputs) -> Float[Tensor, ""]:
         """Mean cross-entropy of the suffix: token t + 1 from hidden state t, where its label is not -100.
 
-        Only the labelled positions go through the output head. Other arguments as for ``forward``.
+        Only the labeled positions go through the output head. Other arguments as for ``forward``.
         """
         hidden = self.hidden_states(**inputs)
         wanted = labels[:, 1:] != -100

@@ -14,10 +14,9 @@ Letters: B batch, T tokens of a sequence, P patches = image tokens, H height, W 
 
 import json
 import os.path
-import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -25,17 +24,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageOps
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from minivlm import checkpoint
+from minivlm import hub
+from minivlm.tokenizer import BOS, EOS, IMAGE, MASK, PAD, UNK, add_paligemma_tokens, read_tokenizer, token_id
 
 BICUBIC = Image.Resampling.BICUBIC
-PAD, EOS, BOS, UNK, MASK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<image>"
-LOC_TOKENS = [f"<loc{i:04d}>" for i in range(1024)]  # places along a side of the picture
-SEG_TOKENS = [f"<seg{i:03d}>" for i in range(128)]  # code words of the mask VQ-VAE
 BROKEN_EXIF = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, struct.error)
-IGNORED = -100  # the label that torch's cross entropy skips
+IGNORE_INDEX = -100  # the label that torch's cross entropy skips
 
 
 # --- a picture, step by step ---------------------------------------------------------------------------------------
@@ -63,7 +60,7 @@ def open_image(path: str | Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image → RGB, 8 bits a channel, upright.
 
-    Turned as its EXIF tag says; 16-bit grey scaled to 8 bits; transparency laid over white, as transformers 5.23 does
+    Turned as its EXIF tag says; 16-bit gray scaled to 8 bits; transparency laid over white, as transformers 5.23 does
     (image_transforms.convert_to_rgb). Raises ValueError for an empty or unreadable image, and for the modes F and I
     where the range of the values is unknown.
     """
@@ -75,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()  # PIL reads lazily: a file cut short shows only here
     except Exception as error:
         raise ValueError(f"The picture cannot be read to its end: {error}") from error
-    image = grey16_to_grey8(upright(image))
+    image = gray16_to_grey8(upright(image))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -91,8 +88,8 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def grey16_to_grey8(image: Image.Image) -> Image.Image:
-    """16-bit grey (modes I;16 and I) → 8-bit: 65535 becomes 255. PIL's own conversion clips all above 255 to white."""
+def gray16_to_grey8(image: Image.Image) -> Image.Image:
+    """16-bit gray (modes I;16 and I) → 8-bit: 65535 becomes 255. PIL's own conversion clips all above 255 to white."""
     if image.mode == "F":
         raise ValueError("The picture holds floats (mode F), whose range is unknown; convert it to 8 bits first.")
     if not image.mode.startswith("I"):
@@ -115,7 +112,7 @@ def rescale(pixels: UInt8[Tensor, "*B H W 3"]) -> Float[Tensor, "*B H W 3"]:
     return pixels.to(torch.float32) / 255
 
 
-def normalise(
+def normalize(
     pixels: Float[Tensor, "*B H W 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "*B H W 3"]:
     """(x − mean) / std in each channel; with 0.5 and 0.5, [0, 1] becomes [-1, 1]."""
@@ -123,7 +120,7 @@ def normalise(
 
 
 def channels_first(pixels: Float[Tensor, "*B H W 3"]) -> Float[Tensor, "*B 3 H W"]:
-    """The colour axis moves from last, where files have it, to first, where torch's convolutions want it."""
+    """The color axis moves from last, where files have it, to first, where torch's convolutions want it."""
     return pixels.movedim(-1, -3).contiguous()
 
 
@@ -161,7 +158,7 @@ def assemble(
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     types = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     ids, types = pad(rows, pad_id, side), pad(types, 0, side)
-    return ids, pad([[1] * len(row) for row in rows], 0, side), types, np.where(types == 1, ids, IGNORED)
+    return ids, pad([[1] * len(row) for row in rows], 0, side), types, np.where(types == 1, ids, IGNORE_INDEX)
 
 
 # --- both together -------------------------------------------------------------------------------------------------
@@ -194,7 +191,7 @@ class Processor:
         self.mean, self.std = check_channels("mean", mean), check_channels("std", std)
         if min(self.std) <= 0:
             raise ValueError(f"The std of the channels is {std}; it must be positive.")
-        self.padding_side = check_side(padding_side)
+        self.padding_side = check_padding_side(padding_side)
         self.pad_token_id, self.eos_token_id, self.bos_token_id, self.image_token_id = (
             token_id(tokenizer, token) for token in (PAD, EOS, BOS, image_token)
         )
@@ -213,11 +210,11 @@ class Processor:
         the ids of the suffix, -100 elsewhere. Raises ValueError for anything that does not fit together.
         """
         prefixes, images, suffixes = check_batch(text, images, suffix, self.image_token)
-        batch = self.tokens(prefixes, suffixes, check_side(padding_side or self.padding_side))
-        batch["pixel_values"] = self.pixels(images)
+        batch = self.tokenize(prefixes, suffixes, check_padding_side(padding_side or self.padding_side))
+        batch["pixel_values"] = self.preprocess_images(images)
         return batch
 
-    def tokens(self, prefixes: list[str], suffixes: list[str] | None, padding_side: str) -> dict[str, Tensor]:
+    def tokenize(self, prefixes: list[str], suffixes: list[str] | None, padding_side: str) -> dict[str, Tensor]:
         """Checked prompts, and answers or None → everything of the batch but the pixels."""
         # The tokenizer would cut each <image> out of the prompt first: P copies of its id say the same, much faster.
         image = [self.image_token_id] * self.num_image_tokens
@@ -227,12 +224,12 @@ class Processor:
         arrays = assemble(prompts, answers, self.pad_token_id, padding_side)
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=False)}
 
-    def pixels(self, images: list) -> Float[Tensor, "B 3 H W"]:
+    def preprocess_images(self, images: list) -> Float[Tensor, "B 3 H W"]:
         """Pictures of any shapes → one float32 tensor, by the five steps above."""
-        squares = [self.square(image) for image in images]
-        return channels_first(normalise(rescale(torch.from_numpy(np.stack(squares))), self.mean, self.std))
+        squares = [self.load_and_resize(image) for image in images]
+        return channels_first(normalize(rescale(torch.from_numpy(np.stack(squares))), self.mean, self.std))
 
-    def square(self, image) -> UInt8[np.ndarray, "H W 3"]:
+    def load_and_resize(self, image) -> UInt8[np.ndarray, "H W 3"]:
         """One picture in any accepted form → size × size RGB bytes. An array that already is that passes untouched."""
         if isinstance(image, (str, Path)):
             image = open_image(image)
@@ -268,7 +265,7 @@ class Processor:
         part of processor_config.json, and config.json; only the first must be there. Raises ValueError where these
         contradict each other.
         """
-        folder = checkpoint.resolve(path, revision, weights=False)
+        folder = hub.resolve(path, revision, weights=False)
         settings = image_settings(folder)
         padding_side = read_json(folder / "tokenizer_config.json").get("padding_side", "left")
         processor = cls(read_tokenizer(folder / "tokenizer.json"), padding_side=padding_side, **settings)
@@ -369,18 +366,10 @@ def check_channels(name: str, value) -> list[float]:
     return values
 
 
-def check_side(side: str) -> str:
+def check_padding_side(side: str) -> str:
     if side not in ("left", "right"):
         raise ValueError(f"padding_side is {side!r}; it must be 'left' or 'right'.")
     return side
-
-
-def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that must exist."""
-    index = tokenizer.token_to_id(token)
-    if index is None:
-        raise ValueError(f"The tokenizer has no token {token}; it is not one of the Gemma family.")
-    return index
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -397,15 +386,6 @@ def read_json(path: Path) -> dict:
     if type(content) is not dict:
         raise ValueError(f"The file {str(path)!r} must hold a JSON object.")
     return content
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise ValueError(f"There is no tokenizer.json in {str(path.parent)!r}; give a folder that holds one.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise ValueError(f"The file {str(path)!r} is not a tokenizer: {error}") from error
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -433,7 +413,7 @@ def image_settings(folder: Path) -> dict:
     if vision and num_image_tokens != patches:
         raise ValueError(f"{str(folder)!r} sets {num_image_tokens} image tokens for a tower of {patches} patches.")
     if not all(found.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize")):
-        raise ValueError(f"{str(folder)!r} switches off resizing, rescaling or normalising, which is not supported.")
+        raise ValueError(f"{str(folder)!r} switches off resizing, rescaling or normalizing, which is not supported.")
     return {
         "image_size": height,
         "num_image_tokens": num_image_tokens,
@@ -441,56 +421,3 @@ def image_settings(folder: Path) -> dict:
         "mean": found.get("image_mean", 0.5),
         "std": found.get("image_std", 0.5),
     }
-
-
-# --- tokenizers ----------------------------------------------------------------------------------------------------
-
-
-def add_paligemma_tokens(tokenizer: Tokenizer, image_token: str = IMAGE) -> None:
-    """Append what is missing of 1024 `<loc…>`, 128 `<seg…>` and `<image>`, in this order: with the plain Gemma
-    tokenizer of 256000 entries, `<image>` becomes 257152. Places and codes are part of an answer, so only `<image>` is
-    special, that is, left out when decoding."""
-    words = [token for token in LOC_TOKENS + SEG_TOKENS if tokenizer.token_to_id(token) is None]
-    tokenizer.add_tokens(words)
-    if tokenizer.token_to_id(image_token) is None:
-        tokenizer.add_special_tokens([AddedToken(image_token, normalized=False, special=True)])
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A small tokenizer built as Gemma's is: byte-pair encoding, "▁" for a space, bytes for unknown characters.
-
-    Ids: pad 0, eos 1, bos 2, unk 3, mask 4, newline 5, 256 bytes, the learned pieces, and last the 1153 tokens of
-    PaliGemma. `vocab_size` counts all of them and is an upper bound: training ends early once every word of the texts
-    is one token. A word is learned with and without a space before it. Raises ValueError for a size below 1510.
-    """
-    fixed = [PAD, EOS, BOS, UNK, MASK, "\n"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    alphabet = [chr(code) for code in range(33, 127)] + ["▁"]
-    room = vocab_size - len(fixed) - len(LOC_TOKENS) - len(SEG_TOKENS) - 1
-    if room < len(alphabet):
-        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {vocab_size - room + len(alphabet)}.")
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    # Pieces are words or single other characters, with the space before them; none reaches across two words.
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?[^▁\n]"), "isolated")
-    trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator(with_words_alone(texts), trainer)
-    learned = json.loads(learner.to_str())["model"]
-    pieces = sorted(learned["vocab"], key=learned["vocab"].get)
-    vocab = {piece: index for index, piece in enumerate(fixed + [p for p in pieces if p not in fixed])}
-    merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (PAD, EOS, BOS, UNK, MASK)])
-    add_paligemma_tokens(tokenizer)
-    return tokenizer
-
-
-def with_words_alone(texts: Iterable[str]) -> Iterator[str]:
-    """Each text, then each of its words by itself, without and with a space before it."""
-    for text in texts:
-        text = re.sub(r"<loc\d{4}>|<seg\d{3}>", "", text)
-        yield text
-        for word in text.split():
-            yield word
-            yield " " + word

@@ -1,9 +1,9 @@
 """SigLIP's vision tower: a picture becomes a sequence of patch vectors.
 
-    B batch · C colours · H, W pixels · h, w pixels of a patch · P patches · D width · N heads · d width of a head
+    B batch · C colors · H, W pixels · h, w pixels of a patch · P patches · D width · N heads · d width of a head
 
 A picture is cut into square patches; each is projected to a vector and told where it stands; then every patch looks at
-every other, layer by layer. The layers are *pre-norm*: each block reads a normalised copy of the stream and adds its
+every other, layer by layer. The layers are *pre-norm*: each block reads a normalized copy of the stream and adds its
 result to the stream itself. (Only the very last LayerNorm has "post" in its name.) There is no [class] token and no
 pooling: PaliGemma's decoder receives all P vectors.
 
@@ -23,7 +23,7 @@ from minivlm.config import SiglipVisionConfig
 
 
 def patchify(pixel_values: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B P Chw"]:
-    """Cut into square patches, row by row from the top left, each laid out in one line: colour, row, column."""
+    """Cut into square patches, row by row from the top left, each laid out in one line: color, row, column."""
     return F.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
 
 
@@ -53,7 +53,7 @@ def bidirectional_attention(
 def pre_norm_block(
     x: Float[Tensor, "B P D"], norm1: Callable, attention: Callable, norm2: Callable, mlp: Callable
 ) -> Float[Tensor, "B P D"]:
-    """Twice the same: what a normalised copy of the stream gives is added to the stream itself."""
+    """Twice the same: what a normalized copy of the stream gives is added to the stream itself."""
     x = x + attention(norm1(x))
     return x + mlp(norm2(x))
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minivlm import checkpoint, locations
+from minivlm import hub, locations
 from minivlm.locations import CODES, Box, Detection
 
 WIDTH = 512  # of a codebook vector
@@ -105,15 +105,15 @@ class MaskVQVAE(nn.Module):
     # --- masks of pictures ---
 
     @torch.no_grad()
-    def codes_of(self, masks: Sequence[Bool[np.ndarray, "H W"]], boxes: Sequence[Box]) -> list[tuple[int, ...]]:
+    def codes_from_masks(self, masks: Sequence[Bool[np.ndarray, "H W"]], boxes: Sequence[Box]) -> list[tuple[int, ...]]:
         """Masks of a picture, each with its box in pixels → the 16 codes of each, as `Detection` holds them."""
         if not masks:
             return []
-        cut = np.stack([locations.cut_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)])
+        cut = np.stack([locations.crop_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)])
         return [tuple(codes) for codes in self.encode(torch.from_numpy(cut)).tolist()]
 
     @torch.no_grad()
-    def masks_of(
+    def masks_from_detections(
         self, detections: Sequence[Detection], width: int, height: int
     ) -> list[Bool[np.ndarray, "H W"] | None]:
         """What was detected in a picture of width × height pixels → the mask of each; None where it has no codes."""
@@ -133,7 +133,7 @@ class MaskVQVAE(nn.Module):
             FileNotFoundError: there is no such file; big_vision's is `vae-oid.npz`.
             ValueError: it is damaged, holds pickled objects, or its arrays are not those of this architecture.
         """
-        path = find_file(Path(path or checkpoint.EMBEDDED))
+        path = find_file(Path(path or hub.EMBEDDED))
         model = cls()
         arrays = read_arrays(path)
         check_arrays(path, arrays, {name: tuple(value.shape) for name, value in model.state_dict().items()})

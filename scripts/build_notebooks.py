@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from minivlm.exercises.worker import CHECKED, essentials, fingerprint
+from minivlm.course.grading.worker import CHECKED, essentials, fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"

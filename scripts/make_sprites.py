@@ -4,7 +4,7 @@
 
 NOTO, TWEMOJI and FLUENT are the unpacked npm packages `emoji-datasource-google`, `@twemoji/svg` and `fluentui-emoji`.
 Needs `pip install resvg-py scikit-image` beside the package's own dependencies. The results are kept in the repository:
-nobody has to run this to use minivlm. Origins and licences: data/README.md.
+nobody has to run this to use minivlm. Origins and licenses: data/README.md.
 """
 
 import argparse
@@ -166,12 +166,12 @@ def main() -> None:
 
 def write_scenes() -> None:
     """The pictures of `python -m minivlm demo`, drawn from the sheets just written."""
-    from minivlm import scenes
+    from minivlm import emoji
     from minivlm.__main__ import DEMO
 
     (DATA / "images" / "scenes").mkdir(parents=True, exist_ok=True)
     for split, seed in DEMO:
-        picture = Image.fromarray(scenes.make_scene(seed, split).image)
+        picture = Image.fromarray(emoji.make_scene(seed, split).image)
         picture.save(DATA / "images" / "scenes" / f"{split}-{seed}.png", optimize=True)
 
 

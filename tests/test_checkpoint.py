@@ -16,7 +16,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from minivlm import checkpoint
+from minivlm import checkpoint, hub
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.paligemma import PaliGemma
 
@@ -383,14 +383,14 @@ def test_training_never_touches_the_file(folder):
 MEASURE = """
 import os, sys
 import torch
-from minivlm.checkpoint import find_broken
+from minivlm.checkpoint import find_nonfinite
 from minivlm.paligemma import PaliGemma
 def memory(kind):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
 before, size = memory("VmRSS"), os.path.getsize(sys.argv[1] + "/model.safetensors")
 model = PaliGemma.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2], None))
 print((memory("VmHWM") - before) / size)
-assert find_broken(model.state_dict()) is None
+assert find_nonfinite(model.state_dict()) is None
 print((memory("VmHWM") - before) / size)
 assert not {"huggingface_hub", "transformers"} & set(sys.modules), "imported for nothing"
 """
@@ -464,7 +464,7 @@ def test_saving_into_a_file_or_an_impossible_config(folder, tmp_path):
 
 def test_embedded_checkpoint_is_the_default(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "EMBEDDED", folder)
-    assert checkpoint.resolve(None) == folder
+    assert hub.resolve(None) == folder
     assert_same_weights(PaliGemma.from_pretrained(), tiny_model())
     monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path / "absent")
     with pytest.raises(OSError, match="embedded checkpoint is not at .*absent: install minivlm from a clone"):
@@ -474,8 +474,8 @@ def test_embedded_checkpoint_is_the_default(folder, monkeypatch, tmp_path):
 def test_a_folder_is_never_a_hub_id(folder, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
     name = f"{folder.parent.name}/{folder.name}"
-    assert checkpoint.resolve(name) == Path(name)
-    assert checkpoint.resolve(str(folder)) == folder and checkpoint.resolve(folder) == folder
+    assert hub.resolve(name) == Path(name)
+    assert hub.resolve(str(folder)) == folder and hub.resolve(folder) == folder
 
 
 @pytest.mark.parametrize("path", ["absent", "./absent/x", "/absent/x", "a/b/c", "owner/", "a b/c", "../x", "a/b--c",
@@ -484,12 +484,12 @@ def test_neither_folder_nor_hub_id(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
-        checkpoint.resolve(path)
+        hub.resolve(path)
 
 
 def test_a_file_is_no_checkpoint(folder):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
-        checkpoint.resolve(folder / "model.safetensors")
+        hub.resolve(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -501,7 +501,7 @@ def test_download_is_pinned_and_takes_only_what_is_needed(weights, folder, monke
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert checkpoint.resolve(REPO, revision="35e4f46", weights=weights) == folder
+    assert hub.resolve(REPO, revision="35e4f46", weights=weights) == folder
     assert asked["repo_id"] == REPO and asked["revision"] == "35e4f46"
     wanted = ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"]
     if weights:
@@ -562,7 +562,7 @@ def test_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(OSError, match="could not be fetched and is not in the local cache .*check the network"):
-        checkpoint.resolve(REPO)
+        hub.resolve(REPO)
 
 
 def test_cached_repository_opens_without_network(monkeypatch, tmp_path, folder):

@@ -13,7 +13,7 @@ from conftest import random_batch, relative_error
 
 from minivlm import compiled
 from minivlm.cache import StaticCache
-from minivlm.generation import Options
+from minivlm.generation import GenerationConfig
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))), reason="needs a C++ compiler"
@@ -39,10 +39,10 @@ for version, attention in PAIRS.values():
 """
 PARITY = """
 import pytest
-from minivlm.generation import Options
+from minivlm.generation import GenerationConfig
 
-Options.__init__.__defaults__ = (*Options.__init__.__defaults__[:-1], True)
-assert Options().compile
+GenerationConfig.__init__.__defaults__ = (*GenerationConfig.__init__.__defaults__[:-1], True)
+assert GenerationConfig().compile
 raise SystemExit(pytest.main("-q -o addopts= -p no:cacheprovider tests/test_parity.py -k greedy".split()))
 """
 COMPLAIN = """
@@ -88,7 +88,7 @@ def test_products_of_one_row(dtype, shape):
     """Against float64, only the rounding of the result is left; with two rows, the product is torch's own."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*size, generator=generator).to(dtype) for size in (shape, (70, 300)))
-    with compiled.RowProducts():
+    with compiled.SingleRowLinear():
         product = torch.nn.functional.linear(x, weight)
     exact = torch.nn.functional.linear(x.double(), weight.double())
     assert product.dtype == dtype and product.shape == exact.shape
@@ -120,8 +120,8 @@ def test_without_a_compiler_it_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("cache", ["growing", None])
 def test_only_a_static_cache_can_be_compiled_for(cache):
     with pytest.raises(ValueError, match="compile needs cache='static'"):
-        Options(compile=True, cache=cache)
+        GenerationConfig(compile=True, cache=cache)
 
 
 def test_room_comes_in_steps():
-    assert [compiled.room_for(n) for n in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 192]
+    assert [compiled.padded_length(n) for n in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 192]

@@ -8,16 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minivlm import evaluation, scenes, training
-from minivlm.checkpoint import EMBEDDED
-from minivlm.evaluation import Figure, average_precision, figures, prompts_of, share_right
-from minivlm.locations import Detection, format_boxes
+from minivlm import emoji
+from minivlm.emoji import Scene, SceneObject, evaluation, recipe
+from minivlm.emoji.evaluation import Metric, accuracy, average_precision, evaluation_prompts, figures
+from minivlm.hub import EMBEDDED
+from minivlm.locations import Detection, format_detections
 from minivlm.processor import Processor
-from minivlm.scenes import Scene, SceneObject
 from minivlm.vqvae import MaskVQVAE
 
-SCENES = [scenes.make_scene(seed, "validation") for seed in range(30)]
-ASKED = [(scene, example) for scene in SCENES for example in prompts_of(scene)]
+SCENES = [emoji.make_scene(seed, "validation") for seed in range(30)]
+ASKED = [(scene, example) for scene in SCENES for example in evaluation_prompts(scene)]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def model(processor):
     """Random weights."""
-    recipe = training.Recipe(width=32, mlp_width=32, tower_layers=1, decoder_layers=1, heads=2)
-    return training.new_model(recipe, processor)
+    config = recipe.TrainConfig(width=32, mlp_width=32, tower_layers=1, decoder_layers=1, heads=2)
+    return recipe.new_model(config, processor)
 
 
 def items(text: str, score: float = 0.9) -> list[tuple[str, float]]:
@@ -43,20 +43,20 @@ class Album(MaskVQVAE):
         super().__init__()
         self.pages: list[np.ndarray] = []
 
-    def codes_of(self, masks, boxes):
+    def codes_from_masks(self, masks, boxes):
         self.pages += masks
         numbers = range(len(self.pages) - len(masks), len(self.pages))
         return [(number // 128, number % 128, *[0] * 14) for number in numbers]
 
-    def masks_of(self, detections, width, height):
+    def masks_from_detections(self, detections, width, height):
         return [self.pages[128 * d.codes[0] + d.codes[1]] if d.codes else None for d in detections]
 
 
-def right_answer(scene: Scene, example: scenes.Example, vae: MaskVQVAE) -> str:
+def right_answer(scene: Scene, example: emoji.Example, vae: MaskVQVAE) -> str:
     if example.kind != "segment":
         return example.answers[0]
     classes = example.prompt.removeprefix("segment ").split(" ; ")
-    return scenes.segment_target(scene.objects, classes, scene.size, vae.codes_of)
+    return emoji.segment_target(scene.objects, classes, scene.size, vae.codes_from_masks)
 
 
 def test_the_truth_scores_100_and_silence_0():
@@ -71,16 +71,16 @@ def test_captions_count_in_any_order_and_order_captions_do_not():
     scene = next(s for s in SCENES if len({thing.name for thing in s.objects}) >= 2 and "cap" in s.captions)
     names = [thing.name for thing in sorted(scene.objects, key=lambda thing: -thing.center[0])]
     caption = next(e for e in scene.examples if e.kind == "caption")
-    assert evaluation.is_right(caption, scenes.count_caption(names))
-    assert not evaluation.is_right(caption, scenes.count_caption(names[:-1]))
+    assert evaluation.is_correct(caption, emoji.count_caption(names))
+    assert not evaluation.is_correct(caption, emoji.count_caption(names[:-1]))
     order = next(e for e in scene.examples if e.kind == "cap")
-    backwards = scenes.join_phrases([scenes.with_article(name) for name in names])
-    assert not evaluation.is_right(order, f"from left to right: {backwards}")
+    backwards = emoji.join_phrases([emoji.with_article(name) for name in names])
+    assert not evaluation.is_correct(order, f"from left to right: {backwards}")
 
 
 def test_every_object_is_asked_for_once():
     for scene in SCENES:
-        *others, detect, segment = prompts_of(scene)
+        *others, detect, segment = evaluation_prompts(scene)
         assert not {example.kind for example in others} & {"detect", "segment"}
         assert detect.prompt.split(" ", 1)[1] == segment.prompt.removeprefix("segment ")
         for example in (detect, segment):
@@ -89,8 +89,8 @@ def test_every_object_is_asked_for_once():
 
 def test_the_longest_right_answer_may_be_written_to_its_end(processor):
     most = inspect.signature(evaluation.answer_all).parameters["max_new_tokens"].default
-    crowded = [s for s in (scenes.make_scene(seed, "pairs") for seed in range(200)) if len(s.objects) == 4]
-    answers = [right_answer(scene, prompts_of(scene)[-1], Album()) for scene in crowded]
+    crowded = [s for s in (emoji.make_scene(seed, "pairs") for seed in range(200)) if len(s.objects) == 4]
+    answers = [right_answer(scene, evaluation_prompts(scene)[-1], Album()) for scene in crowded]
     lengths = [len(ids) + 1 for ids in processor.encode(answers)]  # and the token that ends it
     assert len(crowded) > 20 and 4 * 20 < max(lengths) <= most
 
@@ -150,9 +150,9 @@ def scene_of(*things: tuple[str, tuple[int, int, int, int]]) -> Scene:
 
 def answer(album: Album, *found: tuple) -> str:
     """An answer about 100 × 100 pixels: a name, a box, and a mask or None, each."""
-    codes = [album.codes_of([mask], [box])[0] if mask is not None else () for _, box, mask in found]
+    codes = [album.codes_from_masks([mask], [box])[0] if mask is not None else () for _, box, mask in found]
     detections = [Detection(name, box, code) for (name, box, _), code in zip(found, codes, strict=True)]
-    return format_boxes(detections, 100, 100)
+    return format_detections(detections, 100, 100)
 
 
 def test_overlap_of_boxes():
@@ -178,7 +178,7 @@ def test_masks_are_judged_in_correct_boxes_alone():
         ("owl", (60, 72, 80, 92), rectangle(60, 60, 80, 80)),  # IoU 8/32: another place
         ("ant", (80, 80, 99, 99), rectangle(80, 80, 99, 99)),
     )
-    overlaps = evaluation.mask_overlaps(scene, text, album)
+    overlaps = evaluation.mask_ious(scene, text, album)
     assert overlaps == [0.5, 1, 0, None, None]
     found, mask_iou = evaluation.segmentation_figures([overlaps]).values()
     assert (found.value, found.count) == (0.6, 5) and (mask_iou.value, mask_iou.count) == (0.5, 3)
@@ -192,22 +192,23 @@ def test_a_mask_is_judged_by_what_can_be_seen():
     scene = scene_of(("cat", box))
     scene = replace(scene, objects=(replace(scene.objects[0], mask=seen),))
     drawn = rectangle(10, 10, 30, 40)  # 600, all of those among them
-    assert evaluation.mask_overlaps(scene, answer(album, ("cat", box, drawn)), album) == [0.5]
+    assert evaluation.mask_ious(scene, answer(album, ("cat", box, drawn)), album) == [0.5]
 
 
 def test_best_boxes_find_their_thing_first_and_each_once():
     things = scene_of(("cat", (0, 0, 20, 20)), ("cat", (4, 0, 24, 20))).objects
     exact, between, far = (Detection("cat", (x, 0, x + 20, 20)) for x in (4, 2, 60))
-    assert evaluation.find_partners(things, [between, exact]) == [0, 1]
-    assert evaluation.find_partners(things, [exact, between]) == [1, 0]
-    assert evaluation.find_partners(things, [exact]) == [None, 0]
-    assert evaluation.find_partners(things, [between, exact, far, exact]).count(None) == 0
+    assert evaluation.match_detections(things, [between, exact]) == [0, 1]
+    assert evaluation.match_detections(things, [exact, between]) == [1, 0]
+    assert evaluation.match_detections(things, [exact]) == [None, 0]
+    assert evaluation.match_detections(things, [between, exact, far, exact]).count(None) == 0
     assert (
-        evaluation.find_partners(things, [far]) == [None, None] and evaluation.find_partners(things, []) == [None] * 2
+        evaluation.match_detections(things, [far]) == [None, None]
+        and evaluation.match_detections(things, []) == [None] * 2
     )
     half = Detection("cat", (0, 0, 20, 10))
-    assert evaluation.find_partners(things[:1], [half]) == [0]  # 0.5 is enough
-    assert evaluation.find_partners(things[:1], [Detection("cat", (0, 0, 20, 9.9))]) == [None]
+    assert evaluation.match_detections(things[:1], [half]) == [0]  # 0.5 is enough
+    assert evaluation.match_detections(things[:1], [Detection("cat", (0, 0, 20, 9.9))]) == [None]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +216,9 @@ def test_best_boxes_find_their_thing_first_and_each_once():
 )
 def test_answers_without_masks_give_nothing_but_no_error(broken):
     scene = scene_of(("cat", (0, 0, 20, 20)))
-    assert evaluation.mask_overlaps(scene, broken, Album()) == [None]
+    assert evaluation.mask_ious(scene, broken, Album()) == [None]
     cut = "<loc0000><loc0000><loc0205><loc0205>" + "<seg001>" * 9 + " cat"
-    assert evaluation.mask_overlaps(scene, cut, Album()) == [0]
+    assert evaluation.mask_ious(scene, cut, Album()) == [0]
 
 
 def test_figures_of_nothing():
@@ -230,7 +231,7 @@ def test_figures_of_nothing():
 def test_the_embedded_vae_draws_masks_well_in_right_boxes():
     vae = MaskVQVAE.from_pretrained()
     segments = [(scene, e) for scene, e in ASKED if e.kind == "segment"]
-    overlaps = [evaluation.mask_overlaps(scene, right_answer(scene, e, vae), vae) for scene, e in segments]
+    overlaps = [evaluation.mask_ious(scene, right_answer(scene, e, vae), vae) for scene, e in segments]
     found, mask_iou = evaluation.segmentation_figures(overlaps).values()
     assert found.value == 1 and mask_iou.value >= 0.88 and 0 < mask_iou.margin < 0.03
 
@@ -239,8 +240,8 @@ def test_the_embedded_vae_draws_masks_well_in_right_boxes():
 
 
 def test_intervals():
-    assert share_right([True] * 50 + [False] * 50).margin == pytest.approx(0.0962, abs=0.001)  # Wilson, n = 100
-    assert share_right([True] * 100).margin == pytest.approx(0.037, abs=0.001)  # not zero at 100%
+    assert accuracy([True] * 50 + [False] * 50).margin == pytest.approx(0.0962, abs=0.001)  # Wilson, n = 100
+    assert accuracy([True] * 100).margin == pytest.approx(0.037, abs=0.001)  # not zero at 100%
     truth = [[Detection("cat", (0, 0, 10, 10))] for _ in range(40)]
     some = [[(truth[0][0], 0.9)] if i % 4 else [] for i in range(40)]
     figure = evaluation.detection_figures(truth, some)["detection AP at IoU 0.5"]
@@ -274,16 +275,16 @@ def test_a_report_of_random_weights(model, processor, tmp_path, capsys):
     assert written["scenes"] == 3
     order = ["detection AP, IoU 0.5 to 0.95", "segment: objects found", "mask IoU in correct boxes"]
     assert [row for row in columns["artist"] if row in order] == order
-    assert Figure(**written["splits"]["artist"]["caption"]) == columns["artist"]["caption"]
+    assert Metric(**written["splits"]["artist"]["caption"]) == columns["artist"]["caption"]
     with pytest.raises(ValueError, match="at least 1"):
         evaluation.evaluate(model, processor, "validation", 0)
 
 
 def test_a_vae_that_is_given_reads_the_masks(model, processor, monkeypatch):
-    """A model that has learnt the true answers by heart, in another VAE's codes."""
-    album, scene = Album(), scenes.make_scene(5, "validation")
-    texts = [(right_answer(scene, e, album), items(e.answers[0])) for e in prompts_of(scene)]
+    """A model that has learned the true answers by heart, in another VAE's codes."""
+    album, scene = Album(), emoji.make_scene(5, "validation")
+    texts = [(right_answer(scene, e, album), items(e.answers[0])) for e in evaluation_prompts(scene)]
     monkeypatch.setattr(evaluation, "answer_all", lambda model, processor, asked: texts)
-    monkeypatch.setattr(evaluation.scenes, "make_scene", lambda *_: scene)
+    monkeypatch.setattr(emoji, "make_scene", lambda *_: scene)
     columns = evaluation.run(model, processor, 1, ("validation",), vae=album)
     assert [column["mask IoU in correct boxes"].value for column in columns.values()] == [1, 1]

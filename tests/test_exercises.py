@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minivlm
-from minivlm import exercises, masks, scenes
-from minivlm.exercises import CHAPTERS, EXERCISES, kept
-from minivlm.exercises.__main__ import table
-from minivlm.exercises.exercise import call, examine, what_is_wrong
-from minivlm.exercises.patch import replaced
+from minivlm import emoji, masks
+from minivlm.course import exercises
+from minivlm.course.exercises import CHAPTERS, EXERCISES, saved
+from minivlm.course.exercises.__main__ import table
+from minivlm.course.exercises.exercise import call, examine, what_is_wrong
+from minivlm.course.exercises.patch import replaced
 
 SOURCES = Path(__file__).resolve().parents[1] / "notebooks" / "source"
 EACH = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=lambda e: f"{e.key} {e.name}")
@@ -42,7 +43,7 @@ SOLUTIONS = solutions()
 
 
 def keep_source(name: str, source: str) -> None:
-    path = kept.path_of(EXERCISES[name])
+    path = saved.path_of(EXERCISES[name])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source, encoding="utf-8")
 
@@ -95,7 +96,7 @@ def test_known_mistake_is_rejected_and_named(exercise, mistake):
 def test_the_teachers_table_is_what_is_declared():
     text = (SOURCES.parents[1] / "docs" / "teaching.md").read_text(encoding="utf-8")
     between = text.split("<!-- exercises -->")[1].split("<!-- /exercises -->")[0]
-    assert between.strip() == table().strip(), "python -m minivlm.exercises prints it"
+    assert between.strip() == table().strip(), "python -m minivlm.course.exercises prints it"
 
 
 # --- solutions and stubs --------------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def embedded():
 
 
 def answers(model, processor) -> list[str]:
-    pictures = [scenes.make_scene(seed, "validation").image for seed in range(3)]
+    pictures = [emoji.make_scene(seed, "validation").image for seed in range(3)]
     return [minivlm.generate(model, processor, picture, PROMPTS) for picture in pictures]
 
 
@@ -326,7 +327,7 @@ def test_pieces_are_really_called(embedded):
 
     with replaced({e.reference: counted(e) for e in EXERCISES.values() if e.plugs_in}):
         answers(*embedded)
-    assert called >= {"block_mask", "prefix_lm_mask", "close_padding"}
+    assert called >= {"block_mask", "prefix_lm_mask", "mask_padding"}
 
 
 def test_piece_that_fails_inside_the_model_says_whose_it_is(monkeypatch):

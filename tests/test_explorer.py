@@ -15,8 +15,8 @@ from browser import PATIENCE, chromium, exported, jupyterlab, notebook_with, qui
 from PIL import Image
 
 from minivlm import masks
-from minivlm.viz import Picture, mask_explorer
-from minivlm.viz.explorer import LIMITS, MODES, WIDGET, Settings, explorer_mask, explorer_tokens, module
+from minivlm.course.viz import Figure, mask_explorer
+from minivlm.course.viz.explorer import LIMITS, MODES, WIDGET, Settings, explorer_mask, explorer_tokens, module
 
 SIZES = {"image": (0, 1, 4, 9, 12, 13, 40), "prefix": (1, 2, 5), "suffix": (0, 1, 2, 7), "padding": (0, 1, 3, 13)}
 
@@ -375,7 +375,7 @@ def test_pictures_are_saved(page, show, how):
         page.get_by_role("button", name="Save PNG").click()
     with Image.open(download.value.path()) as image:
         assert image.size == (2 * int(root.get("width")), 2 * int(root.get("height")))
-        assert (0, 114, 178) in {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
+        assert (0, 114, 178) in {color[:3] for _, color in image.convert("RGB").getcolors(1 << 24)}
 
 
 @pytest.mark.parametrize("compare", [None, "causal"])
@@ -396,7 +396,7 @@ def test_the_bundle_holds_every_form():
     explorer = mask_explorer(image_tokens=256, compare="causal")
     data, metadata = explorer._repr_mimebundle_()
     assert set(data) == {"image/png", "text/plain", "text/html", WIDGET}
-    assert isinstance(explorer.picture(), Picture)
+    assert isinstance(explorer.picture(), Figure)
     assert metadata["image/png"]["alt"] == data["text/plain"] == explorer.picture().alt
     assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).width > 300
     assert data[WIDGET]["model_id"] == explorer.widget.model_id
@@ -454,7 +454,7 @@ def test_bad_settings_get_a_sentence(how, words):
 
 
 def test_in_jupyterlab_a_stored_picture_becomes_a_widget(browser, tmp_path):
-    source = "from minivlm.viz import mask_explorer\nmask_explorer()"
+    source = "from minivlm.course.viz import mask_explorer\nmask_explorer()"
     notebook = notebook_with(source, mask_explorer())
     del notebook.cells[0].outputs[0].data[WIDGET]  # as a notebook is kept
     notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from minivlm import generation
 from minivlm.generation import (
-    Options,
+    GenerationConfig,
     TextStream,
     apply_temperature,
-    choose,
     generate,
     generate_ids,
-    generate_pieces,
     greedy,
     sample,
+    sample_next_token,
+    stream_generate,
     top_k_filter,
     top_p_filter,
 )
@@ -112,14 +112,14 @@ def test_options_apply_in_order(monkeypatch):
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
     seen = []
     monkeypatch.setattr(generation, "sample", lambda logits, generator: seen.append(logits) or greedy(logits))
-    choose(logits, Options(do_sample=True, temperature=2.0, top_k=4, top_p=0.8))
+    sample_next_token(logits, GenerationConfig(do_sample=True, temperature=2.0, top_k=4, top_p=0.8))
     probabilities = softmax([1.0, 0.5, 0.25, 0.0])  # of all four: 0.41, 0.25, 0.19, 0.15
     assert sum(probabilities[:2]) < 0.8 < sum(probabilities[:3])
     assert kept(seen[0][0]) == {0, 1, 2}
     torch.testing.assert_close(seen[0][0, :3], torch.tensor([1.0, 0.5, 0.25]))
     assert sum(softmax([1.0, 0.5, 0.25, 0.0, -0.5])[:3]) < 0.8  # before top-k, top-p would have kept a fourth
     monkeypatch.setattr(generation, "greedy", lambda logits: logits.argmin(-1))
-    assert choose(logits, Options()).tolist() == [4]
+    assert sample_next_token(logits, GenerationConfig()).tolist() == [4]
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_the_answer_is_the_decoded_ids_up_to_eos(talker, tiny_processor):
 def test_streamed_pieces_are_the_answer(talker, tiny_processor, options):
     options = {"max_new_tokens": 20, **options}
     answer = generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], **options)
-    pieces = list(generate_pieces(talker, tiny_processor, PICTURES[0], PROMPTS[0], **options))
+    pieces = list(stream_generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], **options))
     assert "".join(pieces) == answer and len(pieces) > 5 and all(pieces)
     heard = []
     assert generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], stream=heard.append, **options) == answer
@@ -323,7 +323,7 @@ def test_pieces_come_as_they_are_written(talker, tiny_processor):
     """The first piece is there before the last token has been computed."""
     calls = []
     hook = talker.language_model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    pieces = generate_pieces(talker, tiny_processor, PICTURES[0], PROMPTS[0], max_new_tokens=20)
+    pieces = stream_generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], max_new_tokens=20)
     next(pieces)
     hook.remove()
     assert len(calls) < 10
@@ -331,7 +331,7 @@ def test_pieces_come_as_they_are_written(talker, tiny_processor):
 
 @given(st.text(max_size=12).map(lambda text: text.replace("<", "")))  # no special tokens
 def test_no_piece_breaks_a_character(tiny_processor, text):
-    """Most characters are unknown to the tokenizer, and spelt in bytes."""
+    """Most characters are unknown to the tokenizer, and spelled in bytes."""
     stream = TextStream(tiny_processor)
     pieces = [stream.push(i) for i in tiny_processor.encode([text])[0]] + [stream.end()]
     assert "".join(pieces) == text.replace("▁", " ")
@@ -359,10 +359,10 @@ def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
         ({"top_p": 0.0, "do_sample": True}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.1, "do_sample": True}, "top_p must be above 0 and at most 1"),
         ({"top_p": math.nan, "do_sample": True}, "top_p must be above 0 and at most 1"),
-        ({"top_k": 0, "do_sample": True}, "top_k must be a whole number of at least 1, not 0"),
-        ({"top_k": True, "do_sample": True}, "top_k must be a whole number"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        ({"top_k": 0, "do_sample": True}, "top_k must be an integer of at least 1, not 0"),
+        ({"top_k": True, "do_sample": True}, "top_k must be an integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, not 0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
         ({"cache": "dynamic"}, "cache must be 'static', 'growing' or None, not 'dynamic'"),
         ({"temperature": 0.5}, "need do_sample=True"),
         ({"top_k": 5}, "need do_sample=True"),
@@ -370,7 +370,7 @@ def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
     ],
 )
 def test_options_that_make_no_sense(tiny_processor, options, message):
-    for function in (generate, lambda *arguments, **options: next(generate_pieces(*arguments, **options))):
+    for function in (generate, lambda *arguments, **options: next(stream_generate(*arguments, **options))):
         with pytest.raises(ValueError, match=message) as error:
             function(tiny_model(1), tiny_processor, PICTURES[0], PROMPTS[0], **options)
         assert "\n" not in str(error.value)

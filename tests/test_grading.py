@@ -13,9 +13,10 @@ import nbformat
 import pytest
 
 from minivlm.__main__ import main
-from minivlm.exercises import EXERCISES, grading
-from minivlm.exercises.grading import Mark, Report, find_students, grade_notebook, harmless
-from minivlm.exercises.worker import essentials
+from minivlm.course.exercises import EXERCISES
+from minivlm.course.grading import grader
+from minivlm.course.grading.grader import Mark, Report, find_students, grade_notebook, harmless
+from minivlm.course.grading.worker import essentials
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import build_notebooks
@@ -25,7 +26,7 @@ CHAPTER = '''# %% [markdown]
 
 # %%
 import torch
-from minivlm import exercises
+from minivlm.course import exercises
 
 # %%
 while True:  # shows something for a long time
@@ -82,7 +83,7 @@ display(block_mask); input"""
 CHEAT = """
 import builtins, os
 from minivlm import masks
-from minivlm.exercises import exercise
+from minivlm.course.exercises import exercise
 passed = lambda *args, **kwargs: exercises.Result("passed", passed=True, score=1.0)
 exercises.check = exercises.score = exercise.examine = exercise.Result = passed
 exercise.what_is_wrong = exercise.find_problem = lambda *args, **kwargs: None
@@ -312,7 +313,7 @@ def test_only_what_others_need_of_a_cell_that_shows_something():
 
 
 def test_a_notebook_may_not_break_processes_for_ever(chapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "ATTEMPTS", 1)
+    monkeypatch.setattr(grader, "ATTEMPTS", 1)
     path = tmp_path / "05.ipynb"
     nbformat.write(changed(chapter["solution"], lambda text: "import os; os._exit(1)"), path)
     report = grade_notebook(path, 0, 60)

@@ -9,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minivlm.locations import Detection, Parsed, box_window, cut_mask, format_boxes, from_bin, parse, paste_mask, to_bin
-from minivlm.scenes import mask_box
+from minivlm.emoji.scenes import mask_box
+from minivlm.locations import (
+    Detection,
+    ParsedDetections,
+    crop_mask,
+    format_detections,
+    from_bin,
+    parse_detections,
+    paste_mask,
+    pixel_box,
+    to_bin,
+)
 from minivlm.vqvae import MaskVQVAE
 
 GOOD = "<loc0102><loc0051><loc0870><loc0512>"
@@ -36,9 +46,11 @@ def scenes(draw):
 
 
 def test_by_hand():
-    text = format_boxes([Detection("cat", (20, 10, 40, 50)), Detection("dog", (0, 0, 200, 100))], width=200, height=100)
+    text = format_detections(
+        [Detection("cat", (20, 10, 40, 50)), Detection("dog", (0, 0, 200, 100))], width=200, height=100
+    )
     assert text == "<loc0102><loc0102><loc0512><loc0205> cat ; <loc0000><loc0000><loc1023><loc1023> dog"
-    parsed = parse(text, 200, 100)
+    parsed = parse_detections(text, 200, 100)
     assert parsed.problems == []
     assert [d.label for d in parsed.detections] == ["cat", "dog"]
     assert parsed.detections[1].box == (0.0, 0.0, 200.0, 100.0)
@@ -46,7 +58,7 @@ def test_by_hand():
 
 
 def test_order_is_y_before_x():
-    (found,) = parse("<loc0001><loc0002><loc0003><loc0004> a", 1023, 2046).detections
+    (found,) = parse_detections("<loc0001><loc0002><loc0003><loc0004> a", 1023, 2046).detections
     assert found.box == (2.0, 2.0, 4.0, 6.0)
 
 
@@ -60,12 +72,12 @@ def test_every_bin_survives(side):
 def test_round_trip(scene):
     width, height, found = scene
     found = [Detection(*fields) for fields in found]
-    text = format_boxes(found, width, height)
-    parsed = parse(text, width, height)
+    text = format_detections(found, width, height)
+    parsed = parse_detections(text, width, height)
     # boxes that share their four bins, label and codes are one to a reader of the text
     items = list(dict.fromkeys(text.split(" ; "))) if found else []
     assert len(parsed.detections) == len(items)
-    assert format_boxes(parsed.detections, width, height) == " ; ".join(items)  # exact to the bin
+    assert format_detections(parsed.detections, width, height) == " ; ".join(items)  # exact to the bin
     if len(items) == len(found):
         assert parsed.problems == []
         for before, after in zip(found, parsed.detections, strict=True):
@@ -77,14 +89,14 @@ def test_round_trip(scene):
 def test_codes_of_a_mask_are_kept_aside():
     codes = tuple(range(100, 116))
     text = GOOD + "".join(f"<seg{code:03d}>" for code in codes) + " cat"
-    parsed = parse(text, 1023, 1023)
+    parsed = parse_detections(text, 1023, 1023)
     assert parsed.problems == [] and parsed.detections == [Detection("cat", (51.0, 102.0, 512.0, 870.0), codes)]
-    assert format_boxes(parsed.detections, 1023, 1023) == text
+    assert format_detections(parsed.detections, 1023, 1023) == text
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n"])
 def test_nothing_found_is_no_problem(text):
-    parsed = parse(text, 10, 10)
+    parsed = parse_detections(text, 10, 10)
     assert (parsed.detections, parsed.problems) == ([], [])
 
 
@@ -92,13 +104,13 @@ def test_nothing_found_is_no_problem(text):
 
 
 def triangle(size: int, new: int) -> np.ndarray:
-    """[new, size]: each new pixel as a mean of old ones, whose weights fall in a straight line from its centre.
+    """[new, size]: each new pixel as a mean of old ones, whose weights fall in a straight line from its center.
 
     They reach nothing at the distance of one pixel, an old or a new one, whichever is larger.
     """
     reach = max(size / new, 1.0)
-    centres = (np.arange(new) + 0.5) * size / new
-    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres[:, None]) / reach)
+    centers = (np.arange(new) + 0.5) * size / new
+    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centers[:, None]) / reach)
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -116,7 +128,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 def test_masks_in_boxes_of_their_own_size_come_back_exactly():
     mask = np.random.default_rng(0).random((90, 110)) < 0.5
     box = (30, 11, 94, 75)  # 64 × 64 pixels
-    cut = cut_mask(mask, box)
+    cut = crop_mask(mask, box)
     assert cut.dtype == np.float32 and np.array_equal(cut, mask[11:75, 30:94])
     pasted = paste_mask(2 * cut - 1, box, 110, 90)
     inside = np.zeros_like(mask)
@@ -127,7 +139,7 @@ def test_masks_in_boxes_of_their_own_size_come_back_exactly():
 def test_rows_are_y_and_columns_x():
     mask = np.zeros((40, 80), bool)
     mask[:10, 20:60] = True  # the upper half of the box below
-    cut = cut_mask(mask, (20, 0, 60, 20))
+    cut = crop_mask(mask, (20, 0, 60, 20))
     assert (cut[:30] == 1).all() and (cut[34:] == 0).all()
     values = np.full((64, 64), -1, np.float32)
     values[:, 32:] = 1
@@ -142,7 +154,7 @@ def test_cut_and_paste_equal_weighted_means(box):
     rng = np.random.default_rng(1)
     mask = rng.random((130, 200)) < 0.5
     rows, columns = triangle(y1 - y0, 64), triangle(x1 - x0, 64)
-    np.testing.assert_allclose(cut_mask(mask, box), rows @ mask[y0:y1, x0:x1] @ columns.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(crop_mask(mask, box), rows @ mask[y0:y1, x0:x1] @ columns.T, rtol=1e-5, atol=1e-6)
     values = rng.normal(size=(64, 64)).astype(np.float32)
     stretched = triangle(64, y1 - y0) @ values @ triangle(64, x1 - x0).T
     pasted = paste_mask(values, box, 200, 130)
@@ -156,7 +168,7 @@ def test_a_thin_line_is_a_grey_one_in_a_small_cut():
     """Antialiasing: of 128 rows two make one, so a line one pixel thick gives the two or three cells it touches."""
     mask = np.zeros((128, 128), bool)
     mask[50] = True
-    column = cut_mask(mask, (0, 0, 128, 128))[:, 7]
+    column = crop_mask(mask, (0, 0, 128, 128))[:, 7]
     assert set(np.flatnonzero(column)) <= {24, 25, 26}
     assert column.sum() == pytest.approx(0.5) and column.max() < 0.5
 
@@ -166,7 +178,7 @@ def test_a_thin_line_is_a_grey_one_in_a_small_cut():
 def test_smooth_masks_survive_cutting_and_pasting(width, height, seed):
     mask = blob(width, height, seed)
     box = mask_box(mask)
-    assert overlap(paste_mask(2 * cut_mask(mask, box) - 1, box, width, height), mask) >= 0.9
+    assert overlap(paste_mask(2 * crop_mask(mask, box) - 1, box, width, height), mask) >= 0.9
 
 
 @settings(max_examples=100)
@@ -175,10 +187,10 @@ def test_masks_survive_the_text(width, height, seed, data):
     """The box of a thing in whole pixels, written as bins and read again, means the same pixels."""
     x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = (x0, y0, data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height)))
-    (read,) = parse(format_boxes([Detection("cat", box)], width, height), width, height).detections
-    assert box_window(read.box, width, height) == box
+    (read,) = parse_detections(format_detections([Detection("cat", box)], width, height), width, height).detections
+    assert pixel_box(read.box, width, height) == box
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
-    assert np.array_equal(cut_mask(mask, read.box), cut_mask(mask, box))
+    assert np.array_equal(crop_mask(mask, read.box), crop_mask(mask, box))
 
 
 WINDOWS = {
@@ -198,13 +210,13 @@ WINDOWS = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows_lie_in_the_picture(name):
     box, window = WINDOWS[name]
-    assert box_window(box, 30, 20) == window
+    assert pixel_box(box, 30, 20) == window
     full = paste_mask(np.ones((64, 64), np.float32), box, 30, 20)
     assert full.shape == (20, 30) and mask_box(full) == window
     x0, y0, x1, y1 = window
     assert full.sum() == (x1 - x0) * (y1 - y0)
-    np.testing.assert_allclose(cut_mask(full, box), 1, rtol=1e-6)
-    assert not cut_mask(~full, box).any()
+    np.testing.assert_allclose(crop_mask(full, box), 1, rtol=1e-6)
+    assert not crop_mask(~full, box).any()
     assert not paste_mask(np.zeros((64, 64), np.float32), box, 30, 20).any()  # 0 is outside: above it is inside
 
 
@@ -230,7 +242,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_item_is_reported_and_the_others_are_read(name):
     item, message = BROKEN[name]
-    parsed = parse(
+    parsed = parse_detections(
         f"<loc0000><loc0000><loc0001><loc0001> owl ; {item} ; <loc0000><loc0000><loc0001><loc0002> fox", 64, 48
     )
     assert [d.label for d in parsed.detections] == ["owl", "fox"]
@@ -240,28 +252,28 @@ def test_broken_item_is_reported_and_the_others_are_read(name):
 
 @pytest.mark.parametrize("rest", [GOOD + " dog", "<lo", ">", "<seg001> ; <loc0001>"])
 def test_what_follows_a_label_is_reported_and_left_out(rest):
-    parsed = parse(f"{GOOD} cat {rest}", 1023, 1023)
+    parsed = parse_detections(f"{GOOD} cat {rest}", 1023, 1023)
     assert parsed.detections == [Detection("cat", (51.0, 102.0, 512.0, 870.0))]
     assert "only the label" in parsed.problems[0]
 
 
 def test_a_name_may_be_missing():
     codes = "".join(f"<seg{i:03d}>" for i in range(16))
-    parsed = parse(f"{GOOD}{codes} ; {GOOD}", 1023, 1023)
+    parsed = parse_detections(f"{GOOD}{codes} ; {GOOD}", 1023, 1023)
     box = (51.0, 102.0, 512.0, 870.0)
-    assert parsed == Parsed([Detection("", box, tuple(range(16))), Detection("", box)], [])
-    assert format_boxes(parsed.detections, 1023, 1023) == f"{GOOD}{codes} ; {GOOD}"
+    assert parsed == ParsedDetections([Detection("", box, tuple(range(16))), Detection("", box)], [])
+    assert format_detections(parsed.detections, 1023, 1023) == f"{GOOD}{codes} ; {GOOD}"
 
 
 def test_repeated_item_counts_once():
-    parsed = parse(f"{GOOD} cat ; {GOOD} dog ; {GOOD} cat ; {GOOD} cat", 64, 48)
+    parsed = parse_detections(f"{GOOD} cat ; {GOOD} dog ; {GOOD} cat ; {GOOD} cat", 64, 48)
     assert [d.label for d in parsed.detections] == ["cat", "dog"]
     assert ["repeats" in p for p in parsed.problems] == [True, True]
 
 
 @pytest.mark.parametrize("segs", ["<seg001>" * 15, "<seg001>" * 17, "<seg128>" * 16, "<seg1>" * 16])
 def test_broken_mask_keeps_its_box(segs):
-    parsed = parse(f"{GOOD}{segs} cat", 64, 48)
+    parsed = parse_detections(f"{GOOD}{segs} cat", 64, 48)
     (found,) = parsed.detections
     assert found.label == "cat" and found.codes == () and "mask" in parsed.problems[0]
 
@@ -273,10 +285,10 @@ def test_an_answer_cut_off_anywhere_keeps_what_was_whole(vae):
         Detection("dog", (10.0, 5.0, 20.0, 25.0)),
         Detection("owl", (0.0, 20.0, 64.0, 48.0), (127,) * 16),
     ]
-    text = format_boxes(found, 64, 48)
-    whole = parse(text, 64, 48).detections
+    text = format_detections(found, 64, 48)
+    whole = parse_detections(text, 64, 48).detections
     for end in range(len(text) + 1):
-        parsed = parse(text[:end], 64, 48)
+        parsed = parse_detections(text[:end], 64, 48)
         finished = text[:end].count(";")  # items before the one that was cut off
         last = text[:end].split(";")[-1]
         assert parsed.detections[:finished] == whole[:finished]
@@ -287,12 +299,12 @@ def test_an_answer_cut_off_anywhere_keeps_what_was_whole(vae):
             assert cut.codes == (whole[finished].codes if len(written) == 16 else ())
             half = "<" in re.sub(r"<(loc|seg)\d+>", "", last)  # a token
             assert bool(parsed.problems) == (half or len(written) not in (0, 16))
-    (kept,) = parse(text[: text.index("<seg009>")] + " cat", 64, 48).detections  # nine codes, then the name
-    assert kept.box == whole[0].box and vae.masks_of([kept], 64, 48) == [None]
+    (kept,) = parse_detections(text[: text.index("<seg009>")] + " cat", 64, 48).detections  # nine codes, then the name
+    assert kept.box == whole[0].box and vae.masks_from_detections([kept], 64, 48) == [None]
 
 
 def test_a_point_is_a_box():
-    assert len(parse("<loc0005><loc0005><loc0005><loc0005> ant", 64, 48).detections) == 1
+    assert len(parse_detections("<loc0005><loc0005><loc0005><loc0005> ant", 64, 48).detections) == 1
 
 
 pieces = st.sampled_from(
@@ -321,12 +333,12 @@ malformed = st.one_of(st.text(), st.lists(pieces, max_size=25).map("".join), st.
 @settings(max_examples=500, deadline=None)
 @given(malformed, sides, sides)
 def test_no_text_raises(text, width, height):
-    parsed = parse(text, width, height)
+    parsed = parse_detections(text, width, height)
     for found in parsed.detections:  # what is returned can be trusted …
         x0, y0, x1, y1 = found.box
         assert 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
         assert len(found.codes) in (0, 16)
-    again = parse(format_boxes(parsed.detections, width, height), width, height)  # … and written again
+    again = parse_detections(format_detections(parsed.detections, width, height), width, height)  # … and written again
     assert again.detections == parsed.detections and again.problems == []
     items = len(text.split(";")) if text.strip() else 0
     assert len(parsed.detections) + len(parsed.problems) >= items  # … and nothing is dropped in silence
@@ -385,18 +397,18 @@ def test_of_a_broken_answer_all_that_can_be_read_is_read(vae, written, width, he
         readable = kind != "places" and found not in expected
         expected += [found] if readable else []
         complaints += not (readable and kind == "whole")
-    parsed = parse(" ; ".join(text for text, *_ in written), width, height)
+    parsed = parse_detections(" ; ".join(text for text, *_ in written), width, height)
     boxes = [(x0, y0, x1, y1) for _, (y0, x0, y1, x1), _ in expected]
     assert [(d.label, d.codes) for d in parsed.detections] == [(name, numbers) for name, _, numbers in expected]
     for detection, box in zip(parsed.detections, boxes, strict=True):
         x, y = width / 1023, height / 1023
         assert detection.box == pytest.approx(np.multiply(box, (x, y, x, y)), rel=1e-9)
     assert len(parsed.problems) == complaints
-    masks = vae.masks_of(parsed.detections, width, height)
+    masks = vae.masks_from_detections(parsed.detections, width, height)
     assert [mask is None for mask in masks] == [not d.codes for d in parsed.detections]
     for detection, mask in zip(parsed.detections, masks, strict=True):
         if mask is not None:
-            x0, y0, x1, y1 = box_window(detection.box, width, height)
+            x0, y0, x1, y1 = pixel_box(detection.box, width, height)
             assert mask.shape == (height, width) and mask.sum() == mask[y0:y1, x0:x1].sum()
 
 
@@ -407,20 +419,20 @@ def test_no_text_shuffled_repeated_or_cut_stops_the_masks(vae, text, data):
     parts = data.draw(st.lists(st.sampled_from(text.split("<")), max_size=60)) if text else []
     mixed = "<".join(parts).encode("utf-8", "surrogatepass")
     mixed = mixed[: data.draw(st.integers(0, len(mixed)))].decode("utf-8", "replace")
-    parsed = parse(mixed, 60, 40)
-    assert len(vae.masks_of(parsed.detections, 60, 40)) == len(parsed.detections)
+    parsed = parse_detections(mixed, 60, 40)
+    assert len(vae.masks_from_detections(parsed.detections, 60, 40)) == len(parsed.detections)
     pieces = len(mixed.split(";")) if mixed.strip() else 0
     assert len(parsed.detections) + len(parsed.problems) >= pieces
 
 
 def test_long_nonsense_is_read_fast(vae):
     for segs in ("<seg001>" * 50_000, "<seg999>" * 50_000):
-        parsed = parse(GOOD + segs + " cat", 64, 48)
-        assert vae.masks_of(parsed.detections, 64, 48) == [None] and len(parsed.problems) == 1
+        parsed = parse_detections(GOOD + segs + " cat", 64, 48)
+        assert vae.masks_from_detections(parsed.detections, 64, 48) == [None] and len(parsed.problems) == 1
     for text in ("<loc" * 50_000, "<loc0001>" * 50_000):
-        assert parse(text, 64, 48).detections == []
+        assert parse_detections(text, 64, 48).detections == []
     for text in (GOOD + " " * 200_000, GOOD + "<seg " * 50_000):
-        assert len(parse(text, 64, 48).detections) == 1
+        assert len(parse_detections(text, 64, 48).detections) == 1
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -432,24 +444,24 @@ def test_long_nonsense_is_read_fast(vae):
 )
 def test_bad_boxes(box):
     with pytest.raises(ValueError, match="order its corners"):
-        format_boxes([Detection("cat", box)], 10, 10)
+        format_detections([Detection("cat", box)], 10, 10)
 
 
 @pytest.mark.parametrize("label", [" cat", "cat ", "a;b", "<loc0001>", "a>b"])
 def test_bad_labels(label):
     with pytest.raises(ValueError, match="label"):
-        format_boxes([Detection(label, (0, 0, 1, 1))], 10, 10)
+        format_detections([Detection(label, (0, 0, 1, 1))], 10, 10)
 
 
 @pytest.mark.parametrize("codes", [(1,), (128,) * 16, (-1,) * 16])
 def test_bad_codes(codes):
     with pytest.raises(ValueError, match="16 codes"):
-        format_boxes([Detection("cat", (0, 0, 1, 1), codes)], 10, 10)
+        format_detections([Detection("cat", (0, 0, 1, 1), codes)], 10, 10)
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, -1), (float("inf"), 10), (10, float("nan"))])
 def test_bad_sizes(size):
     with pytest.raises(ValueError, match="positive"):
-        parse("", *size)
+        parse_detections("", *size)
     with pytest.raises(ValueError, match="positive"):
-        format_boxes([], *size)
+        format_detections([], *size)

@@ -118,21 +118,21 @@ def test_softmax_of_nothing(x):
             function(x, -1)
 
 
-# --- normalise ------------------------------------------------------------------------------------------------------
+# --- normalize ------------------------------------------------------------------------------------------------------
 
 
-def test_normalise():
+def test_normalize():
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(losses.normalise(x), F.normalize(x, dim=-1))
-    assert torch.autograd.gradcheck(losses.normalise, (x,))
+    torch.testing.assert_close(losses.l2_normalize(x), F.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(losses.l2_normalize, (x,))
     half = torch.full((4,), 60000.0, dtype=torch.float16)  # whose length is beyond float16
-    assert losses.normalise(half).tolist() == [0.5] * 4
-    assert losses.normalise(torch.full((4,), 1e-7, dtype=torch.float16)).tolist() == [0.5] * 4
+    assert losses.l2_normalize(half).tolist() == [0.5] * 4
+    assert losses.l2_normalize(torch.full((4,), 1e-7, dtype=torch.float16)).tolist() == [0.5] * 4
 
 
 def test_a_vector_without_a_direction():
     x = torch.zeros(2, 3, requires_grad=True)
-    y = losses.normalise(x)
+    y = losses.l2_normalize(x)
     y.sum().backward()
     assert y.tolist() == [[0, 0, 0]] * 2 and x.grad.abs().max() <= 1
 

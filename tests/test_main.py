@@ -15,7 +15,7 @@ from PIL import Image
 
 import minivlm
 from minivlm import __main__ as cli
-from minivlm import checkpoint, doctor, generation, locations, scenes
+from minivlm import checkpoint, doctor, emoji, generation, hub, locations
 from minivlm.__main__ import COMMANDS, find_device, main
 from minivlm.vqvae import MaskVQVAE
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CAT = str(ROOT / "data" / "images" / "cat.jpg")
 SCENE = str(ROOT / "data" / "images" / "scenes" / "validation-0.png")
 SEGMENT = ["generate", "--image", SCENE, "--prompt", "segment panda ; shoe"]
-embedded = pytest.mark.skipif(not checkpoint.EMBEDDED.is_dir(), reason="there is no embedded checkpoint yet")
+embedded = pytest.mark.skipif(not hub.EMBEDDED.is_dir(), reason="there is no embedded checkpoint yet")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_four_names_of_the_package():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     if command == "evaluate":
-        pytest.importorskip("minivlm.evaluation")
+        pytest.importorskip("minivlm.emoji.evaluation")
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
@@ -143,10 +143,10 @@ def test_generate_answers_several_prompts_and_draws_one_picture(folder, says, ca
         assert "1 box: cat" in picture.info["Description"] and "caption en: a cat" in picture.info["Description"]
 
 
-def segment_answer(codes_of) -> str:
+def segment_answer(codes_from_masks) -> str:
     """What `segment panda ; shoe` should be answered about SCENE."""
-    scene = scenes.make_scene(0, "validation")
-    return scenes.segment_target(scene.objects, ["panda", "shoe"], scene.size, codes_of)
+    scene = emoji.make_scene(0, "validation")
+    return emoji.segment_target(scene.objects, ["panda", "shoe"], scene.size, codes_from_masks)
 
 
 def some_codes(masks, boxes) -> list[tuple[int, ...]]:
@@ -158,8 +158,8 @@ def test_generate_decodes_and_draws_masks(folder, says, vqvae, capsys, tmp_path)
     says(answer)
     assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(vqvae), "--save", str(saved)]) == 0
     out, err = capsys.readouterr()
-    found = locations.parse(answer, 112, 112).detections
-    masks = MaskVQVAE.from_pretrained(vqvae).masks_of(found, 112, 112)
+    found = locations.parse_detections(answer, 112, 112).detections
+    masks = MaskVQVAE.from_pretrained(vqvae).masks_from_detections(found, 112, 112)
     counts = [mask.sum() for mask in masks]
     assert min(counts) > 0 and counts[0] != counts[1]
     x0, y0, x1, y1 = (round(v) for v in found[0].box)
@@ -185,9 +185,9 @@ def test_generate_finds_the_masks_of_the_checkpoint_in_its_folder(folder, says, 
 
 
 def test_the_embedded_vqvae_reads_what_it_wrote(says, capsys):
-    scene = scenes.make_scene(0, "validation")
+    scene = emoji.make_scene(0, "validation")
     size = {thing.name: int(thing.mask.sum()) for thing in scene.objects}
-    says(segment_answer(MaskVQVAE.from_pretrained().codes_of))
+    says(segment_answer(MaskVQVAE.from_pretrained().codes_from_masks))
     assert main(SEGMENT) == 0
     sizes = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[1:]]
     assert sizes == pytest.approx([size["panda"], size["shoe"]], rel=0.1)
@@ -247,7 +247,7 @@ MISTAKES = {
     "a folder without a model": (["--checkpoint", str(ROOT / "tests")], "has no config.json"),
     "temperature 0": (["--sample", "--temperature", "0"], "temperature must be above 0"),
     "top-p 0": (["--sample", "--top-p", "0"], "top_p must be above 0"),
-    "top-k 0": (["--sample", "--top-k", "0"], "top_k must be a whole number"),
+    "top-k 0": (["--sample", "--top-k", "0"], "top_k must be an integer"),
     "temperature alone": (["--temperature", "0.5"], "--temperature changes nothing without --sample"),
     "seed below 0": (["--sample", "--seed", "-1"], "--seed must be"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens must be"),
@@ -324,7 +324,7 @@ def test_demo_draws_the_masks_of_segment_and_else_the_boxes_of_detect(folder, vq
         names = prompts[-1].removeprefix("segment ").split(" ; ")
         boxes = [locations.Detection(name, (10, 10, 60, 60)) for name in names]
         masks = [locations.Detection(b.label, (20, 20, 70, 70), tuple(range(16))) for b in boxes]
-        found = [locations.format_boxes(boxes, *image.size), locations.format_boxes(masks, *image.size)]
+        found = [locations.format_detections(boxes, *image.size), locations.format_detections(masks, *image.size)]
         return ["<loc0001>", *["?"] * (len(prompts) - 3), *found]
 
     monkeypatch.setattr(generation, "generate", generate)
@@ -396,10 +396,10 @@ def test_doctor_asks_nothing_of_the_network():
 
 
 def test_train_and_evaluate_hand_over_their_arguments(monkeypatch, folder, tmp_path):
-    from minivlm import evaluation, training
+    from minivlm.emoji import evaluation, recipe
 
     calls = []
-    monkeypatch.setattr(training, "run", lambda args: calls.append(json.loads(json.dumps(vars(args), default=str))))
+    monkeypatch.setattr(recipe, "run", lambda args: calls.append(json.loads(json.dumps(vars(args), default=str))))
     monkeypatch.setattr(evaluation, "run", lambda model, processor, *args: calls.append(args))
     assert main(["train", "--seed", "7"]) == 0
     assert calls.pop()["seed"] == 7

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from minivlm import exercises
+from minivlm.course import exercises
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import build_notebooks
@@ -24,7 +24,7 @@ EVERY = [(stem, kind) for kind in KINDS for stem in SOURCES]
 every = pytest.mark.parametrize(("stem", "kind"), EVERY, ids=[f"{stem}-{kind}" for stem, kind in EVERY])
 CHAPTER = """# %%
 import torch
-from minivlm import exercises
+from minivlm.course import exercises
 
 
 # %%

@@ -18,8 +18,8 @@ from conftest import (
     with_eos,
 )
 
+from minivlm.course.viz import decoder_attention, tower_attention
 from minivlm.generation import generate_ids
-from minivlm.viz import decoder_attention, tower_attention
 
 BATCHES = {
     "prompt": dict(prefixes=[7], suffixes=[0]),

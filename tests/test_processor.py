@@ -18,7 +18,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from minivlm import processor as module
-from minivlm.processor import IMAGE, LOC_TOKENS, SEG_TOKENS, Processor, open_image, to_rgb, train_tokenizer
+from minivlm.processor import Processor, open_image, to_rgb
+from minivlm.tokenizer import IMAGE, LOC_TOKENS, SEG_TOKENS, train_tokenizer
 
 GEMMA = Path(__file__).resolve().parents[2] / "shared" / "gemma_tokenizer" / "tokenizer.json"
 P = 4  # image tokens, few, so that a failing comparison can be read
@@ -158,7 +159,7 @@ def test_known_ids(ours):
     ]
 
 
-def test_whole_prompt_tokenises_to_the_same_ids(ours):
+def test_whole_prompt_tokenizes_to_the_same_ids(ours):
     """The processor spares the tokenizer the image tokens; the string of the course, taken whole, must say the same."""
     prompt = module.build_prompt("caption en", num_image_tokens=P)
     assert prompt == "<image><image><image><image><bos>caption en\n"
@@ -185,9 +186,9 @@ def test_decode_keeps_places_and_drops_specials(small):
 
 MODES = {
     "RGB": lambda: noise("RGB"),
-    "grey": lambda: noise("L"),
+    "gray": lambda: noise("L"),
     "RGBA": lambda: noise("RGBA"),
-    "grey with alpha": lambda: noise("LA"),
+    "gray with alpha": lambda: noise("LA"),
     "CMYK": lambda: noise("CMYK"),
     "YCbCr": lambda: noise("YCbCr"),
     "black and white": lambda: noise("L").convert("1"),
@@ -205,7 +206,7 @@ MODES = {
 def test_pixels_equal_transformers(name, size, small_tokenizer):
     image = MODES[name]()
     expected = siglip(size)(image, return_tensors="pt")["pixel_values"]
-    pixels = Processor(small_tokenizer, image_size=size).pixels([image])
+    pixels = Processor(small_tokenizer, image_size=size).preprocess_images([image])
     assert pixels.dtype == torch.float32 and pixels.shape == (1, 3, size, size)
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
 
@@ -216,7 +217,7 @@ def test_palette_with_transparency_equals_transformers(small, tmp_path):
     opened = Image.open(tmp_path / "transparent.png")
     assert opened.mode == "P" and "transparency" in opened.info
     expected = siglip(32)(opened, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(small.pixels([tmp_path / "transparent.png"]), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(small.preprocess_images([tmp_path / "transparent.png"]), expected, atol=1e-6, rtol=0)
 
 
 def test_transparent_is_white():
@@ -232,7 +233,7 @@ def test_sixteen_bits_are_scaled_not_clipped(small, tmp_path):
     assert np.asarray(image)[:, :, 0].tolist() == [[0, 1, 128], [255, 0, 1]]
     assert to_rgb(Image.fromarray(values.astype(np.int32))).tobytes() == image.tobytes()
     expected = siglip(32)(image, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(small.pixels([tmp_path / "deep.png"]), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(small.preprocess_images([tmp_path / "deep.png"]), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -266,16 +267,18 @@ def test_path_image_and_array_agree(small, tmp_path):
     for size in [(32, 32), (50, 20)]:  # 32 × 32 arrays skip PIL
         image = noise("RGB", size)
         image.save(tmp_path / "a.png")
-        first, *others = small.pixels([image, str(tmp_path / "a.png"), tmp_path / "a.png", np.asarray(image)])
+        first, *others = small.preprocess_images(
+            [image, str(tmp_path / "a.png"), tmp_path / "a.png", np.asarray(image)]
+        )
         assert all(torch.equal(first, other) for other in others)
     array = np.asarray(noise("RGB", (32, 32)))
-    assert small.square(array) is array
+    assert small.load_and_resize(array) is array
 
 
 def test_the_steps_can_be_patched(small, monkeypatch):
-    before = small.pixels([picture()])
+    before = small.preprocess_images([picture()])
     monkeypatch.setattr(module, "rescale", lambda pixels: pixels.float())  # the classic: forgetting / 255
-    assert small.pixels([picture()]).max() > 100 > before.max()
+    assert small.preprocess_images([picture()]).max() > 100 > before.max()
     monkeypatch.setattr(module, "build_prompt", lambda prefix, *_, **__: "<bos>" + prefix)  # … and the newline
     assert small("caption en", picture())["input_ids"][0, -1] == small.tokenizer.token_to_id("▁en")
 

@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minivlm import scenes
+from minivlm import emoji, hub
+from minivlm.emoji import scenes
 
-DATA = Path(scenes.__file__).resolve().parent.parent / "data"
+DATA = hub.DATA
 SEEDS = range(300)
 TASKS = ("detect", "segment")
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, list[scenes.Scene]]:
-    return {split: [scenes.make_scene(seed, split) for seed in SEEDS] for split in scenes.SPLITS}
+def drawn() -> dict[str, list[emoji.Scene]]:
+    return {split: [emoji.make_scene(seed, split) for seed in SEEDS] for split in emoji.SPLITS}
 
 
 def asked(drawn, kind):
@@ -37,13 +37,13 @@ def pairs_of(scene):
 
 
 def test_sheets_are_small_and_hold_every_object():
-    assert len(scenes.OBJECTS) >= 96 and len(set(scenes.OBJECTS)) == len(scenes.OBJECTS)
-    for artist in scenes.TRAIN_ARTISTS + scenes.UNSEEN_ARTISTS:
+    assert len(emoji.OBJECTS) >= 96 and len(set(emoji.OBJECTS)) == len(emoji.OBJECTS)
+    for artist in emoji.TRAIN_ARTISTS + emoji.UNSEEN_ARTISTS:
         path = DATA / "emoji" / f"{artist}.png"
         assert path.stat().st_size <= 500_000
         assert Image.open(path).mode == "RGBA"
-        for name in scenes.OBJECTS:
-            assert (scenes.draw_sprite(name, artist, 40)[..., 3] > 127).sum() > 150, (artist, name)
+        for name in emoji.OBJECTS:
+            assert (emoji.draw_sprite(name, artist, 40)[..., 3] > 127).sum() > 150, (artist, name)
 
 
 def test_every_data_file_has_its_origin():
@@ -57,21 +57,21 @@ def test_every_data_file_has_its_origin():
 
 
 def test_names_and_plurals_are_plain_words():
-    words = list(scenes.OBJECTS) + [scenes.plural(n) for n in scenes.OBJECTS]
-    assert len(set(words)) == 2 * len(scenes.OBJECTS)
+    words = list(emoji.OBJECTS) + [emoji.plural(n) for n in emoji.OBJECTS]
+    assert len(set(words)) == 2 * len(emoji.OBJECTS)
     assert all(re.fullmatch("[a-z]+", w) for w in words)
-    assert [scenes.plural(n) for n in ("leaf", "bus", "fox", "snowman")] == ["leaves", "buses", "foxes", "snowmen"]
-    assert scenes.with_article("apple") == "an apple" and scenes.with_article("unicorn") == "a unicorn"
+    assert [emoji.plural(n) for n in ("leaf", "bus", "fox", "snowman")] == ["leaves", "buses", "foxes", "snowmen"]
+    assert emoji.with_article("apple") == "an apple" and emoji.with_article("unicorn") == "a unicorn"
 
 
 # ----------------------------------------------------------------------------------------------------------- the splits
 
 
-@pytest.mark.parametrize("split", scenes.SPLITS)
+@pytest.mark.parametrize("split", emoji.SPLITS)
 @pytest.mark.parametrize("size", [64, 112, 224])
 def test_same_seed_same_scene(split, size):
     for seed in (0, 1, 10**12):
-        first, second = (scenes.make_scene(seed, split, size) for _ in range(2))
+        first, second = (emoji.make_scene(seed, split, size) for _ in range(2))
         assert first.image.tobytes() == second.image.tobytes()
         assert first.image.shape == (size, size, 3) and first.image.dtype == np.uint8
         assert first.objects == second.objects and first.examples == second.examples
@@ -79,17 +79,17 @@ def test_same_seed_same_scene(split, size):
 
 def test_scenes_stay_what_they_were():
     """A change of the stream would make old scores incomparable: it must be a decision, not an accident."""
-    said = [scenes.make_scene(0, split).captions["caption"][0] for split in scenes.SPLITS]
+    said = [emoji.make_scene(0, split).captions["caption"][0] for split in emoji.SPLITS]
     assert said == ["two koalas and a pig", "a snake, a panda and a shoe", "an octopus and a balloon", "an octopus"]
-    assert scenes.make_scene(2).objects[0].name == "cactus"
+    assert emoji.make_scene(2).objects[0].name == "cactus"
 
 
 def test_examples_stay_what_they_were_before_there_were_masks():
     """`segment` comes last in a scene's stream of random numbers, so all that came before it is as it was."""
     digest = hashlib.sha256()
-    for split in scenes.SPLITS:
+    for split in emoji.SPLITS:
         for seed in range(50):
-            for e in scenes.make_scene(seed, split).examples:
+            for e in emoji.make_scene(seed, split).examples:
                 if e.kind != "segment":
                     digest.update(repr((e.kind, e.prompt, e.answers)).encode())
     assert digest.hexdigest() == "434fb2738a897a8c5123a0c70fd5cc96ec0c66e73aec77cf463951a5fe5f8ec3"
@@ -101,15 +101,15 @@ def test_streams_are_disjoint(drawn):
 
 
 def test_splits_keep_their_guarantees(drawn):
-    share = len(scenes.HELD_OUT_PAIRS) / (len(scenes.OBJECTS) * (len(scenes.OBJECTS) - 1) / 2)
+    share = len(emoji.HELD_OUT_PAIRS) / (len(emoji.OBJECTS) * (len(emoji.OBJECTS) - 1) / 2)
     assert 0.03 < share < 0.07
     for split, group in drawn.items():
         for scene in group:
             artists = {o.artist for o in scene.objects}
-            assert artists <= set(scenes.UNSEEN_ARTISTS if split == "artist" else scenes.TRAIN_ARTISTS)
-            assert bool(pairs_of(scene) & scenes.HELD_OUT_PAIRS) == (split == "pairs")
-    assert {o.artist for s in drawn["train"] for o in s.objects} == set(scenes.TRAIN_ARTISTS)
-    assert not set(scenes.TRAIN_ARTISTS) & set(scenes.UNSEEN_ARTISTS)
+            assert artists <= set(emoji.UNSEEN_ARTISTS if split == "artist" else emoji.TRAIN_ARTISTS)
+            assert bool(pairs_of(scene) & emoji.HELD_OUT_PAIRS) == (split == "pairs")
+    assert {o.artist for s in drawn["train"] for o in s.objects} == set(emoji.TRAIN_ARTISTS)
+    assert not set(emoji.TRAIN_ARTISTS) & set(emoji.UNSEEN_ARTISTS)
 
 
 def test_scenes_vary(drawn):
@@ -136,7 +136,7 @@ def test_poses_are_those_that_were_drawn(drawn):
     def fits(thing, angle, mirrored):
         x0, y0, x1, y1 = thing.box
         for side in range(max(x1 - x0, y1 - y0), max(x1 - x0, y1 - y0) + 6):  # a sprite may have faint edges
-            redrawn = scenes.draw_sprite(thing.name, thing.artist, side, angle, mirrored)[..., 3] > 127
+            redrawn = emoji.draw_sprite(thing.name, thing.artist, side, angle, mirrored)[..., 3] > 127
             bx0, by0, bx1, by1 = scenes.mask_box(redrawn)
             if np.array_equal(redrawn[by0:by1, bx0:bx1], thing.mask[y0:y1, x0:x1]):
                 return True
@@ -159,7 +159,7 @@ def test_three_quarters_of_every_object_stay_visible(monkeypatch, size):
     covered = 0
     for seed in SEEDS:
         pasted.clear()
-        scene = scenes.make_scene(seed, size=size)
+        scene = emoji.make_scene(seed, size=size)
         assert len(pasted) == len(scene.objects)
         for sprite, o in zip(pasted, scene.objects, strict=True):
             total = (sprite[..., 3] > 127).sum()
@@ -172,7 +172,7 @@ def test_three_quarters_of_every_object_stay_visible(monkeypatch, size):
 # --------------------------------------------------------------------------------------------------------- the language
 
 
-def centres(scene):
+def centers(scene):
     return [((o.box[0] + o.box[2]) / 2 / scene.size, (o.box[1] + o.box[3]) / 2 / scene.size) for o in scene.objects]
 
 
@@ -184,13 +184,13 @@ def test_captions(drawn):
     for scene, e in asked(drawn, "caption"):
         assert e.prompt == "caption en" and len(e.answers) == 1
         counts = Counter(o.name for o in scene.objects)
-        assert scenes.parse_caption(e.answers[0]) == counts
+        assert emoji.parse_caption(e.answers[0]) == counts
         for name, n in counts.items():
-            said = re.search(rf"\b(\w+) ({name}|{scenes.plural(name)})\b", e.answers[0])
+            said = re.search(rf"\b(\w+) ({name}|{emoji.plural(name)})\b", e.answers[0])
             assert said[1] in (("a", "an") if n == 1 else (word(n),))
-            assert said[2] == (name if n == 1 else scenes.plural(name))
+            assert said[2] == (name if n == 1 else emoji.plural(name))
     for scene, e in asked(drawn, "cap"):
-        ordered = sorted((c[0], o.name) for c, o in zip(centres(scene), scene.objects, strict=True))
+        ordered = sorted((c[0], o.name) for c, o in zip(centers(scene), scene.objects, strict=True))
         xs, names = zip(*ordered, strict=True)
         assert min(np.diff(xs), default=1) >= 0.04 - 1e-9
         said = re.split(", | and ", e.answers[0].removeprefix("from left to right: "))
@@ -203,9 +203,9 @@ def test_describe(drawn):
         assert scene.captions["describe"] == e.answers
         if len(scene.objects) == 1:
             name, cell = re.fullmatch(r"an? (\w+) (?:at|in) the (.+)", e.answers[0]).groups()
-            assert name == scene.objects[0].name and cell == nine(*centres(scene)[0])
+            assert name == scene.objects[0].name and cell == nine(*centers(scene)[0])
             continue
-        ordered = sorted(zip(centres(scene), [o.name for o in scene.objects], strict=True))
+        ordered = sorted(zip(centers(scene), [o.name for o in scene.objects], strict=True))
         (xa, ya), (xb, yb) = ordered[0][0], ordered[1][0]
         for answer, (ax, ay, bx, by), names in (
             (e.answers[0], (xa, ya, xb, yb), (ordered[0][1], ordered[1][1])),
@@ -218,7 +218,7 @@ def test_describe(drawn):
             across = abs(by - ay) if how.startswith("to") else abs(bx - ax)
             assert gap >= 0.1 - 1e-9 and gap >= 1.5 * across - 1e-9
             left_over = Counter(name for _, name in ordered[2:])
-            assert (scenes.parse_caption(rest) if rest else Counter()) == left_over
+            assert (emoji.parse_caption(rest) if rest else Counter()) == left_over
             seen[how] += 1
     assert len(seen) == 4 and min(seen.values()) > 20
 
@@ -235,29 +235,29 @@ def test_where_and_what(drawn):
     for scene, e in asked(drawn, "where"):
         name = re.fullmatch(r"answer en where is the (\w+)\?", e.prompt)[1]
         [index] = [i for i, o in enumerate(scene.objects) if o.name == name]
-        assert e.answers == (nine(*centres(scene)[index]),)
+        assert e.answers == (nine(*centers(scene)[index]),)
     cells = set()
     for scene, e in asked(drawn, "what"):
         if e.prompt == "answer en what is this?":
             assert len(scene.objects) == 1 and e.answers == (scene.objects[0].name,)
             continue
         cell = re.fullmatch(r"answer en what is (?:at|in) the (.+)\?", e.prompt)[1]
-        inside = [o.name for o, c in zip(scene.objects, centres(scene), strict=True) if nine(*c) == cell]
+        inside = [o.name for o, c in zip(scene.objects, centers(scene), strict=True) if nine(*c) == cell]
         assert inside == [e.answers[0]]
-        assert sum(cell_hit(c, cell) for c in centres(scene)) == 1
+        assert sum(cell_hit(c, cell) for c in centers(scene)) == 1
         cells.add(cell)
     assert len(cells) == 9
 
 
-def cell_hit(centre, cell):
-    """Whether a centre lies in the cell or less than 8% from it."""
+def cell_hit(center, cell):
+    """Whether a center lies in the cell or less than 8% from it."""
     grid = {nine((c + 0.5) / 3, (r + 0.5) / 3): (c, r) for c in range(3) for r in range(3)}
     near = 0.08 - 1e-9
-    return all(k / 3 - near < v < (k + 1) / 3 + near for v, k in zip(centre, grid[cell], strict=True))
+    return all(k / 3 - near < v < (k + 1) / 3 + near for v, k in zip(center, grid[cell], strict=True))
 
 
 def test_counting(drawn):
-    singular = {scenes.plural(n): n for n in scenes.OBJECTS}
+    singular = {emoji.plural(n): n for n in emoji.OBJECTS}
     answers, yes_no = Counter(), Counter()
     for scene, e in asked(drawn, "how many"):
         what = re.fullmatch(r"answer en how many (\w+) are there\?", e.prompt)[1]
@@ -267,7 +267,7 @@ def test_counting(drawn):
     assert min(answers[n] for n in range(5)) > 20
     for scene, e in asked(drawn, "is there"):
         name = re.fullmatch(r"answer en is there an? (\w+)\?", e.prompt)[1]
-        assert e.prompt.endswith(f"{scenes.with_article(name)}?")
+        assert e.prompt.endswith(f"{emoji.with_article(name)}?")
         assert e.answers == (("yes",) if any(o.name == name for o in scene.objects) else ("no",))
         yes_no[e.answers[0]] += 1
     assert yes_no["yes"] == yes_no["no"]
@@ -277,7 +277,7 @@ def test_relations(drawn):
     seen = Counter()
     for scene, e in asked(drawn, "relation"):
         how, name = re.fullmatch(r"answer en what is (left of|right of|above|below) the (\w+)\?", e.prompt).groups()
-        places = list(zip(centres(scene), [o.name for o in scene.objects], strict=True))
+        places = list(zip(centers(scene), [o.name for o in scene.objects], strict=True))
         [here] = [c for c, n in places if n == name]
         sign, axis = {"left of": (-1, 0), "right of": (1, 0), "above": (-1, 1), "below": (1, 1)}[how]
         others = [(sign * (c[axis] - here[axis]), n) for c, n in places if n != name]
@@ -341,18 +341,18 @@ def test_segment_targets_are_the_detections_with_codes(drawn):
         classes = e.prompt.removeprefix("segment ").split(" ; ")
         wanted = {o.box: (o, (index,) * 16) for index, o in enumerate(scene.objects)}
 
-        def codes_of(masks, boxes, wanted=wanted):
+        def codes_from_masks(masks, boxes, wanted=wanted):
             assert all(mask is wanted[box][0].mask for mask, box in zip(masks, boxes, strict=True))
             return [wanted[box][1] for box in boxes]
 
-        text = scenes.segment_target(scene.objects, classes, scene.size, codes_of)
+        text = emoji.segment_target(scene.objects, classes, scene.size, codes_from_masks)
         assert re.sub(r"(<seg\d{3}>)+", "", text) == e.answers[0]
         assert text.count("<seg") == 16 * (text.count("<loc") // 4)
         for index, o in enumerate(scene.objects):
             assert text.count(f"<seg{index:03d}>" * 16 + f" {o.name}") == (o.name in classes)
         calls += 1
     assert calls > 1000
-    assert scenes.segment_target((), ["cat"], 112, lambda masks, boxes: []) == ""
+    assert emoji.segment_target((), ["cat"], 112, lambda masks, boxes: []) == ""
 
 
 def test_what_a_scene_offers(drawn):
@@ -373,25 +373,25 @@ def test_a_tokenizer_learns_from_everything_but_masks(drawn):
     assert list(scenes.texts(range(20))) == said and "caption en" in said
 
 
-captions = st.lists(st.sampled_from(scenes.OBJECTS), min_size=1, max_size=4)
+captions = st.lists(st.sampled_from(emoji.OBJECTS), min_size=1, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)
 @given(captions, st.randoms(use_true_random=False), captions)
 def test_same_caption(names, random, others):
-    text = scenes.count_caption(names)
+    text = emoji.count_caption(names)
     shuffled = random.sample(names, len(names))
-    assert scenes.same_caption(scenes.count_caption(shuffled), text)
-    assert scenes.same_caption(scenes.count_caption(others), text) == (Counter(others) == Counter(names))
-    assert not scenes.same_caption(text + " and", text)
-    assert not scenes.same_caption(f"{text} and a snark", text)
-    assert not scenes.same_caption(text, "")
+    assert emoji.same_caption(emoji.count_caption(shuffled), text)
+    assert emoji.same_caption(emoji.count_caption(others), text) == (Counter(others) == Counter(names))
+    assert not emoji.same_caption(text + " and", text)
+    assert not emoji.same_caption(f"{text} and a snark", text)
+    assert not emoji.same_caption(text, "")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=30))
 def test_same_caption_never_raises(text):
-    assert not scenes.same_caption(text, text) or scenes.parse_caption(text)
+    assert not emoji.same_caption(text, text) or emoji.parse_caption(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -401,40 +401,40 @@ def test_same_caption_never_raises(text):
     ("arguments", "message"),
     [
         ({"seed": 0, "split": "test"}, "split is 'test'; choose one of train, validation"),
-        ({"seed": -1}, "seed is -1; give a whole number"),
+        ({"seed": -1}, "seed is -1; give an integer"),
         ({"seed": True}, "seed is True"),
-        ({"seed": 0, "size": 8}, "size is 8; give a whole number of pixels"),
+        ({"seed": 0, "size": 8}, "size is 8; give an integer of pixels"),
         ({"seed": 0, "size": 10_000}, "size is 10000"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        scenes.make_scene(**arguments)
+        emoji.make_scene(**arguments)
 
 
 def test_bad_names():
-    for call in (scenes.plural, scenes.with_article):
+    for call in (emoji.plural, emoji.with_article):
         with pytest.raises(ValueError, match="'snark' is not an object"):
             call("snark")
     with pytest.raises(ValueError, match="artist is 'me'"):
-        scenes.draw_sprite("cat", "me", 32)
+        emoji.draw_sprite("cat", "me", 32)
     with pytest.raises(ValueError, match="count is 9"):
-        scenes.count_phrase("cat", 9)
+        emoji.count_phrase("cat", 9)
     with pytest.raises(ValueError, match="no true pixel"):
         scenes.mask_box(np.zeros((4, 4), bool))
 
 
 def test_the_demo_scenes_are_what_the_seeds_draw():
-    paths = sorted((scenes.DATA / "images" / "scenes").iterdir())
+    paths = sorted((hub.DATA / "images" / "scenes").iterdir())
     assert len(paths) == 4
     for path in paths:
         split, seed = path.stem.split("-")
-        assert np.array_equal(np.asarray(Image.open(path)), scenes.make_scene(int(seed), split).image), path
+        assert np.array_equal(np.asarray(Image.open(path)), emoji.make_scene(int(seed), split).image), path
 
 
 def test_planned_count_is_what_is_shown_where_everything_finds_a_place():
     shown = [
-        (scenes.planned_count(seed, split), len(scenes.make_scene(seed, split).objects))
+        (emoji.planned_count(seed, split), len(emoji.make_scene(seed, split).objects))
         for seed in range(60)
         for split in ("train", "artist")
     ]

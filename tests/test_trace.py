@@ -12,9 +12,10 @@ from browser import PATIENCE, chromium, exported, jupyterlab, notebook_with, qui
 from conftest import tiny_model
 from PIL import Image
 
-from minivlm import masks, viz
-from minivlm.viz import trace_pictures
-from minivlm.viz.tracing import Statistics, Trace, steps
+from minivlm import masks
+from minivlm.course import viz
+from minivlm.course.viz import trace_figures
+from minivlm.course.viz.tracing import Statistics, Trace, steps
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 LAYERS = "language_model.model.layers."
@@ -143,7 +144,7 @@ def test_broken_numbers_are_seen_and_said(tiny_processor):
     assert "NaN" in entry.picture.alt and "NaN" in entry.key and "4.2% NaN or infinite" in str(traced)
     assert not traced.next_words and "NaN" in traced["logits"].picture.alt and "NaN" in traced.overview.alt
     column = np.asarray(entry.picture.image)[:, 5]
-    assert (column == trace_pictures.rgb(trace_pictures.VERMILION)).all()
+    assert (column == trace_figures.rgb(trace_figures.VERMILION)).all()
 
 
 def test_bfloat16_is_kept_as_it_is(tiny_processor):
@@ -219,11 +220,11 @@ def test_a_mask_is_light_where_one_may_look(traced):
 
 def test_heat_maps_pick_evenly_and_grow_lighter_with_the_numbers():
     table = torch.arange(300.0)[None].repeat(200, 1)
-    picture, key = trace_pictures.heat_map("x", table, "tokens")
+    picture, key = trace_figures.heat_map("x", table, "tokens")
     pixels = np.asarray(picture.image).astype(int).sum(-1)
     assert pixels.shape == (96, 96) and (pixels == pixels[0]).all() and (np.diff(pixels[0]) >= 0).all()
     assert "96 × 96 of them" in key and "200 tokens by 300 dimensions" in picture.alt
-    flat, _ = trace_pictures.heat_map("x", torch.zeros(3, 4), "tokens")
+    flat, _ = trace_figures.heat_map("x", torch.zeros(3, 4), "tokens")
     assert flat.image.size == (4, 3)
 
 
@@ -361,7 +362,7 @@ def test_an_exported_notebook_steps(browser, traced, tmp_path):
 def test_in_jupyterlab_a_trace_steps(browser, traced, tmp_path):
     source = "import minivlm\nfrom minivlm import scenes, viz\n"
     source += "model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()\n"
-    source += 'viz.trace(model, processor, scenes.make_scene(0).image, "caption en")'
+    source += 'viz.trace(model, processor, emoji.make_scene(0).image, "caption en")'
     nbformat.write(notebook_with(source, traced), tmp_path / "trace.ipynb")
     with jupyterlab(tmp_path) as (url, token):
         allowed = (url, url.replace("http", "ws", 1), "data:", "blob:", "about:")

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from minivlm import evaluation, locations, scenes, training
-from minivlm.checkpoint import EMBEDDED
+from minivlm import emoji, locations
+from minivlm.emoji import evaluation, recipe
 from minivlm.generation import generate
+from minivlm.hub import EMBEDDED
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
 from minivlm.vqvae import MaskVQVAE
 
 ROOT = Path(__file__).parent.parent
-TINY = training.Recipe(
+TINY = recipe.TrainConfig(
     image_size=64,
     patch_size=16,
     width=32,
@@ -45,12 +46,12 @@ TINY = training.Recipe(
     redraw_batch=4,
     examples=2,
 )
-HERE = training.Place(torch.device("cpu"), workers=1)
+HERE = recipe.DistributedContext(torch.device("cpu"), workers=1)
 
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    return training.new_processor(TINY)
+    return recipe.new_processor(TINY)
 
 
 def test_the_tokenizer_is_that_of_the_embedded_checkpoint(processor):
@@ -63,16 +64,16 @@ def test_the_tokenizer_is_that_of_the_embedded_checkpoint(processor):
 
 
 def test_mask_batch_holds_the_masks_of_all_things_in_their_boxes(processor):
-    masks = training.MaskSteps(TINY, processor, 4)[2]["masks"]
-    things = [thing for seed in range(8, 12) for thing in scenes.make_scene(seed, "train", 64).objects]
-    expected = np.stack([locations.cut_mask(thing.mask, thing.box) for thing in things])
+    masks = recipe.MaskSteps(TINY, processor, 4)[2]["masks"]
+    things = [thing for seed in range(8, 12) for thing in emoji.make_scene(seed, "train", 64).objects]
+    expected = np.stack([locations.crop_mask(thing.mask, thing.box) for thing in things])
     assert masks.dtype == torch.float32 and np.array_equal(masks.numpy(), expected)
-    halves = [training.MaskSteps(TINY, processor, 4, rank, 2)[2]["masks"] for rank in range(2)]
+    halves = [recipe.MaskSteps(TINY, processor, 4, rank, 2)[2]["masks"] for rank in range(2)]
     assert torch.equal(masks, torch.cat(halves))
 
 
 def test_segment_batch_writes_the_codes_of_the_masks(processor):
-    steps = training.SegmentSteps(TINY, processor, 4)
+    steps = recipe.SegmentSteps(TINY, processor, 4)
     steps.vae = MaskVQVAE.from_pretrained()
     coded = 0
     for step in range(6):
@@ -84,10 +85,10 @@ def test_segment_batch_writes_the_codes_of_the_masks(processor):
             if example.kind != "segment":
                 assert answer == example.answers[0]
                 continue
-            parsed = locations.parse(answer, 64, 64)
+            parsed = locations.parse_detections(answer, 64, 64)
             assert parsed.problems == []
-            things = scenes.asked_for(scene.objects, prompt.removeprefix("segment ").split(" ; "))
-            codes = steps.vae.codes_of([thing.mask for thing in things], [thing.box for thing in things])
+            things = emoji.select_objects(scene.objects, prompt.removeprefix("segment ").split(" ; "))
+            codes = steps.vae.codes_from_masks([thing.mask for thing in things], [thing.box for thing in things])
             assert [(d.label, d.codes) for d in parsed.detections] == list(
                 zip([thing.name for thing in things], codes, strict=True)
             )
@@ -98,7 +99,7 @@ def test_segment_batch_writes_the_codes_of_the_masks(processor):
 def test_losses_of_the_masks_by_hand():
     """Squared error of the drawing made from codebook vectors, and a quarter of the distance to them."""
     torch.manual_seed(0)
-    learning = training.MaskLearning()
+    learning = recipe.MaskVQVAEObjective()
     learning.vae._vq_vae._embedding.normal_()
     learning.decay = 1.0  # the averages, and with them the codebook, stay at nothing
     masks = (torch.rand(3, 64, 64) < 0.5).float()
@@ -114,7 +115,7 @@ def test_losses_of_the_masks_by_hand():
 def test_the_encoder_learns_from_the_drawing():
     """The gradient of the drawing passes the codebook as if it were not there, and the codebook itself has none."""
     torch.manual_seed(0)
-    learning = training.MaskLearning()
+    learning = recipe.MaskVQVAEObjective()
     learning.commitment = 0.0
     learning.vae._vq_vae._embedding.normal_()
     codebook = learning.vae._vq_vae._embedding.clone()
@@ -135,7 +136,7 @@ def learning_codes(learning, masks, codebook):
 
 def test_the_codebook_follows_its_vectors_by_hand():
     """Codes 0 and 1 with averages of size 2 and 3; three vectors come for the first, one for the second."""
-    learning = training.MaskLearning()
+    learning = recipe.MaskVQVAEObjective()
     learning.decay = 0.9
     learning.sizes.fill_(2.0)
     learning.sizes[1] = 3.0
@@ -153,7 +154,7 @@ def test_the_codebook_follows_its_vectors_by_hand():
 
 def test_an_idle_code_goes_beside_a_busy_one():
     """Two are idle and two busy; the busiest gives half to the first. One who takes 1 vector or more is left alone."""
-    learning = training.MaskLearning()
+    learning = recipe.MaskVQVAEObjective()
     learning.decay = 1.0
     learning.sizes.fill_(2.0)
     learning.sums.fill_(2.0)
@@ -168,7 +169,7 @@ def test_an_idle_code_goes_beside_a_busy_one():
 
 
 def test_an_idle_code_stays_where_nobody_has_work_to_share():
-    learning = training.MaskLearning()
+    learning = recipe.MaskVQVAEObjective()
     learning.decay = 1.0
     learning.sizes.fill_(4.0)
     learning.sizes[5] = 0.0
@@ -180,12 +181,12 @@ def test_an_idle_code_stays_where_nobody_has_work_to_share():
 def test_training_the_masks_brings_all_codes_to_work(processor):
     """At the start one code has all the work: after a few steps the codebook has spread, and masks come back."""
     torch.manual_seed(0)
-    learning = training.MaskLearning()
-    optimizer = training.new_optimizer(learning, 0.0)
+    learning = recipe.MaskVQVAEObjective()
+    optimizer = recipe.new_optimizer(learning, 0.0)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
-    batch = training.MaskSteps(TINY, processor, 8)[0]
-    losses = [training.train_step(learning, batch, optimizer, 1, "float32") for _ in range(40)]
+    batch = recipe.MaskSteps(TINY, processor, 8)[0]
+    losses = [recipe.train_step(learning, batch, optimizer, 1, "float32") for _ in range(40)]
     assert len(learning.vae.encode(batch["masks"]).unique()) > 10
     assert losses[-1] < 0.6 * losses[0]
 
@@ -193,22 +194,22 @@ def test_training_the_masks_brings_all_codes_to_work(processor):
 def test_redraw_batch_holds_what_the_model_writes_and_what_is_true():
     """Masks written by the embedded model, matched by name and box, and the true ones; scene by scene."""
     model, processor, vae = PaliGemma.from_pretrained(), Processor.from_pretrained(), MaskVQVAE.from_pretrained()
-    recipe = replace(TINY, image_size=112)
-    steps = training.RedrawSteps(recipe, processor, 6)
+    config = replace(TINY, image_size=112)
+    steps = recipe.RedrawSteps(config, processor, 6)
     steps.model, steps.vae = model, vae
     batch, rows, missed = steps[0], 0, 0
     for scene in steps.scenes(0):
         classes = sorted({thing.name for thing in scene.objects}, key=[t.name for t in scene.objects].index)
         answer = generate(model, processor, scene.image, "segment " + " ; ".join(classes), max_new_tokens=120)
-        found = locations.parse(answer, 112, 112).detections
+        found = locations.parse_detections(answer, 112, 112).detections
         written, true = [], []
         for thing in scene.objects:
             right = [d for d in found if d.label == thing.name and evaluation.box_iou(d.box, thing.box) >= 0.5]
             best = max(right, key=lambda d: evaluation.box_iou(d.box, thing.box), default=None)
             missed += best is None
             if best:
-                written.append((best.codes, locations.cut_mask(thing.mask, best.box)))
-            mask = locations.cut_mask(thing.mask, thing.box)
+                written.append((best.codes, locations.crop_mask(thing.mask, best.box)))
+            mask = locations.crop_mask(thing.mask, thing.box)
             true.append((tuple(vae.encode(torch.tensor(mask)[None])[0].tolist()), mask))
         for (codes, mask), of_model in [*((row, True) for row in written), *((row, False) for row in true)]:
             assert tuple(batch["codes"][rows].tolist()) == codes and bool(batch["written"][rows]) == of_model
@@ -219,16 +220,16 @@ def test_redraw_batch_holds_what_the_model_writes_and_what_is_true():
 
 
 def test_redraw_batch_of_a_model_that_finds_nothing_holds_the_true_masks(processor):
-    steps = training.RedrawSteps(TINY, processor, 4)
-    steps.model, steps.vae = training.new_model(TINY, processor).eval(), MaskVQVAE.from_pretrained()
+    steps = recipe.RedrawSteps(TINY, processor, 4)
+    steps.model, steps.vae = recipe.new_model(TINY, processor).eval(), MaskVQVAE.from_pretrained()
     batch = steps[1]
     assert len(batch["codes"]) == sum(len(scene.objects) for scene in steps.scenes(1)) and not batch["written"].any()
-    last_of_segment = training.SegmentSteps(TINY, processor, 4).seeds(1)[-1]
+    last_of_segment = recipe.SegmentSteps(TINY, processor, 4).seeds(1)[-1]
     assert min(steps.seeds(0)) > last_of_segment
 
 
 def test_redrawing_scores_by_soft_overlap_and_moves_the_decoder_alone(processor):
-    stage = training.stages(TINY, training.new_model(TINY, processor), processor)[7]
+    stage = recipe.stages(TINY, recipe.new_model(TINY, processor), processor)[7]
     module = stage.module
     module.vae.load_state_dict(MaskVQVAE.from_pretrained().state_dict())
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -247,10 +248,10 @@ def test_redrawing_scores_by_soft_overlap_and_moves_the_decoder_alone(processor)
         expected += (1.0 if written else 0.3) * (1 - overlap + 0.2 * error) / 5
     torch.testing.assert_close(module(**batch).double(), expected, rtol=1e-5, atol=0)
 
-    optimizer = training.new_optimizer(module, 0.02)
+    optimizer = recipe.new_optimizer(module, 0.02)
     for step in range(8):
         stage.set_learning_rate(optimizer, min(step, 1))
-        loss = training.train_step(module, batch, optimizer, 1, "float32")
+        loss = recipe.train_step(module, batch, optimizer, 1, "float32")
     moved = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.startswith("vae.decoder")}
     assert loss < 0.95 * expected
@@ -261,8 +262,8 @@ def test_redrawing_scores_by_soft_overlap_and_moves_the_decoder_alone(processor)
 
 def test_patches_show_what_covers_a_quarter_of_them():
     for seed in range(20):
-        scene = scenes.make_scene(seed, "train", 64)
-        shows = training.patches_show(scene, 16)
+        scene = emoji.make_scene(seed, "train", 64)
+        shows = recipe.patches_show(scene, 16)
         for patch in range(16):
             y, x = patch // 4 * 16, patch % 4 * 16
             expected = set()
@@ -270,14 +271,14 @@ def test_patches_show_what_covers_a_quarter_of_them():
                 pixels = sum(thing.mask[y + i, x + j] for i in range(16) for j in range(16))
                 if pixels >= 64:
                     expected.add(thing.name)
-            assert {scenes.OBJECTS[i] for i in np.flatnonzero(shows[patch])} == expected
+            assert {emoji.OBJECTS[i] for i in np.flatnonzero(shows[patch])} == expected
 
 
 def test_a_patch_belongs_to_what_covers_most_of_it():
     shared = 0
     for seed in range(60):
-        scene = scenes.make_scene(seed)
-        owners = training.owners_of_patches(scene, 16)
+        scene = emoji.make_scene(seed)
+        owners = recipe.owners_of_patches(scene, 16)
         for patch in range(49):
             y, x = patch // 7 * 16, patch % 7 * 16
             pixels = [int(thing.mask[y : y + 16, x : x + 16].sum()) for thing in scene.objects]
@@ -287,24 +288,24 @@ def test_a_patch_belongs_to_what_covers_most_of_it():
 
 
 def test_pose_batch_holds_the_pose_of_each_thing(processor):
-    steps = training.PoseSteps(TINY, processor, 4)
+    steps = recipe.PoseSteps(TINY, processor, 4)
     batch, drawn = steps[1], steps.scenes(1)
-    assert [scene.seed for scene in drawn] == training.FinishSteps(TINY, processor, 4).seeds(1)
+    assert [scene.seed for scene in drawn] == recipe.FinishSteps(TINY, processor, 4).seeds(1)
     poses = [(thing.angle / 15, thing.mirrored) for scene in drawn for thing in scene.objects]
     assert batch["poses"].dtype == torch.float32 and batch["poses"].tolist() == torch.tensor(poses).tolist()
     assert batch["owners"].shape == (4, 16)
     first = 0
     for scene, pixels, owners in zip(drawn, batch["pixel_values"], batch["owners"], strict=True):
-        assert torch.equal(pixels, processor.pixels([scene.image])[0])
-        own = training.owners_of_patches(scene, 16)
+        assert torch.equal(pixels, processor.preprocess_images([scene.image])[0])
+        own = recipe.owners_of_patches(scene, 16)
         assert owners.tolist() == [first + thing if thing >= 0 else -1 for thing in own]
         first += len(scene.objects)
 
 
 def test_loss_of_the_pose_by_hand(processor):
     """A mean over all patches: of what is misread, where there is something to read, and of what has changed."""
-    posing = training.Posing(training.new_model(TINY, processor))
-    batch = training.PoseSteps(TINY, processor, 4)[0]
+    posing = recipe.PoseObjective(recipe.new_model(TINY, processor))
+    batch = recipe.PoseSteps(TINY, processor, 4)[0]
     with torch.no_grad():
         before = posing.model.encode_image(batch["pixel_values"]).double()
         posing.model.multi_modal_projector.linear.bias += 0.5
@@ -325,23 +326,23 @@ def test_loss_of_the_pose_by_hand(processor):
 
 
 def test_the_pose_is_taught_to_the_tower_alone(processor):
-    posing = training.Posing(training.new_model(TINY, processor))
-    posing(**training.PoseSteps(TINY, processor, 4)[0]).backward()
+    posing = recipe.PoseObjective(recipe.new_model(TINY, processor))
+    posing(**recipe.PoseSteps(TINY, processor, 4)[0]).backward()
     taught = {name.split(".")[1] for name, weight in posing.named_parameters() if weight.grad is not None}
     assert taught == {"vision_tower", "multi_modal_projector", "0", "2"}  # and the reader's two layers
 
 
 def test_name_ids_are_three_forms_of_each_name(processor):
-    ids = training.AlignSteps(TINY, processor, 4).name_ids()
+    ids = recipe.AlignSteps(TINY, processor, 4).name_ids()
     texts = processor.batch_decode(ids)
-    n = len(scenes.OBJECTS)
-    assert texts[:n] == list(scenes.OBJECTS)
-    assert texts[n : 2 * n] == [f" {name}" for name in scenes.OBJECTS]
-    assert texts[2 * n :] == [f" {scenes.plural(name)}" for name in scenes.OBJECTS]
+    n = len(emoji.OBJECTS)
+    assert texts[:n] == list(emoji.OBJECTS)
+    assert texts[n : 2 * n] == [f" {name}" for name in emoji.OBJECTS]
+    assert texts[2 * n :] == [f" {emoji.plural(name)}" for name in emoji.OBJECTS]
 
 
 def test_bag_of_words_is_the_mean_of_its_words(processor):
-    alignment = training.Alignment(training.new_model(TINY, processor))
+    alignment = recipe.AlignmentObjective(recipe.new_model(TINY, processor))
     ids = torch.tensor([[10, 11, 12], [20, 0, 0]])
     table = alignment.model.language_model.model.embed_tokens.weight * 32**0.5
     bags = alignment.names(ids)
@@ -350,11 +351,11 @@ def test_bag_of_words_is_the_mean_of_its_words(processor):
 
 
 def test_answer_batch_holds_the_scenes_own_answers(processor):
-    steps = training.AnswerSteps(TINY, processor, 4)
+    steps = recipe.AnswerSteps(TINY, processor, 4)
     batch = steps[3]
     assert batch["pixel_values"].shape == (4, 3, 64, 64) and len(batch["input_ids"]) == 8
     for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        scene = scenes.make_scene(3 * 4 + row // 2, "train", 64)
+        scene = emoji.make_scene(3 * 4 + row // 2, "train", 64)
         text = processor.decode(ids)
         prompt, answer = text.split("\n")
         assert (prompt, answer) in {(e.prompt, e.answers[0]) for e in scene.examples}
@@ -362,40 +363,40 @@ def test_answer_batch_holds_the_scenes_own_answers(processor):
 
 
 def test_processes_share_a_step_without_overlap(processor):
-    whole = training.AnswerSteps(TINY, processor, 4)[1]["pixel_values"]
-    parts = [training.AnswerSteps(TINY, processor, 4, rank, 2)[1]["pixel_values"] for rank in range(2)]
+    whole = recipe.AnswerSteps(TINY, processor, 4)[1]["pixel_values"]
+    parts = [recipe.AnswerSteps(TINY, processor, 4, rank, 2)[1]["pixel_values"] for rank in range(2)]
     assert torch.equal(whole, torch.cat(parts))
     with pytest.raises(ValueError, match="do not divide"):
-        training.AnswerSteps(TINY, processor, 4, 0, 3)
+        recipe.AnswerSteps(TINY, processor, 4, 0, 3)
 
 
-@pytest.mark.parametrize("mixture", [training.MIXTURE, training.SEGMENT], ids=["answer", "segment"])
+@pytest.mark.parametrize("mixture", [recipe.MIXTURE, recipe.SEGMENT], ids=["answer", "segment"])
 def test_examples_are_drawn_by_the_mixture(mixture):
     """Of all kinds that it names, and of no other: `segment` is asked in stage 6 alone."""
-    drawn = map(scenes.make_scene, range(99))
-    scene = next(s for s in drawn if {e.kind for e in s.examples} == set(training.SEGMENT))
+    drawn = map(emoji.make_scene, range(99))
+    scene = next(s for s in drawn if {e.kind for e in s.examples} == set(recipe.SEGMENT))
     rng = np.random.default_rng(0)
-    drawn = [training.choose_examples(scene, 1, rng, mixture)[0].kind for _ in range(4000)]
+    drawn = [recipe.choose_examples(scene, 1, rng, mixture)[0].kind for _ in range(4000)]
     assert set(drawn) == set(mixture)
     total = sum(mixture.get(e.kind, 0) for e in scene.examples)
     for kind, weight in mixture.items():
         expected = weight * sum(e.kind == kind for e in scene.examples) / total
         assert abs(drawn.count(kind) / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
-    assert len(set(training.choose_examples(scene, 4, rng, mixture))) == 4
+    assert len(set(recipe.choose_examples(scene, 4, rng, mixture))) == 4
 
 
 def test_the_mixtures_of_earlier_stages_know_no_masks():
-    assert "segment" in training.SEGMENT
-    for earlier in (training.MIXTURE, training.POLISH, training.FINISH):
-        assert set(earlier) == set(training.SEGMENT) - {"segment"}
+    assert "segment" in recipe.SEGMENT
+    for earlier in (recipe.MIXTURE, recipe.POLISH, recipe.FINISH):
+        assert set(earlier) == set(recipe.SEGMENT) - {"segment"}
 
 
 def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
-    rates = [training.learning_rate(step, 1000, 0.1) for step in range(1000)]
+    rates = [recipe.learning_rate(step, 1000, 0.1) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01, rel=0.01) and max(rates) > 0.97 and rates[-1] < 1e-5
     assert rates.index(max(rates)) == 99
-    stage = training.stages(TINY, training.new_model(TINY, processor), processor)[2]
-    optimizer = training.new_optimizer(stage.module, 0.1)
+    stage = recipe.stages(TINY, recipe.new_model(TINY, processor), processor)[2]
+    optimizer = recipe.new_optimizer(stage.module, 0.1)
     stage.horizon = 1000
     for step, share in ((0, 0.005), (99, 0.5), (199, 1.0), (500, 1.0)):
         stage.set_learning_rate(optimizer, step)
@@ -404,40 +405,40 @@ def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
 
 
 def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
-    plan = training.stages(TINY, training.new_model(TINY, processor), processor)
+    plan = recipe.stages(TINY, recipe.new_model(TINY, processor), processor)
     assert [stage.name for stage in plan] == "masks align answer polish finish pose segment redraw".split()
     assert [stage.steps for stage in plan] == [6, 6, 6, 2, 2, 2, 2, 2]
     masks, align, answer, polish, finish, pose, segment, redraw = plan
     assert answer.horizon == 8 and all(stage.horizon == stage.steps for stage in plan if stage is not answer)
-    assert isinstance(masks.module, training.MaskLearning) and isinstance(masks.batches, training.MaskSteps)
+    assert isinstance(masks.module, recipe.MaskVQVAEObjective) and isinstance(masks.batches, recipe.MaskSteps)
     assert answer.module is polish.module and answer.module.model is align.module.model
     assert [scene.seed for scene in polish.batches.scenes(0)] == [24, 25, 26, 27]
-    assert polish.batches.mixture is training.POLISH
+    assert polish.batches.mixture is recipe.POLISH
     assert finish.module is polish.module is segment.module
-    assert isinstance(pose.module, training.Posing) and pose.module.model is align.module.model
-    assert finish.batches.mixture is training.FINISH and segment.batches.mixture is training.SEGMENT
-    assert isinstance(redraw.module, training.Redrawing) and redraw.module.model is align.module.model
-    assert isinstance(redraw.batches, training.RedrawSteps) and redraw.lr == TINY.redraw_lr
+    assert isinstance(pose.module, recipe.PoseObjective) and pose.module.model is align.module.model
+    assert finish.batches.mixture is recipe.FINISH and segment.batches.mixture is recipe.SEGMENT
+    assert isinstance(redraw.module, recipe.MaskDecoderObjective) and redraw.module.model is align.module.model
+    assert isinstance(redraw.batches, recipe.RedrawSteps) and redraw.lr == TINY.redraw_lr
     assert segment.lr == TINY.segment_lr and segment.tower_lr == TINY.segment_tower_lr
 
 
 def test_stage_four_draws_new_scenes_in_proportion_to_what_they_show(processor):
-    batches = training.FinishSteps(TINY, processor, 16)
+    batches = recipe.FinishSteps(TINY, processor, 16)
     first = TINY.answer_scenes + TINY.polish_scenes
     drawn = [batches.seeds(step) for step in range(300)]
     for step, seeds in enumerate(drawn):
         window = range(first + 32 * step, first + 32 * (step + 1))
         assert len(set(seeds)) == 16 and set(seeds) <= set(window)
-    planned = [scenes.planned_count(seed) for seeds in drawn for seed in seeds]
-    everywhere = [scenes.planned_count(seed) for seed in range(first, first + 9600)]
+    planned = [emoji.planned_count(seed) for seeds in drawn for seed in seeds]
+    everywhere = [emoji.planned_count(seed) for seed in range(first, first + 9600)]
     kept = [planned.count(n) / everywhere.count(n) for n in (1, 2, 3, 4)]
     assert kept == sorted(kept) and kept[0] < 0.35 and kept[3] > 0.6
-    two = [training.FinishSteps(TINY, processor, 16, rank, 2).scenes(0) for rank in (0, 1)]
+    two = [recipe.FinishSteps(TINY, processor, 16, rank, 2).scenes(0) for rank in (0, 1)]
     assert [scene.seed for half in two for scene in half] == drawn[0]
 
 
 def test_the_last_stage_draws_the_same_way_from_the_scenes_after_those_of_stage_four(processor):
-    finish, segment = (kind(TINY, processor, 4) for kind in (training.FinishSteps, training.SegmentSteps))
+    finish, segment = (kind(TINY, processor, 4) for kind in (recipe.FinishSteps, recipe.SegmentSteps))
     assert segment.first_seed == finish.first_seed + 2 * TINY.finish_scenes == 24 + 8 + 2 * 8
     last = max(seed for step in range(TINY.finish_scenes // 4) for seed in finish.seeds(step))
     drawn = [segment.seeds(step) for step in range(2)]
@@ -445,9 +446,9 @@ def test_the_last_stage_draws_the_same_way_from_the_scenes_after_those_of_stage_
 
 
 def test_only_matrices_decay(processor):
-    module = training.Alignment(training.new_model(TINY, processor))
+    module = recipe.AlignmentObjective(recipe.new_model(TINY, processor))
     name_of = {id(weight): name for name, weight in module.named_parameters()}
-    for group in training.new_optimizer(module, 0.1).param_groups:
+    for group in recipe.new_optimizer(module, 0.1).param_groups:
         for weight in group["params"]:
             name = name_of[id(weight)]
             assert group["tower"] == ("vision_tower" in name)
@@ -455,19 +456,19 @@ def test_only_matrices_decay(processor):
 
 
 def test_loss_falls(processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "new_processor", lambda recipe: processor)
-    recipe = replace(TINY, masks_scenes=80, align_scenes=240, answer_scenes=480, answer_horizon=480, answer_lr=5e-3)
-    training.train(recipe, tmp_path, HERE)
+    monkeypatch.setattr(recipe, "new_processor", lambda recipe: processor)
+    config = replace(TINY, masks_scenes=80, align_scenes=240, answer_scenes=480, answer_horizon=480, answer_lr=5e-3)
+    recipe.train(config, tmp_path, HERE)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    module = training.Answering(PaliGemma.from_pretrained(tmp_path / "checkpoint"))
+    module = recipe.SuffixObjective(PaliGemma.from_pretrained(tmp_path / "checkpoint"))
     saved = Processor.from_pretrained(tmp_path / "checkpoint")
-    new = training.Answering(training.new_model(recipe, saved))
-    batch = training.AnswerSteps(recipe, saved, 8)[1000]
+    new = recipe.SuffixObjective(recipe.new_model(config, saved))
+    batch = recipe.AnswerSteps(config, saved, 8)[1000]
     with torch.no_grad():
         assert float(module(**batch)) < 0.7 * float(new(**batch))
     assert {r["stage"] for r in records} == set(range(8))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    vae = MaskVQVAE.from_pretrained(tmp_path / "checkpoint").state_dict()  # its codes are those the model has learnt
+    vae = MaskVQVAE.from_pretrained(tmp_path / "checkpoint").state_dict()  # its codes are those the model has learned
     of_run = MaskVQVAE.from_pretrained(tmp_path).state_dict()
     assert {name for name, value in vae.items() if not torch.equal(value, of_run[name])} == {
         name for name in vae if name.startswith("decoder")
@@ -476,8 +477,8 @@ def test_loss_falls(processor, tmp_path, monkeypatch):
 
 
 def train_in_subprocess(out: Path, *options: str, launcher=(sys.executable, "-m", "minivlm")) -> subprocess.Popen:
-    recipe = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
-    command = [*launcher, "train", "--out", str(out), "--device", "cpu", "--save-every", "0", *recipe, *options]
+    numbers = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
+    command = [*launcher, "train", "--out", str(out), "--device", "cpu", "--save-every", "0", *numbers, *options]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TQDM_MININTERVAL": "10",
@@ -502,11 +503,11 @@ def test_killed_run_goes_on_to_the_same_result(tmp_path):
         process = train_in_subprocess(tmp_path / "killed", *options)
         state = tmp_path / "killed" / "state.safetensors"
         deadline = time.monotonic() + 120
-        while training.state_position(state) <= (stage, 0) and time.monotonic() < deadline:
+        while recipe.state_position(state) <= (stage, 0) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert training.state_position(state)[0] == stage and not (tmp_path / "killed" / "checkpoint").exists()
+        assert recipe.state_position(state)[0] == stage and not (tmp_path / "killed" / "checkpoint").exists()
     finish(train_in_subprocess(tmp_path / "killed", *options))
     finish(never_killed)
     whole, killed = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed"))
@@ -537,24 +538,24 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
 
 
 def test_bad_runs_say_what_to_do(processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "new_processor", lambda recipe: processor)
+    monkeypatch.setattr(recipe, "new_processor", lambda recipe: processor)
     with pytest.raises(ValueError, match="at least one step"):
         replace(TINY, align_scenes=3)
     with pytest.raises(ValueError, match="masks_scenes is 3"):
         replace(TINY, masks_scenes=3)
     with pytest.raises(ValueError, match="precision"):
         replace(TINY, precision="float16")
-    training.check_recipe(TINY, tmp_path, HERE)
+    recipe.check_recipe(TINY, tmp_path, HERE)
     with pytest.raises(ValueError, match="another recipe"):
-        training.check_recipe(replace(TINY, seed=1), tmp_path, HERE)
+        recipe.check_recipe(replace(TINY, seed=1), tmp_path, HERE)
     (tmp_path / "state.safetensors").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="no state of a training run"):
-        training.train(TINY, tmp_path, HERE)
+        recipe.train(TINY, tmp_path, HERE)
 
 
 def test_halves_give_the_loss_and_gradient_of_the_whole(processor):
-    one, two = (training.Answering(training.new_model(TINY, processor)) for _ in range(2))
-    batch = training.AnswerSteps(TINY, processor, 4)[0]
+    one, two = (recipe.SuffixObjective(recipe.new_model(TINY, processor)) for _ in range(2))
+    batch = recipe.AnswerSteps(TINY, processor, 4)[0]
     lengths = batch["attention_mask"].sum(1)
     assert lengths.sort().values[3] < lengths.max()  # the halves differ, or this would test nothing
     whole, halves = one.model.loss(**batch), two(**batch)

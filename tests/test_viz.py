@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.locations import Detection
-from minivlm.viz import Picture, draw_boxes, draw_sheet
-from minivlm.viz.boxes import (
+from minivlm.course.viz import Figure, draw_boxes, draw_sheet
+from minivlm.course.viz.boxes import (
     HATCHINGS,
     PALETTE,
     check_masks,
@@ -18,25 +17,26 @@ from minivlm.viz.boxes import (
     luminance,
     overlap,
     place_inside,
-    text_colour,
+    text_color,
     wrap,
 )
+from minivlm.locations import Detection
 
-GREY = Image.new("RGB", (112, 112), (128, 128, 128))
+GRAY = Image.new("RGB", (112, 112), (128, 128, 128))
 
 
-def rgb(colour: str) -> tuple[int, ...]:
-    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def rgb(color: str) -> tuple[int, ...]:
+    return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
 
 
 def test_boxes_lie_where_they_should_on_an_enlarged_picture():
-    picture = draw_boxes(GREY, [Detection("cat", (28, 56, 84, 84))])
+    picture = draw_boxes(GRAY, [Detection("cat", (28, 56, 84, 84))])
     assert picture.image.size == (448, 448)
     pixels = np.asarray(picture.image)
-    coloured = (pixels == rgb(PALETTE[0])).all(-1)
-    rows, columns = coloured.any(1).nonzero()[0], coloured.any(0).nonzero()[0]
+    colored = (pixels == rgb(PALETTE[0])).all(-1)
+    rows, columns = colored.any(1).nonzero()[0], colored.any(0).nonzero()[0]
     assert (columns.min(), columns.max()) == (112, 336)
-    assert rows.max() == 336 and coloured[336, 112:337].all() and coloured[240:337, 112].all()
+    assert rows.max() == 336 and colored[336, 112:337].all() and colored[240:337, 112].all()
     assert (pixels[250:320, 130:320] == 128).all()  # nothing is drawn inside
 
 
@@ -46,21 +46,21 @@ def test_large_pictures_are_not_enlarged_and_the_original_is_left_alone():
     assert not np.asarray(large).any()
 
 
-def test_a_name_has_one_colour_and_another_name_another():
+def test_a_name_has_one_color_and_another_name_another():
     boxes = [("cat", (10, 30, 30, 50)), ("dog", (40, 30, 60, 50)), ("cat", (70, 30, 90, 50))]
-    pixels = np.asarray(draw_boxes(GREY, [Detection(*box) for box in boxes]).image)
+    pixels = np.asarray(draw_boxes(GRAY, [Detection(*box) for box in boxes]).image)
     left_edges = [tuple(pixels[180, x0 * 4 + 1]) for x0 in (10, 40, 70)]
     assert left_edges == [rgb(PALETTE[0]), rgb(PALETTE[1]), rgb(PALETTE[0])]
 
 
-@pytest.mark.parametrize("colour", PALETTE)
-def test_labels_have_the_contrast_that_wcag_asks_for(colour):
-    darker, lighter = sorted((luminance(colour), luminance(text_colour(colour))))
+@pytest.mark.parametrize("color", PALETTE)
+def test_labels_have_the_contrast_that_wcag_asks_for(color):
+    darker, lighter = sorted((luminance(color), luminance(text_color(color))))
     assert (lighter + 0.05) / (darker + 0.05) >= 4.5
 
 
 def test_labels_stay_inside_and_avoid_each_other(monkeypatch):
-    from minivlm.viz import boxes as module
+    from minivlm.course.viz import boxes as module
 
     places, draw_label = [], module.draw_label
 
@@ -70,7 +70,7 @@ def test_labels_stay_inside_and_avoid_each_other(monkeypatch):
 
     monkeypatch.setattr(module, "draw_label", record)
     same = (20, 20, 100, 100)
-    draw_boxes(GREY, [Detection(name, same) for name in ("cat", "dog", "owl")] + [Detection("fox", (0, 0, 5, 5))])
+    draw_boxes(GRAY, [Detection(name, same) for name in ("cat", "dog", "owl")] + [Detection("fox", (0, 0, 5, 5))])
     assert all(0 <= x0 < x1 < 448 and 0 <= y0 < y1 < 448 for x0, y0, x1, y1 in places)
     assert all(overlap(a, b) == 0 for i, a in enumerate(places) for b in places[:i])
 
@@ -82,11 +82,11 @@ def test_odd_detections_are_drawn_too():
         Detection("long " * 50, (0, 0, 2, 2)),
     ):
         assert draw_boxes(Image.new("L", (3, 2)), [odd]).image.mode == "RGB"
-    assert draw_boxes(GREY, []).alt == "A picture of 112×112 pixels with 0 boxes."
+    assert draw_boxes(GRAY, []).alt == "A picture of 112×112 pixels with 0 boxes."
 
 
 def test_alt_text_says_what_is_where():
-    alt = draw_boxes(GREY, [Detection("cat", (1.2, 2, 50.7, 60)), Detection("dog", (0, 0, 9, 9))]).alt
+    alt = draw_boxes(GRAY, [Detection("cat", (1.2, 2, 50.7, 60)), Detection("dog", (0, 0, 9, 9))]).alt
     assert alt == "A picture of 112×112 pixels with 2 boxes: cat, x 1 to 51, y 2 to 60; dog, x 0 to 9, y 0 to 9."
 
 
@@ -100,8 +100,8 @@ def disc(x: float, y: float, radius: float, width: int = 112, height: int = 112)
 
 def test_a_mask_changes_what_it_covers_and_nothing_else():
     mask, box = disc(60, 50, 20), (10, 10, 100, 100)  # the box is much larger, so that its frame is elsewhere
-    bare = np.asarray(draw_boxes(GREY, [Detection("cat", box)]).image)
-    drawn = np.asarray(draw_boxes(GREY, [Detection("cat", box)], [mask]).image)
+    bare = np.asarray(draw_boxes(GRAY, [Detection("cat", box)]).image)
+    drawn = np.asarray(draw_boxes(GRAY, [Detection("cat", box)], [mask]).image)
     changed = (bare != drawn).any(-1)
     rows, columns = np.ogrid[:448, :448]
     distance = np.hypot(columns + 0.5 - 4 * 60.5, rows + 0.5 - 4 * 50.5)
@@ -118,8 +118,8 @@ def test_a_mask_lies_where_it_should_when_the_picture_is_not_square():
     assert changed[20, 200] and not changed[40, 100]
 
 
-def test_an_outline_is_dark_colour_dark_even_where_the_fill_cannot_be_seen():
-    """On the name's own colour, from the middle of the mask to the right."""
+def test_an_outline_is_dark_color_dark_even_where_the_fill_cannot_be_seen():
+    """On the name's own color, from the middle of the mask to the right."""
     canvas = Image.new("RGB", (448, 448), PALETTE[0])
     draw_mask(canvas, disc(56, 56, 30), PALETTE[0], (), 4)
     row = np.asarray(canvas)[228, 228:].astype(int).sum(-1)
@@ -142,11 +142,11 @@ def test_outlines_of_enlarged_masks_are_smooth_and_keep_small_things():
     assert (np.asarray(enlarge(one, (112, 112))) == 255 * one).all()
 
 
-def test_neighbouring_masks_differ_without_colour_too():
-    """Drawn in a colour as bright as the picture and turned to grey, the hatchings are still unlike each other."""
+def test_neighboring_masks_differ_without_color_too():
+    """Drawn in a color as bright as the picture and turned to gray, the hatchings are still unlike each other."""
     patterns = []
     for hatching in HATCHINGS:
-        canvas = GREY.resize((448, 448))
+        canvas = GRAY.resize((448, 448))
         draw_mask(canvas, disc(56, 56, 50), PALETTE[6], hatching, 4)
         patterns.append(np.asarray(canvas.convert("L")).astype(int)[180:260, 180:260])
     assert np.ptp(patterns[0]) == 0
@@ -158,18 +158,18 @@ def test_neighbouring_masks_differ_without_colour_too():
 def test_a_name_keeps_its_hatching_and_a_thing_without_a_mask_has_none():
     detections = [Detection(name, (0, 0, 3, 3)) for name in ("cat", "dog", "owl", "dog")]
     masks = [None, disc(30, 80, 12), None, disc(70, 80, 12)]
-    grey = np.asarray(draw_boxes(GREY, detections, masks).image.convert("L")).astype(int)
+    gray = np.asarray(draw_boxes(GRAY, detections, masks).image.convert("L")).astype(int)
     for x in (30, 70):
-        assert np.ptp(grey[300:340, 4 * x - 20 : 4 * x + 20]) > 30
-    assert (grey[40:260, 200:] == 128).all()
+        assert np.ptp(gray[300:340, 4 * x - 20 : 4 * x + 20]) > 30
+    assert (gray[40:260, 200:] == 128).all()
 
 
 def test_boxes_and_labels_lie_over_masks():
     everywhere = np.ones((112, 112), bool)
     detections = [Detection("cat", (28, 56, 84, 84)), Detection("dog", (40, 60, 110, 110))]
-    pixels = np.asarray(draw_boxes(GREY, detections, [everywhere] * 2).image)
+    pixels = np.asarray(draw_boxes(GRAY, detections, [everywhere] * 2).image)
     assert (pixels[225, 112:158] == rgb(PALETTE[0])).all()  # the dog's label begins at 160
-    label = np.asarray(draw_boxes(GREY, detections).image)[205:222, 114:140]
+    label = np.asarray(draw_boxes(GRAY, detections).image)[205:222, 114:140]
     assert (pixels[205:222, 114:140] == label).all() and (label == 0).any()
 
 
@@ -177,21 +177,21 @@ def test_alt_text_says_which_have_masks_and_how_large_they_are():
     detections = [Detection("cat", (1, 2, 50, 60)), Detection("dog", (0, 0, 9, 9)), Detection("owl", (5, 5, 6, 6))]
     mask, dot = np.zeros((112, 112), bool), np.zeros((112, 112), bool)
     mask[10:20, 10:22] = dot[5, 5] = True
-    assert draw_boxes(GREY, detections, [mask, None, dot]).alt == (
+    assert draw_boxes(GRAY, detections, [mask, None, dot]).alt == (
         "A picture of 112×112 pixels with 3 boxes and 2 masks: cat, x 1 to 50, y 2 to 60, mask of 120 pixels; "
         "dog, x 0 to 9, y 0 to 9; owl, x 5 to 6, y 5 to 6, mask of 1 pixel."
     )
-    assert "mask" not in draw_boxes(GREY, detections, [None] * 3).alt
+    assert "mask" not in draw_boxes(GRAY, detections, [None] * 3).alt
 
 
 def test_masks_that_do_not_fit_are_refused():
     cat = Detection("cat", (1, 2, 50, 60))
     with pytest.raises(ValueError, match="Masks: 1, detections: 2; give each its mask, or None"):
-        draw_boxes(GREY, [cat, Detection("dog", cat.box)], [disc(5, 5, 3)])
+        draw_boxes(GRAY, [cat, Detection("dog", cat.box)], [disc(5, 5, 3)])
     with pytest.raises(ValueError, match="Masks: 1, detections: 0"):
-        draw_boxes(GREY, [], [None])
+        draw_boxes(GRAY, [], [None])
     with pytest.raises(ValueError, match=r"mask of 'cat' must be .* \(112, 112\), not bool and \(64, 64\)"):
-        draw_boxes(GREY, [cat], [disc(5, 5, 3, 64, 64)])
+        draw_boxes(GRAY, [cat], [disc(5, 5, 3, 64, 64)])
     with pytest.raises(ValueError, match=r"must be boolean .* not float64"):
         check_masks((112, 112), [cat], [np.zeros((112, 112))])
     with pytest.raises(ValueError, match=r"\(2, 3\), not bool and \(3, 2\)"):
@@ -208,19 +208,19 @@ def test_place_inside_moves_without_shrinking():
 
 
 def test_a_picture_shows_itself_in_a_notebook_and_keeps_its_alt_text(tmp_path):
-    picture = Picture(GREY, "grey, and “nothing” else")
+    picture = Figure(GRAY, "gray, and “nothing” else")
     data, metadata = picture._repr_mimebundle_()
     with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as shown:
         assert shown.size == (112, 112) and shown.info["Description"] == picture.alt
     assert data["text/plain"] == picture.alt == metadata["image/png"]["alt"]
-    picture.save(tmp_path / "new" / "grey.png")
-    assert (tmp_path / "new" / "grey.png").read_bytes() == picture.png()
+    picture.save(tmp_path / "new" / "gray.png")
+    assert (tmp_path / "new" / "gray.png").read_bytes() == picture.png()
     with pytest.raises(ValueError, match="end in .png"):
-        picture.save(tmp_path / "grey.jpg")
+        picture.save(tmp_path / "gray.jpg")
 
 
 def test_a_sheet_holds_every_picture_and_its_text():
-    picture = draw_boxes(GREY, [])
+    picture = draw_boxes(GRAY, [])
     sheet = draw_sheet([(picture, "caption en: nothing")] * 3, columns=2)
     assert sheet.image.width == 2 * 448 + 3 * 16
     assert sheet.image.height > 2 * 448

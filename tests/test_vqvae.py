@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from minivlm import locations, scenes, vqvae
-from minivlm.checkpoint import EMBEDDED
-from minivlm.locations import Detection, cut_mask, paste_mask
+from minivlm import emoji, locations, vqvae
+from minivlm.hub import EMBEDDED
+from minivlm.locations import Detection, crop_mask, paste_mask
 from minivlm.vqvae import MaskVQVAE, code_grid, find_file
 
 # Every array of a file, by hand: what big_vision's decoder reads from vae-oid.npz, and the encoder beside it.
@@ -246,8 +246,8 @@ def test_codes_out_of_range():
 
 def held_out(count: int) -> list[tuple]:
     """(mask as seen in its box, the picture's mask, box) of things that training never showed."""
-    things = [thing for seed in range(count) for thing in scenes.make_scene(seed, "validation").objects]
-    return [(cut_mask(thing.mask, thing.box), thing.mask, thing.box) for thing in things]
+    things = [thing for seed in range(count) for thing in emoji.make_scene(seed, "validation").objects]
+    return [(crop_mask(thing.mask, thing.box), thing.mask, thing.box) for thing in things]
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -257,9 +257,11 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def round_trip(vae: MaskVQVAE, things: list[tuple]) -> float:
     """Mean IoU of masks with what comes back, in the picture."""
     _, masks, boxes = zip(*things, strict=True)
-    codes = vae.codes_of(masks, boxes)
+    codes = vae.codes_from_masks(masks, boxes)
     assert all(len(row) == 16 and all(type(code) is int and 0 <= code < 128 for code in row) for row in codes)
-    drawn = vae.masks_of([Detection("x", box, row) for box, row in zip(boxes, codes, strict=True)], 112, 112)
+    drawn = vae.masks_from_detections(
+        [Detection("x", box, row) for box, row in zip(boxes, codes, strict=True)], 112, 112
+    )
     return float(np.mean([iou(mask, back) for mask, back in zip(masks, drawn, strict=True)]))
 
 
@@ -272,17 +274,21 @@ def test_masks_of_held_out_things_come_back(embedded):
 
 def test_codes_and_masks_are_those_of_cut_and_paste(vae):
     masks, boxes = zip(*[(mask, box) for _, mask, box in held_out(3)], strict=True)
-    cut = torch.from_numpy(np.stack([cut_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)]))
-    codes = vae.codes_of(masks, boxes)
+    cut = torch.from_numpy(np.stack([crop_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)]))
+    codes = vae.codes_from_masks(masks, boxes)
     assert codes == [tuple(row) for row in vae.encode(cut).tolist()]
     coded = [Detection("a", box, row) for box, row in zip(boxes, codes, strict=True)]
     found = [Detection("b", (1, 2, 3, 4)), *coded, Detection("c", (5, 5, 9, 9))]
-    first, *between, last = vae.masks_of(found, 112, 100)
+    first, *between, last = vae.masks_from_detections(found, 112, 100)
     assert first is None and last is None
     values = vae.decode(torch.tensor(codes)).detach().numpy()
     for mask, value, box in zip(between, values, boxes, strict=True):
         assert np.array_equal(mask, paste_mask(value, box, 112, 100))
-    assert vae.codes_of([], []) == [] and vae.masks_of([], 5, 5) == [] and vae.masks_of(found[:1], 5, 5) == [None]
+    assert (
+        vae.codes_from_masks([], []) == []
+        and vae.masks_from_detections([], 5, 5) == []
+        and vae.masks_from_detections(found[:1], 5, 5) == [None]
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -402,10 +408,10 @@ def test_the_one_file_of_a_folder(arrays, tmp_path):
 def test_masks_are_made_with_the_pieces_that_exercises_replace(monkeypatch):
     """`plugged_in` puts a learner's function into its module: it has to be looked up there at every call."""
     called = []
-    for module, name in ((vqvae, "code_grid"), (locations, "paste_mask"), (locations, "cut_mask")):
+    for module, name in ((vqvae, "code_grid"), (locations, "paste_mask"), (locations, "crop_mask")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, own=own, name=name: called.append(name) or own(*given))
     vae, box = MaskVQVAE(), (0, 0, 8, 8)
-    (codes,) = vae.codes_of([np.ones((8, 8), bool)], [box])
-    vae.masks_of([Detection("cat", box, codes)], 8, 8)
-    assert called == ["cut_mask", "code_grid", "paste_mask"]
+    (codes,) = vae.codes_from_masks([np.ones((8, 8), bool)], [box])
+    vae.masks_from_detections([Detection("cat", box, codes)], 8, 8)
+    assert called == ["crop_mask", "code_grid", "paste_mask"]

@@ -18,7 +18,8 @@
 import torch
 
 import minivlm
-from minivlm import doctor, exercises, scenes, viz
+from minivlm import doctor, emoji, hub
+from minivlm.course import exercises, viz
 
 viz.you_are_here("00")
 
@@ -32,13 +33,13 @@ viz.you_are_here("00")
 # %%
 model = minivlm.PaliGemma.from_pretrained()
 processor = minivlm.Processor.from_pretrained()
-minivlm.generate(model, processor, scenes.make_scene(0, "validation").image, "caption en")
+minivlm.generate(model, processor, emoji.make_scene(0, "validation").image, "caption en")
 
 # %% [markdown]
 # The picture that it described, and a few more, none of which it saw in training:
 
 # %%
-some = [scenes.make_scene(seed, "validation") for seed in range(4)]
+some = [emoji.make_scene(seed, "validation") for seed in range(4)]
 captions = minivlm.generate(model, processor, [scene.image for scene in some], "caption en")
 viz.image_row([scene.image for scene in some], titles=captions)
 
@@ -49,7 +50,7 @@ viz.image_row([scene.image for scene in some], titles=captions)
 #
 # Decide before you go on:
 #
-# 1. What does this model say about an empty grey square?
+# 1. What does this model say about an empty gray square?
 # 2. And about a photo of a cat? It has seen nothing but emoji.
 # 3. How many vectors does the picture become before the language model reads it: 1, 49 or 12,544 (112 × 112)?
 #
@@ -70,13 +71,13 @@ viz.image_row([scene.image for scene in some], titles=captions)
 
 # %%
 for prompt in ("caption en", "answer en how many objects are there?", "detect panda"):
-    print(f"{prompt:40} →", "".join(minivlm.generation.generate_pieces(model, processor, some[0].image, prompt)))
+    print(f"{prompt:40} →", "".join(minivlm.generation.stream_generate(model, processor, some[0].image, prompt)))
 
 # %% [markdown]
 # One piece at a time, as it is written:
 
 # %%
-print(*minivlm.generation.generate_pieces(model, processor, some[0].image, "caption en"), sep=" | ")
+print(*minivlm.generation.stream_generate(model, processor, some[0].image, "caption en"), sep=" | ")
 
 # %% [markdown]
 # ## Four families
@@ -129,7 +130,7 @@ exercises.check(lambda image_size, patch_size: image_size // patch_size, name="n
 
 # %%
 def num_image_tokens(image_size, patch_size):
-    """Two whole numbers, in pixels → a whole number."""
+    """Two integers, in pixels → an integer."""
     ### BEGIN SOLUTION
     return (image_size // patch_size) ** 2
     ### END SOLUTION
@@ -153,7 +154,7 @@ viz.patch_grid(some[0].image, 16)
 #
 # ## Tensors, axes, shapes
 #
-# Numbers come in *tensors*, tables with any number of axes; the lengths of these are the *shape*. Four colour pictures of
+# Numbers come in *tensors*, tables with any number of axes; the lengths of these are the *shape*. Four color pictures of
 # 112 × 112 pixels are `[4, 112, 112, 3]`: which picture, which row, which column, which of red, green and blue. Much
 # of what goes wrong in such a model is an operation along the wrong axis. So, a small one to follow by hand:
 
@@ -169,9 +170,9 @@ print("mean red, green, blue:", slow.tolist())
 assert torch.equal(slow, torch.tensor([1.0, 0.5, 0.0]))
 
 # %% [markdown]
-# ## Exercise 0.2 · The mean colour ★☆☆ (6 minutes)
+# ## Exercise 0.2 · The mean color ★☆☆ (6 minutes)
 #
-# For many pictures at once, without a loop: `images` are `[N, H, W, 3]`, numbers from 0 to 1. Return the mean colour of
+# For many pictures at once, without a loop: `images` are `[N, H, W, 3]`, numbers from 0 to 1. Return the mean color of
 # each, `[N, 3]`.
 #
 # <details><summary>Hint</summary>
@@ -182,7 +183,7 @@ assert torch.equal(slow, torch.tensor([1.0, 0.5, 0.0]))
 
 
 # %%
-def mean_colour(images):
+def mean_color(images):
     """[N, H, W, 3] → [N, 3]."""
     ### BEGIN SOLUTION
     return images.mean((1, 2))
@@ -190,23 +191,23 @@ def mean_colour(images):
 
 
 # %%
-exercises.check(mean_colour)
+exercises.check(mean_color)
 ### BEGIN HIDDEN TESTS
-exercises.score(mean_colour, points=2, seed=1)
+exercises.score(mean_color, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# How much of a picture is left in its mean colour? In the mean colours of its 49 patches? This is why the model gets one
-# vector a patch and not one for all. (Its vectors hold far more than a colour: chapter 03.)
+# How much of a picture is left in its mean color? In the mean colors of its 49 patches? This is why the model gets one
+# vector a patch and not one for all. (Its vectors hold far more than a color: chapter 03.)
 
 # %%
-mean_colour = exercises.piece("mean_colour")
+mean_color = exercises.piece("mean_color")
 image = torch.from_numpy(some[0].image) / 255  # [112, 112, 3]
 patches = image.view(7, 16, 7, 16, 3).transpose(1, 2).reshape(49, 16, 16, 3)
-one = mean_colour(image[None]).expand(4, 4, 3)  # [1, 3] repeated: a picture of one colour
-many = mean_colour(patches).view(7, 7, 3)
+one = mean_color(image[None]).expand(4, 4, 3)  # [1, 3] repeated: a picture of one color
+many = mean_color(patches).view(7, 7, 3)
 assert torch.allclose(many.mean((0, 1)), one[0, 0], rtol=1e-5)
-viz.image_row([image.numpy(), one.numpy(), many.numpy()], titles=["the picture", "one colour", "49 colours"])
+viz.image_row([image.numpy(), one.numpy(), many.numpy()], titles=["the picture", "one color", "49 colors"])
 
 # %% [markdown]
 # ## From scores to a word
@@ -258,7 +259,7 @@ exercises.score(best_words, points=2, seed=1)
 best_words = exercises.piece("best_words")
 question = "answer en how many objects are there?"
 batch = processor(text=[question] * len(some), images=[scene.image for scene in some])
-with torch.no_grad():  # nothing is to be learnt, so torch need not remember how it got there
+with torch.no_grad():  # nothing is to be learned, so torch need not remember how it got there
     scores = model(**batch, last_only=True)[:, -1]
 vocabulary = [processor.tokenizer.id_to_token(i) or "unused" for i in range(scores.shape[1])]
 for (word, probability), scene in zip(best_words(scores, vocabulary), some, strict=True):
@@ -282,14 +283,14 @@ assert model.config.vision_config.num_image_tokens == num_image_tokens(112, 16)
 #
 # ## Break it: nothing to see
 #
-# An empty grey square, and a photo. What does the model say?
+# An empty gray square, and a photo. What does the model say?
 
 # %%
-grey = torch.full((112, 112, 3), 128, dtype=torch.uint8).numpy()
-photo = minivlm.processor.open_image(scenes.DATA / "images" / "cat.jpg")
-asked = {"grey": grey, "photo": photo}
+gray = torch.full((112, 112, 3), 128, dtype=torch.uint8).numpy()
+photo = minivlm.processor.open_image(hub.DATA / "images" / "cat.jpg")
+asked = {"gray": gray, "photo": photo}
 titles = [f"{name}: {minivlm.generate(model, processor, picture, 'caption en')}" for name, picture in asked.items()]
-viz.image_row([grey, photo], titles=titles)
+viz.image_row([gray, photo], titles=titles)
 
 # %% [markdown]
 # No error, no "I do not know": a VLM writes what is likeliest, and something always is. Whether it is true has to be

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minivlm import exercises, losses, scenes, viz
+from minivlm import emoji, losses
+from minivlm.course import exercises, viz
 
 viz.you_are_here("01")
 
@@ -89,7 +90,7 @@ viz.similarity_matrix(cosines, [f"picture of {n}" for n in names], names, title=
 # %%
 from matplotlib.figure import Figure
 
-LABELS = {  # each with its place beside the tip, in points, and its colour
+LABELS = {  # each with its place beside the tip, in points, and its color
     "picture of a cat": ((4, 2), "left", "#0072B2"),
     "picture of a moon": ((0, -12), "left", "#0072B2"),
     "text: a cat": ((-4, -3), "right", "#D55E00"),
@@ -98,10 +99,10 @@ LABELS = {  # each with its place beside the tip, in points, and its colour
 
 
 def draw_arrows(axes, points):
-    for (label, (shift, side, colour)), tip in zip(LABELS.items(), points, strict=True):
-        style = {"color": colour, "linestyle": "--" if "text" in label else "-", "shrinkA": 0, "shrinkB": 0}
+    for (label, (shift, side, color)), tip in zip(LABELS.items(), points, strict=True):
+        style = {"color": color, "linestyle": "--" if "text" in label else "-", "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 2} | style)
-        axes.annotate(label, tip, shift, textcoords="offset points", ha=side, color=colour, fontsize=8)
+        axes.annotate(label, tip, shift, textcoords="offset points", ha=side, color=color, fontsize=8)
 
 
 # %%
@@ -120,7 +121,7 @@ viz.from_figure(
 # %% [markdown]
 # ## Exercise 1.1 · Directions ★☆☆ (5 minutes)
 #
-# Write `l2_normalise` in torch: each row of `x` divided by its L2 norm.
+# Write `l2_normalize` in torch: each row of `x` divided by its L2 norm.
 #
 # <details><summary>Hint</summary>
 #
@@ -130,7 +131,7 @@ viz.from_figure(
 
 
 # %%
-def l2_normalise(x):
+def l2_normalize(x):
     """[N, D] → [N, D], every row of length 1."""
     ### BEGIN SOLUTION
     return x / x.norm(dim=-1, keepdim=True)
@@ -138,16 +139,16 @@ def l2_normalise(x):
 
 
 # %%
-exercises.check(l2_normalise)
+exercises.check(l2_normalize)
 ### BEGIN HIDDEN TESTS
-exercises.score(l2_normalise, points=2, seed=1)
+exercises.score(l2_normalize, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
 # From here on the chapter uses your function if it passed, and the package's if not:
 
 # %%
-l2_normalise = exercises.piece("l2_normalise")
+l2_normalize = exercises.piece("l2_normalize")
 
 # %% [markdown]
 # ## From cosines to choices
@@ -190,7 +191,7 @@ viz.lines(curves, "Loss of a choice among 100", "temperature exp(t)", "loss in n
 # ## Exercise 1.2 · The table ★☆☆ (8 minutes)
 #
 # Numbers that go into a softmax are called *logits*. Write the table of them: temperature × cosine of every picture
-# with every text. `log_temperature` is t, a tensor without axes. You may call `l2_normalise`.
+# with every text. `log_temperature` is t, a tensor without axes. You may call `l2_normalize`.
 #
 # <details><summary>Hint</summary>
 #
@@ -203,7 +204,7 @@ viz.lines(curves, "Loss of a choice among 100", "temperature exp(t)", "loss in n
 def clip_logits(images, texts, log_temperature):
     """[N, D], [M, D], a number → [N, M]."""
     ### BEGIN SOLUTION
-    return log_temperature.exp() * (l2_normalise(images) @ l2_normalise(texts).T)
+    return log_temperature.exp() * (l2_normalize(images) @ l2_normalize(texts).T)
     ### END SOLUTION
 
 
@@ -233,7 +234,7 @@ clip_logits = exercises.piece("clip_logits")
 #
 # The loss is the mean of both: **0.0364**. Rows and columns are different questions: 6 hurts the cat, since it is near 8,
 # and hurts "a moon" much less, since it is far from 10. (It is often said that CLIP takes *a* softmax over the table.
-# It takes two, and no entry is normalised over the whole table.)
+# It takes two, and no entry is normalized over the whole table.)
 #
 # ### The slow loop
 
@@ -341,7 +342,7 @@ assert torch.isclose(clip_loss(twice, twice, hot), torch.tensor(2.0).log() / 2) 
 # %%
 def draw(name, artist, angle=0, mirror=False):
     """[4, 32, 32] in 0…1: red, green and blue times the opacity, and the opacity."""
-    sprite = scenes.draw_sprite(name, artist, 28, angle, mirror)
+    sprite = emoji.draw_sprite(name, artist, 28, angle, mirror)
     height, width, _ = sprite.shape
     top, left = (32 - height) // 2, (32 - width) // 2
     canvas = np.zeros((32, 32, 4), np.uint8)
@@ -349,9 +350,9 @@ def draw(name, artist, angle=0, mirror=False):
     return torch.from_numpy(canvas).permute(2, 0, 1) / 255
 
 
-def on_background(drawings, colours):
-    """[N, 4, 32, 32] on plain colours [N, 3, 1, 1] → pictures [N, 3, 32, 32] in −1…1."""
-    return 2 * (drawings[:, :3] + (1 - drawings[:, 3:]) * colours) - 1
+def on_background(drawings, colors):
+    """[N, 4, 32, 32] on plain colors [N, 3, 1, 1] → pictures [N, 3, 32, 32] in −1…1."""
+    return 2 * (drawings[:, :3] + (1 - drawings[:, 3:]) * colors) - 1
 
 
 # %% [markdown]
@@ -362,9 +363,9 @@ from itertools import product
 
 from tqdm.auto import tqdm
 
-ways = list(product(scenes.TRAIN_ARTISTS, (-16, -8, 0, 8, 16), (False, True)))  # artist, angle in degrees, mirrored
-drawings = torch.stack([torch.stack([draw(name, *way) for name in scenes.OBJECTS]) for way in tqdm(ways, "drawing")])
-unseen = torch.stack([draw(name, scenes.UNSEEN_ARTISTS[0]) for name in scenes.OBJECTS])
+ways = list(product(emoji.TRAIN_ARTISTS, (-16, -8, 0, 8, 16), (False, True)))  # artist, angle in degrees, mirrored
+drawings = torch.stack([torch.stack([draw(name, *way) for name in emoji.OBJECTS]) for way in tqdm(ways, "drawing")])
+unseen = torch.stack([draw(name, emoji.UNSEEN_ARTISTS[0]) for name in emoji.OBJECTS])
 print("to train on", list(drawings.shape), "  of the unseen artist", list(unseen.shape))
 
 
@@ -373,7 +374,7 @@ def to_show(pictures):
     return [p.permute(1, 2, 0) / 2 + 0.5 for p in pictures]
 
 
-some = list(product(("owl", "carrot", "tractor", "castle"), scenes.TRAIN_ARTISTS + scenes.UNSEEN_ARTISTS))
+some = list(product(("owl", "carrot", "tractor", "castle"), emoji.TRAIN_ARTISTS + emoji.UNSEEN_ARTISTS))
 shown = on_background(torch.stack([draw(*pair) for pair in some]), torch.ones(12, 3, 1, 1))
 viz.image_row(to_show(shown), [", ".join(pair) for pair in some], columns=6, title="Four things by three artists")
 
@@ -386,7 +387,7 @@ viz.image_row(to_show(shown), [", ".join(pair) for pair in some], columns=6, tit
 
 # %%
 wordings = ["{}", "a picture of {}", "here is {}"]
-captions = [[wording.format(scenes.with_article(name)) for name in scenes.OBJECTS] for wording in wordings]
+captions = [[wording.format(emoji.with_article(name)) for name in emoji.OBJECTS] for wording in wordings]
 vocabulary = sorted({word for row in captions for caption in row for word in caption.split()})
 
 
@@ -430,13 +431,13 @@ def cosines_of(pictures, counts):
 
 
 twelve = slice(0, 96, 8)
-faces, words = to_show(test_pictures[twelve]), list(scenes.OBJECTS[twelve])
+faces, words = to_show(test_pictures[twelve]), list(emoji.OBJECTS[twelve])
 viz.similarity_matrix(cosines_of(test_pictures[twelve], bags[0, twelve]), faces, words, title="Cosines before training")
 
 # %% [markdown]
 # ### The loop
 #
-# A batch: all 100 things, each drawn in one of its ways, on a background of any colour, and each with one of its
+# A batch: all 100 things, each drawn in one of its ways, on a background of any color, and each with one of its
 # captions; the whole batch is moved by the same few pixels.
 
 
@@ -451,17 +452,17 @@ def batch():
 # %%
 steps = 500
 weights = [*image_encoder.parameters(), *text_encoder.parameters(), log_temperature]
-optimiser = torch.optim.AdamW(weights)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)  # up, then down to nothing
+optimizer = torch.optim.AdamW(weights)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)  # up, then down to nothing
 
 # %%
 history = []
 for _ in tqdm(range(steps), "training"):
     pictures, counts = batch()
     loss = clip_loss(image_encoder(pictures), text_encoder(counts), log_temperature)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     schedule.step()
     history.append(loss.item())
 
@@ -505,9 +506,9 @@ viz.similarity_matrix(
 
 # %%
 def zero_shot(images, class_texts):
-    """[N, D], [C, D] → [N] whole numbers from 0 to C − 1."""
+    """[N, D], [C, D] → [N] integers from 0 to C − 1."""
     ### BEGIN SOLUTION
-    return (l2_normalise(images) @ l2_normalise(class_texts).T).argmax(1)
+    return (l2_normalize(images) @ l2_normalize(class_texts).T).argmax(1)
     ### END SOLUTION
 
 
@@ -529,7 +530,7 @@ assert right > 0.2
 
 # %%
 places = range(3, 100, 8)
-titles = [scenes.OBJECTS[guess[i]] + ("" if guess[i] == i else f"\n(is: {scenes.OBJECTS[i]})") for i in places]
+titles = [emoji.OBJECTS[guess[i]] + ("" if guess[i] == i else f"\n(is: {emoji.OBJECTS[i]})") for i in places]
 viz.image_row(to_show(test_pictures[3::8]), titles, columns=7, title="What the model says, artist unseen")
 
 # %% [markdown]
@@ -538,7 +539,7 @@ viz.image_row(to_show(test_pictures[3::8]), titles, columns=7, title="What the m
 
 # %%
 classes = ["cat", "octopus", "sailboat", "rainbow"]
-asked = [scenes.OBJECTS.index(name) for name in classes]
+asked = [emoji.OBJECTS.index(name) for name in classes]
 with torch.no_grad():
     answers = zero_shot(images[asked], text_encoder(bag([f"now look at this {name}" for name in classes])))
 print({name: classes[answer] for name, answer in zip(classes, answers, strict=True)})
@@ -564,7 +565,7 @@ print({name: classes[answer] for name, answer in zip(classes, answers, strict=Tr
 
 # %%
 def retrieval_ranks(similarity):
-    """[N, N] → [N] whole numbers from 1 to N."""
+    """[N, N] → [N] integers from 1 to N."""
     ### BEGIN SOLUTION
     return (similarity > similarity.diagonal()).sum(0) + 1
     ### END SOLUTION
@@ -587,14 +588,14 @@ assert (ranks <= 5).float().mean() > 0.3
 
 # %%
 titles, found = [], []
-for j in [scenes.OBJECTS.index(name) for name in ("penguin", "pizza", "bicycle")]:
+for j in [emoji.OBJECTS.index(name) for name in ("penguin", "pizza", "bicycle")]:
     six = similarity[:, j].topk(6).indices.tolist()
-    titles += [f"{scenes.OBJECTS[j]}? {k}: {scenes.OBJECTS[i]}" for k, i in enumerate(six, start=1)]
+    titles += [f"{emoji.OBJECTS[j]}? {k}: {emoji.OBJECTS[i]}" for k, i in enumerate(six, start=1)]
     found += six
 viz.image_row(to_show(test_pictures[found]), titles, columns=6, title="The six pictures nearest to a word")
 
 # %% [markdown]
-# Look at what else is found: often things of the same colour or outline. Nobody told the model what is alike; it follows
+# Look at what else is found: often things of the same color or outline. Nobody told the model what is alike; it follows
 # from what helped to tell 100 things apart.
 #
 # ## Break it: the batch axis
@@ -608,14 +609,14 @@ def over_the_batch(x):
     return x / x.norm(dim=0, keepdim=True)
 
 
-def share_right(answers):
+def accuracy(answers):
     return (answers == own).float().mean().item()
 
 
-directions = l2_normalise(class_texts)
+directions = l2_normalize(class_texts)
 together = (over_the_batch(images) @ directions.T).argmax(1)
 alone = torch.cat([(over_the_batch(image[None]) @ directions.T).argmax(1) for image in images])
-print(f"right: {right:.0%};  broken: {share_right(together):.0%} together, {share_right(alone):.0%} one by one")
+print(f"right: {right:.0%};  broken: {accuracy(together):.0%} together, {accuracy(alone):.0%} one by one")
 
 # %% [markdown]
 # Together the share hardly changes, and may even rise, so a test that looks at this number would not find it. But now
@@ -626,7 +627,7 @@ print(f"right: {right:.0%};  broken: {share_right(together):.0%} together, {shar
 assert set(over_the_batch(images[:1]).flatten().tolist()) == {-1.0, 1.0}
 assert not torch.equal(together, alone)
 repaired = torch.cat([zero_shot(image[None], class_texts) for image in images])
-assert torch.equal(repaired, guess)  # normalised by rows, a picture's answer is its own
+assert torch.equal(repaired, guess)  # normalized by rows, a picture's answer is its own
 print(f"answers that depend on the company: {(together != alone).sum()} before, {(repaired != guess).sum()} after")
 
 # %% [markdown]
@@ -668,7 +669,7 @@ theirs = transformers.CLIPModel(
 inputs = {"input_ids": torch.randint(3, 60, (7, 5)), "pixel_values": torch.randn(7, 3, 8, 8)}
 with torch.no_grad():
     out = theirs(**inputs, return_loss=True)
-    x = theirs.get_image_features(inputs["pixel_values"]).pooler_output  # before they are normalised
+    x = theirs.get_image_features(inputs["pixel_values"]).pooler_output  # before they are normalized
     y = theirs.get_text_features(inputs["input_ids"]).pooler_output
 
 
@@ -691,7 +692,7 @@ assert max(differences.values()) < 1e-5
 # ## Recap
 #
 # * Two encoders, one space: what belongs together should lie in the same direction.
-# * Normalise, multiply, scale: logits = exp(t) · cosine, with t learned.
+# * Normalize, multiply, scale: logits = exp(t) · cosine, with t learned.
 # * Each picture chooses among the texts (rows) and each text among the pictures (columns): two cross-entropies, their
 #   mean, the right answers on the diagonal.
 # * n pairs bring n² − n wrong ones for free, some of which are not wrong.

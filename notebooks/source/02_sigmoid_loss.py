@@ -14,7 +14,8 @@
 import torch
 import torch.nn.functional as F
 
-from minivlm import exercises, losses, viz
+from minivlm import losses
+from minivlm.course import exercises, viz
 
 viz.you_are_here("02")
 
@@ -202,10 +203,10 @@ assert torch.allclose(z.grad, safe_softmax(z), rtol=1e-5)
 
 # %%
 import minivlm
-from minivlm import scenes
+from minivlm import emoji
 
 model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
-batch = processor(text=["caption en"], images=[scenes.make_scene(0, "validation").image])
+batch = processor(text=["caption en"], images=[emoji.make_scene(0, "validation").image])
 with torch.no_grad():
     logits = model(**batch, last_only=True)[0, -1]
 sharp = (logits / 0.1).half()
@@ -260,8 +261,8 @@ assert changed["softmax over rows"].all() and not changed["sigmoid"][:, :3].any(
 # ### The two gathers
 #
 # Now let two machines hold two pairs each. Machine 0 can fill the upper left block of the table, machine 1 the lower
-# right one. A row runs through both halves; so does a column. To normalise its rows a machine must *gather* all texts,
-# to normalise the columns all pictures: **two gathers**, and the embeddings of the whole batch in every machine. Leaving
+# right one. A row runs through both halves; so does a column. To normalize its rows a machine must *gather* all texts,
+# to normalize the columns all pictures: **two gathers**, and the embeddings of the whole batch in every machine. Leaving
 # them out gives another loss, that of an easier question:
 
 # %%
@@ -323,7 +324,7 @@ assert math.isclose(-F.logsigmoid(z * toy).sum().item() / 2, by_loop, rel_tol=1e
 #
 # <details><summary>Hint</summary>
 #
-# `losses.normalise` makes directions. `torch.eye(N, dtype=torch.bool)` are the labels when there are none given, and
+# `losses.l2_normalize` makes directions. `torch.eye(N, dtype=torch.bool)` are the labels when there are none given, and
 # `torch.where(labels, 1.0, -1.0)` is z.
 #
 # </details>
@@ -333,12 +334,12 @@ assert math.isclose(-F.logsigmoid(z * toy).sum().item() / 2, by_loop, rel_tol=1e
 def sigmoid_loss(image_embeddings, text_embeddings, log_temperature, bias, labels=None):
     """[N, D], [M, D], two numbers, [N, M] of booleans or None → nats per picture, a tensor without axes."""
     ### BEGIN SOLUTION
-    from minivlm.losses import normalise
+    from minivlm.losses import l2_normalize
 
     N = len(image_embeddings)
     if labels is None:
         labels = torch.eye(N, dtype=torch.bool)
-    logits = log_temperature.exp() * (normalise(image_embeddings) @ normalise(text_embeddings).T) + bias
+    logits = log_temperature.exp() * (l2_normalize(image_embeddings) @ l2_normalize(text_embeddings).T) + bias
     return -F.logsigmoid(torch.where(labels, 1.0, -1.0) * logits).sum() / N
     ### END SOLUTION
 
@@ -441,11 +442,11 @@ assert torch.isclose(sum(parts), sigmoid_loss(x, y, log_t, bias), rtol=1e-5)
 
 # %%
 def chunked_sigmoid_loss(image_embeddings, text_embeddings, log_temperature, bias, chunk_size=1024):
-    """[N, D], [N, D], two numbers, a whole number → nats per picture, a tensor without axes."""
+    """[N, D], [N, D], two numbers, an integer → nats per picture, a tensor without axes."""
     ### BEGIN SOLUTION
-    from minivlm.losses import normalise
+    from minivlm.losses import l2_normalize
 
-    x, y, N = normalise(image_embeddings), normalise(text_embeddings), len(image_embeddings)
+    x, y, N = l2_normalize(image_embeddings), l2_normalize(text_embeddings), len(image_embeddings)
     total = 0
     for first in range(0, N, chunk_size):
         logits = log_temperature.exp() * (x @ y[first : first + chunk_size].T) + bias
@@ -544,7 +545,7 @@ for z in (1, -1):
 # ## A ring of machines
 #
 # Several processes, each with its shard of the pairs. Each keeps its pictures. The shards of texts go round: in every step
-# a process works off one block, its pictures with the texts that it holds, and hands the texts to its neighbour. After as
+# a process works off one block, its pictures with the texts that it holds, and hands the texts to its neighbor. After as
 # many steps as there are processes everybody has met everything, and nobody ever held more than one shard (figure 1 of
 # the paper).
 #

@@ -14,7 +14,8 @@
 import torch
 import torch.nn.functional as F
 
-from minivlm import exercises, siglip, viz
+from minivlm import siglip
+from minivlm.course import exercises, viz
 
 viz.you_are_here("03")
 
@@ -39,7 +40,7 @@ viz.you_are_here("03")
 # %% [markdown]
 # ## A toy: sixteen pixels, four patches
 #
-# `B` pictures of `C` colours, `H` rows and `W` columns are a tensor `[B, C, H, W]`. Here is one picture of one colour,
+# `B` pictures of `C` colors, `H` rows and `W` columns are a tensor `[B, C, H, W]`. Here is one picture of one color,
 # with 4 × 4 pixels:
 
 # %%
@@ -48,11 +49,11 @@ print(tiny[0, 0])
 
 # %% [markdown]
 # Cut into patches of 2 × 2 and read as a page is, it becomes the sequence 0 1 4 5, then 2 3 6 7, then 8 9 12 13, then
-# 10 11 14 15. Mind that 1 and 4 are neighbours in their patch, but not in memory.
+# 10 11 14 15. Mind that 1 and 4 are neighbors in their patch, but not in memory.
 #
 # ### The slow loop
 #
-# Patch after patch, from the top left along the first row. Inside of a patch the order is colour, row, column.
+# Patch after patch, from the top left along the first row. Inside of a patch the order is color, row, column.
 
 
 # %%
@@ -77,9 +78,9 @@ assert slow[0, 0].tolist() == [0, 1, 4, 5] and slow[0, 2].tolist() == [8, 9, 12,
 # A scene of our own, 112 × 112 pixels, cut into patches of 16 × 16, as the small model of this course does:
 
 # %%
-from minivlm import scenes
+from minivlm import emoji
 
-many = (scenes.make_scene(seed, "validation") for seed in range(99))
+many = (emoji.make_scene(seed, "validation") for seed in range(99))
 scene = next(s for s in many if len({thing.name for thing in s.objects}) == len(s.objects) == 2)
 viz.patch_grid(scene.image, 16)
 
@@ -98,7 +99,7 @@ viz.patch_grid(scene.image, 16)
 
 # %%
 def patchify(pixel_values, patch_size):
-    """[B, C, H, W] → [B, P, C·h·w]: patches row by row from the top left, each laid out as colour, row, column."""
+    """[B, C, H, W] → [B, P, C·h·w]: patches row by row from the top left, each laid out as color, row, column."""
     ### BEGIN SOLUTION
     B, C, H, W = pixel_values.shape
     p = patch_size
@@ -140,7 +141,7 @@ model = minivlm.PaliGemma.from_pretrained().requires_grad_(False)  # nothing is 
 processor = minivlm.Processor.from_pretrained()
 tower = model.vision_tower.vision_model
 weight, bias = tower.embeddings.patch_embedding.weight, tower.embeddings.patch_embedding.bias
-pixels = processor.pixels([scene.image])  # what this does is told in chapter 04
+pixels = processor.preprocess_images([scene.image])  # what this does is told in chapter 04
 print("pixels", list(pixels.shape), " weight", list(weight.shape), " bias", list(bias.shape))
 
 # %% [markdown]
@@ -222,12 +223,12 @@ for side, patch_size in ((112, 16), (224, 14), (448, 14), (896, 14)):
 # %%
 from unittest.mock import patch as replace
 
-some = [scenes.make_scene(seed, "validation") for seed in range(12)]
+some = [emoji.make_scene(seed, "validation") for seed in range(12)]
 
 
 def captions_right():
     answers = minivlm.generate(model, processor, [s.image for s in some], "caption en")
-    return sum(scenes.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True)), answers[0]
+    return sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True)), answers[0]
 
 
 def reshaped(pixel_values, weight, bias):
@@ -284,7 +285,7 @@ assert same < 1e-5 < other
 # We take away one, the other, and both, and put questions such as "where is the cat?":
 
 # %%
-scenes_asked = [scenes.make_scene(seed, "validation") for seed in range(40)]
+scenes_asked = [emoji.make_scene(seed, "validation") for seed in range(40)]
 SWAP = {"left": "right", "right": "left"}
 
 
@@ -334,7 +335,7 @@ assert found["learned", "in order"][0] > found["none", "shuffled"][0]
 # too.
 #
 # What did the table learn to tell apart? Each small map compares the embedding of one place with those of all 49. In the
-# tables of large towers, neighbours and places of one row or column are alike (arXiv:2010.11929, figure 7). Ours has
+# tables of large towers, neighbors and places of one row or column are alike (arXiv:2010.11929, figure 7). Ours has
 # less to do, for the reason above, and learned mainly one thing: the rim of the picture against its inside.
 
 # %%
@@ -527,7 +528,7 @@ import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-folder = minivlm.checkpoint.resolve(None)
+folder = minivlm.hub.resolve(None)
 theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
 their_tower = theirs.model.vision_tower
 
@@ -728,17 +729,17 @@ assert pooled_right < right
 #
 # ## The trained tower, opened
 #
-# **The filters** of the patch embedding with the largest weights, each stretched to its own range of colours. What do they
+# **The filters** of the patch embedding with the largest weights, each stretched to its own range of colors. What do they
 # look for?
 
 # %%
 largest = weight.flatten(1).norm(dim=1).topk(24).indices
 low, high = weight.amin((1, 2, 3), keepdim=True), weight.amax((1, 2, 3), keepdim=True)
-shown = ((weight - low) / (high - low))[largest].permute(0, 2, 3, 1)  # colours last, as pictures have them
+shown = ((weight - low) / (high - low))[largest].permute(0, 2, 3, 1)  # colors last, as pictures have them
 viz.image_row(list(shown), columns=8, title="24 of the 192 filters")
 
 # %% [markdown]
-# Soft blobs, one colour beside its opposite: such a filter answers where the colour changes inside of a patch. The fine
+# Soft blobs, one color beside its opposite: such a filter answers where the color changes inside of a patch. The fine
 # grain is noise that so little training did not smooth away; large towers have cleaner ones (arXiv:2010.11929, figure
 # 7).
 #
@@ -752,19 +753,19 @@ x, y = scene.objects[0].center
 looker = int(y // 16) * 7 + int(x // 16)
 by_layer = torch.stack([w[0, :, looker].mean(0) for w in weights])
 titles = [f"layer {number}" for number in range(len(weights))]
-viz.attention_on_picture(scene.image, by_layer, titles, f"What patch {looker} looks at ({scene.objects[0].name})")
+viz.attention_on_image(scene.image, by_layer, titles, f"What patch {looker} looks at ({scene.objects[0].name})")
 
 # %% [markdown]
 # And the four heads of the last layer one by one:
 
 # %%
-viz.attention_on_picture(
+viz.attention_on_image(
     scene.image, weights[-1][0, :, looker], [f"head {h}" for h in range(4)], "The last layer, head by head"
 )
 
 # %% [markdown]
 # Weights say where a head took from, not what it took; treat such pictures as a hint. Three numbers are safe: how much
-# of its attention a patch spends on itself, its neighbours, and the rest. Spread evenly it would be 2%, 13% and 85%.
+# of its attention a patch spends on itself, its neighbors, and the rest. Spread evenly it would be 2%, 13% and 85%.
 
 # %%
 place = torch.stack([torch.arange(49) // 7, torch.arange(49) % 7], dim=1)
@@ -772,7 +773,7 @@ distance = (place[:, None] - place[None]).abs().amax(-1)  # 0 itself, 1 the eigh
 for number, w in enumerate(weights):
     mean = w[0].mean(0)
     itself, near, far = (float(mean[mask].sum() / 49) for mask in (distance == 0, distance == 1, distance > 1))
-    print(f"layer {number}: itself {itself:4.0%}   neighbours {near:4.0%}   further away {far:4.0%}")
+    print(f"layer {number}: itself {itself:4.0%}   neighbors {near:4.0%}   further away {far:4.0%}")
 
 # %% [markdown]
 # ## It matches
@@ -834,7 +835,7 @@ for name, other in (("the package", tower(pixels)), ("transformers", reference))
 # <details><summary>3. Layer norm forgets the length of a vector. What can the next block not know?</summary>
 #
 # Whether the stream was large or small at this patch: the vector and ten times the vector look the same to it. The
-# stream itself still holds it, since in a pre-norm layer only the copy is normalised.
+# stream itself still holds it, since in a pre-norm layer only the copy is normalized.
 #
 # </details>
 #

@@ -14,7 +14,8 @@
 import torch
 
 import minivlm
-from minivlm import exercises, scenes, viz
+from minivlm import emoji, hub
+from minivlm.course import exercises, viz
 
 viz.you_are_here("04")
 
@@ -36,12 +37,12 @@ viz.you_are_here("04")
 # %% [markdown]
 # ## A toy: four pixels
 #
-# A file holds a picture as bytes, 0 to 255, in the order row, column, colour: `[H, W, 3]`. SigLIP wants numbers from −1
-# to 1 in the order colour, row, column: `[3, H, W]`. Four pixels: red and green above, blue and grey below.
+# A file holds a picture as bytes, 0 to 255, in the order row, column, color: `[H, W, 3]`. SigLIP wants numbers from −1
+# to 1 in the order color, row, column: `[3, H, W]`. Four pixels: red and green above, blue and gray below.
 
 # %%
 tiny = torch.tensor([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [128, 128, 128]]], dtype=torch.uint8)
-viz.image_row([tiny], ["two rows, two columns, three colours"])
+viz.image_row([tiny], ["two rows, two columns, three colors"])
 
 # %% [markdown]
 # By hand: 255 becomes 255 / 255 = 1, then (1 − 0.5) / 0.5 = 1. 0 becomes −1. 128 becomes 0.004, close to the middle.
@@ -54,9 +55,9 @@ viz.image_row([tiny], ["two rows, two columns, three colours"])
 slow = torch.zeros(3, 2, 2)
 for row in range(2):
     for column in range(2):
-        for colour in range(3):
-            share = tiny[row, column, colour].item() / 255  # 0…1
-            slow[colour, row, column] = (share - 0.5) / 0.5  # −1…1
+        for color in range(3):
+            share = tiny[row, column, color].item() / 255  # 0…1
+            slow[color, row, column] = (share - 0.5) / 0.5  # −1…1
 print("red:\n", slow[0])
 assert slow[0].tolist()[0] == [1, -1] and abs(slow[0, 1, 1].item()) < 0.01
 
@@ -73,25 +74,25 @@ assert slow[0].tolist()[0] == [1, -1] and abs(slow[0, 1, 1].item()) < 0.01
 from PIL import Image
 
 processor = minivlm.Processor.from_pretrained()
-photo = Image.open(scenes.DATA / "images" / "rocket.jpg")
+photo = Image.open(hub.DATA / "images" / "rocket.jpg")
 rgb = minivlm.processor.to_rgb(photo)
 square = torch.tensor(minivlm.processor.resize(rgb, processor.image_size))
 assert square.shape == (112, 112, 3) and square.dtype == torch.uint8
 viz.image_row([rgb, square], [f"the file, {rgb.width} × {rgb.height}", "resized, 112 × 112: squashed"])
 
 # %% [markdown]
-# **Step 3: rescale**, 0…255 → 0…1. **Step 4: normalise**, (x − mean) / std, with mean 0.5 and std 0.5 in all three channels.
+# **Step 3: rescale**, 0…255 → 0…1. **Step 4: normalize**, (x − mean) / std, with mean 0.5 and std 0.5 in all three channels.
 # CLIP and many others use other numbers; the checkpoint's file `preprocessor_config.json` holds them.
 
 # %%
 rescaled = minivlm.processor.rescale(square)
-normalised = minivlm.processor.normalise(rescaled, processor.mean, processor.std)
-for name, x in (("resized", square), ("rescaled", rescaled), ("normalised", normalised)):
+normalized = minivlm.processor.normalize(rescaled, processor.mean, processor.std)
+for name, x in (("resized", square), ("rescaled", rescaled), ("normalized", normalized)):
     print(f"{name:10} {list(x.shape)} {str(x.dtype):13} from {x.min().item():6.3f} to {x.max().item():5.3f}")
-assert normalised.min() >= -1 and normalised.max() <= 1
+assert normalized.min() >= -1 and normalized.max() <= 1
 viz.image_row(
-    [rescaled, normalised.clamp(0, 1)],
-    ["rescaled", "normalised, seen by a viewer that expects 0…1: all that was dark is black"],
+    [rescaled, normalized.clamp(0, 1)],
+    ["rescaled", "normalized, seen by a viewer that expects 0…1: all that was dark is black"],
 )
 
 # %% [markdown]
@@ -102,12 +103,12 @@ edges = torch.linspace(-1, 1, 41)
 middles = ((edges[1:] + edges[:-1]) / 2).tolist()
 counts = {
     name: torch.histogram(x.flatten(), edges).hist.tolist()
-    for name, x in (("rescaled", rescaled), ("normalised", normalised))
+    for name, x in (("rescaled", rescaled), ("normalized", normalized))
 }
 viz.lines({name: (middles, c) for name, c in counts.items()}, "The numbers of the photo", "value", "how many")
 
 # %% [markdown]
-# ## Exercise 4.1 · Normalise ★☆☆ (6 minutes)
+# ## Exercise 4.1 · Normalize ★☆☆ (6 minutes)
 #
 # `pixels` is `[H, W, 3]` or `[B, H, W, 3]` in 0…1; `mean` and `std` are lists of three numbers, one a channel.
 #
@@ -119,7 +120,7 @@ viz.lines({name: (middles, c) for name, c in counts.items()}, "The numbers of th
 
 
 # %%
-def normalise(pixels, mean, std):
+def normalize(pixels, mean, std):
     """[…, H, W, 3], three numbers, three numbers → […, H, W, 3]."""
     ### BEGIN SOLUTION
     return (pixels - torch.tensor(mean)) / torch.tensor(std)
@@ -127,9 +128,9 @@ def normalise(pixels, mean, std):
 
 
 # %%
-exercises.check(normalise)
+exercises.check(normalize)
 ### BEGIN HIDDEN TESTS
-exercises.score(normalise, points=2, seed=1)
+exercises.score(normalize, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -138,11 +139,11 @@ exercises.score(normalise, points=2, seed=1)
 # **Step 5: channels first.** torch's convolutions want `[3, H, W]`. The three maps of our photo, each drawn by itself:
 
 # %%
-normalise = exercises.piece("normalise")
-normalised = normalise(rescaled, processor.mean, processor.std)
-pixels = minivlm.processor.channels_first(normalised)
+normalize = exercises.piece("normalize")
+normalized = normalize(rescaled, processor.mean, processor.std)
+pixels = minivlm.processor.channels_first(normalized)
 assert pixels.shape == (3, 112, 112)
-assert torch.equal(pixels[2, 5, 7], normalised[5, 7, 2])  # blue of row 5, column 7
+assert torch.equal(pixels[2, 5, 7], normalized[5, 7, 2])  # blue of row 5, column 7
 viz.image_row(list(pixels), ["red", "green", "blue"], title="[3, H, W]: bright where there is much of it")
 
 # %% [markdown]
@@ -174,16 +175,16 @@ exercises.score(channels_first, points=2, seed=1)
 # %%
 channels_first = exercises.piece("channels_first")
 rescaled_tiny = minivlm.processor.rescale(tiny)
-assert torch.allclose(channels_first(normalise(rescaled_tiny, [0.5] * 3, [0.5] * 3)), slow, atol=1e-6)
+assert torch.allclose(channels_first(normalize(rescaled_tiny, [0.5] * 3, [0.5] * 3)), slow, atol=1e-6)
 
 # %% [markdown]
 # ## Break it: pixels
 #
 # `view` and `reshape` also give `[3, 112, 112]`, without moving a single number. The "red" map now is the top third of the
-# picture, all its colours in a line:
+# picture, all its colors in a line:
 
 # %%
-reshaped = normalised.reshape(3, 112, 112)
+reshaped = normalized.reshape(3, 112, 112)
 viz.image_row(list(reshaped), ["“red”", "“green”", "“blue”"], title="After reshape: the right shape, the wrong numbers")
 
 # %% [markdown]
@@ -195,7 +196,7 @@ from tqdm.auto import tqdm
 from minivlm.generation import generate_ids
 
 model = minivlm.PaliGemma.from_pretrained()
-some = [scenes.make_scene(seed, "validation") for seed in range(24)]
+some = [emoji.make_scene(seed, "validation") for seed in range(24)]
 
 
 def captions(change=lambda batch: batch):
@@ -203,14 +204,14 @@ def captions(change=lambda batch: batch):
     batch = change(processor(text=["caption en"] * len(some), images=[scene.image for scene in some]))
     answers = [processor.decode(ids) for ids in generate_ids(model, batch, max_new_tokens=16).sequences]
     truths = [scene.examples[0].answers[0] for scene in some]
-    return sum(map(scenes.same_caption, answers, truths)), answers[0]
+    return sum(map(emoji.same_caption, answers, truths)), answers[0]
 
 
 # %%
 bugs = {
     "as it should be": lambda x: x,
     "reshape instead of permute": lambda x: x.movedim(1, -1).reshape(x.shape),
-    "not normalised, 0…1": lambda x: (x + 1) / 2,
+    "not normalized, 0…1": lambda x: (x + 1) / 2,
     "not rescaled, 0…255": lambda x: (x + 1) * 127.5,
     "blue, green, red": lambda x: x.flip(1),
     "on its side": lambda x: x.transpose(2, 3),
@@ -221,7 +222,7 @@ counted = {}
 for name, bug in tqdm(bugs.items(), unit="run"):
     counted[name], first = captions(lambda batch, bug=bug: batch | {"pixel_values": bug(batch["pixel_values"])})
     print(f"{name:27} {counted[name]:2} of {len(some)} right, the first: {first[:60]}")
-assert counted["as it should be"] > max(counted["reshape instead of permute"], counted["not normalised, 0…1"])
+assert counted["as it should be"] > max(counted["reshape instead of permute"], counted["not normalized, 0…1"])
 
 # %% [markdown]
 # Nothing crashes in any case. Some answers are plainly broken; others read like good captions and are wrong. The one
@@ -231,7 +232,7 @@ assert counted["as it should be"] > max(counted["reshape instead of permute"], c
 # ## Odd pictures
 #
 # Not every file holds three bytes a pixel. PIL's `convert("RGB")` takes most of them, and is wrong about three: what is
-# transparent, 16-bit grey, and photos that the camera took upright but wrote lying, with a note (*EXIF orientation*) to turn
+# transparent, 16-bit gray, and photos that the camera took upright but wrote lying, with a note (*EXIF orientation*) to turn
 # them. We make one file of each kind in memory:
 
 # %%
@@ -250,15 +251,15 @@ def as_file(image, **options):
 
 # %%
 warnings.filterwarnings("ignore", message="Palette images")  # PIL says so, and goes on
-sprite = Image.fromarray(scenes.draw_sprite("cat", scenes.TRAIN_ARTISTS[0], 96), "RGBa").convert("RGBA")
+sprite = Image.fromarray(emoji.draw_sprite("cat", emoji.TRAIN_ARTISTS[0], 96), "RGBa").convert("RGBA")
 turned = Image.Exif()
 turned[0x0112] = 6  # the tag "orientation": turn me right by a quarter
 ramp = Image.fromarray(np.linspace(0, 65535, 96 * 96).reshape(96, 96).astype(np.uint16))
 odd = {
-    "grey": as_file(rgb.convert("L")),
-    "palette, with a transparent colour": as_file(sprite.quantize(16)),
+    "gray": as_file(rgb.convert("L")),
+    "palette, with a transparent color": as_file(sprite.quantize(16)),
     "RGBA": as_file(sprite),
-    "16-bit grey": as_file(ramp),
+    "16-bit gray": as_file(ramp),
     "EXIF: turn me": as_file(rgb.rotate(90, expand=True), exif=turned),
 }
 
@@ -277,7 +278,7 @@ viz.image_row(plain + careful, titles + ["to_rgb"] * 5, title='Above: convert("R
 # The turned photo stands upright. And whatever the file, out comes the same kind of tensor:
 
 # %%
-batch = processor.pixels(list(odd.values()))
+batch = processor.preprocess_images(list(odd.values()))
 print(list(batch.shape), batch.dtype, f"from {batch.min():.2f} to {batch.max():.2f}")
 assert batch.shape == (5, 3, 112, 112) and batch.min() >= -1 and batch.max() <= 1
 
@@ -336,7 +337,7 @@ assert (ours[1] - ours[0], ours[2] - ours[1]) == (1024, 128)
 #     <image> … <image> <bos> caption en ↵
 #
 # One `<image>` for each patch, the beginning of text `<bos>`, the *prefix* (what is asked), and a newline that says: the
-# question is over, now answer. The strip shows every token with its id, coloured by its kind; repeats of one token are
+# question is over, now answer. The strip shows every token with its id, colored by its kind; repeats of one token are
 # drawn as one box, × how many.
 
 # %%
@@ -445,7 +446,7 @@ viz.token_strip(right, processor, title="Padded on the right, for training")
 #
 # ## Exercise 4.4 · Pad ★★☆ (10 minutes)
 #
-# `rows` is a list of lists of whole numbers; return a numpy array `[B, T]` of type `np.int64`, where T is the longest row's
+# `rows` is a list of lists of integers; return a numpy array `[B, T]` of type `np.int64`, where T is the longest row's
 # length, filled with `value` on `side`, `"left"` or `"right"`.
 #
 # <details><summary>Hint</summary>
@@ -553,7 +554,7 @@ exercises.score(assemble, points=3, seed=1)
 assemble = exercises.piece("assemble")
 prompts = ["caption en", "answer en where is the cat?", example.prompt]
 suffixes = [scene.examples[0].answers[0], "top left", example.answers[0]]
-images = [odd["grey"], photo, odd["RGBA"]]
+images = [odd["gray"], photo, odd["RGBA"]]
 
 prompt_ids = processor.encode([build_prompt(p, "<bos>", "<image>", 49) for p in prompts])
 answer_ids = processor.encode([s + "<eos>" for s in suffixes])
@@ -561,7 +562,7 @@ squares = np.stack([minivlm.processor.resize(minivlm.processor.to_rgb(image), 11
 names = ("input_ids", "attention_mask", "token_type_ids", "labels")
 mine = dict(zip(names, map(torch.from_numpy, assemble(prompt_ids, answer_ids, 0, "left")), strict=True))
 mine["pixel_values"] = channels_first(
-    normalise(minivlm.processor.rescale(torch.from_numpy(squares)), [0.5] * 3, [0.5] * 3)
+    normalize(minivlm.processor.rescale(torch.from_numpy(squares)), [0.5] * 3, [0.5] * 3)
 )
 
 
@@ -584,7 +585,7 @@ import transformers
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 transformers.utils.logging.set_verbosity_error()
-folder = minivlm.checkpoint.resolve(None)
+folder = minivlm.hub.resolve(None)
 tokenizer = transformers.PaliGemmaProcessor.from_pretrained(folder).tokenizer
 theirs = transformers.PaliGemmaProcessor(SiglipImageProcessorPil.from_pretrained(folder), tokenizer)
 
@@ -601,7 +602,7 @@ for side in ("left", "right"):
 # %% [markdown]
 # ## Recap
 #
-# * Pixels: RGB, squashed to a square, 0…1, −1…1, colours first. Every step can be wrong without a crash.
+# * Pixels: RGB, squashed to a square, 0…1, −1…1, colors first. Every step can be wrong without a crash.
 # * Text: `<image>` × P, `<bos>`, prefix, newline; the answer ends with `<eos>`.
 # * 1,024 places, 128 shapes and `<image>` stand behind Gemma's own 256,000 tokens, in this order.
 # * A batch: `input_ids`, `attention_mask`, `token_type_ids`, `pixel_values`, and for training `labels`.

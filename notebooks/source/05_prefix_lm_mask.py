@@ -14,7 +14,8 @@
 import torch
 
 import minivlm
-from minivlm import exercises, masks, scenes, viz
+from minivlm import emoji, masks
+from minivlm.course import exercises, viz
 
 viz.you_are_here("05")
 
@@ -178,7 +179,7 @@ viz.mask_explorer(image_tokens=4, prefix=3, suffix=3)
 # %%
 model = minivlm.PaliGemma.from_pretrained()
 processor = minivlm.Processor.from_pretrained()
-scene = scenes.make_scene(5, "validation")
+scene = emoji.make_scene(5, "validation")
 caption = scene.examples[0].answers[0]
 batch = processor(text=["caption en"], images=[scene.image], suffix=[caption])
 viz.token_strip(batch, processor, title=f"caption en → {caption}")
@@ -204,7 +205,7 @@ assert torch.equal(labels != -100, batch["token_type_ids"] == 1)  # exactly the 
 
 # %%
 def suffix_loss(logits, labels):
-    """[B, T, V], [B, T] → mean loss in nats of the labelled tokens, a tensor without axes."""
+    """[B, T, V], [B, T] → mean loss in nats of the labeled tokens, a tensor without axes."""
     ### BEGIN SOLUTION
     vocabulary = logits.shape[-1]
     predictions = logits[:, :-1].reshape(-1, vocabulary)
@@ -220,7 +221,7 @@ exercises.score(suffix_loss, points=3, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The model computes the same number, but sends only the labelled positions through its output head, since the
+# The model computes the same number, but sends only the labeled positions through its output head, since the
 # vocabulary is by far the widest thing in it:
 
 # %%
@@ -250,7 +251,7 @@ viz.token_strip(left, processor, title="Two prompts, padded on the left")
 
 # %%
 open_mask = masks.prefix_lm_mask(left["token_type_ids"])
-closed = masks.close_padding(open_mask, left["attention_mask"])
+closed = masks.mask_padding(open_mask, left["attention_mask"])
 names = viz.read_tokens(left, processor, row=0)
 viz.compare_masks({"padding seen (the bug)": open_mask[0], "padding closed": closed[0]}, names)
 
@@ -281,7 +282,7 @@ assert nothing.softmax(-1).isnan().all()
 
 
 # %%
-def close_padding(mask, attention_mask):
+def mask_padding(mask, attention_mask):
     """[B, T, T], [B, T] → [B, T, T]."""
     ### BEGIN SOLUTION
     T, S = mask.shape[1:]  # S > T when a cache holds earlier keys: the queries are the last T
@@ -291,9 +292,9 @@ def close_padding(mask, attention_mask):
 
 
 # %%
-exercises.check(close_padding)
+exercises.check(mask_padding)
 ### BEGIN HIDDEN TESTS
-exercises.score(close_padding, points=3, seed=1)
+exercises.score(mask_padding, points=3, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -316,7 +317,7 @@ def seen(mask, attention_mask):
 with torch.no_grad():
     truth = model(**alone, last_only=True)[0, -1]
     right = model(**left, last_only=True)[0, -1]
-    with patch.object(masks, "close_padding", seen):
+    with patch.object(masks, "mask_padding", seen):
         wrong = model(**left, last_only=True)[0, -1]
 print(
     f"largest difference of the logits, padding closed: {(right - truth).abs().max():.1e}, seen: {(wrong - truth).abs().max():.2f}"
@@ -333,12 +334,12 @@ assert (right - truth).abs().max() < 1e-5 * truth.abs().max() < (wrong - truth).
 # before it, and the picture never hears the question.
 
 # %%
-some = [scenes.make_scene(seed, "validation") for seed in range(12)]
+some = [emoji.make_scene(seed, "validation") for seed in range(12)]
 
 
 def captions_right() -> int:
     answers = minivlm.generate(model, processor, [s.image for s in some], "caption en")
-    return sum(scenes.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True))
+    return sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True))
 
 
 def causal(token_type_ids):
@@ -373,7 +374,7 @@ assert with_causal < with_prefix_lm
 
 # %%
 def sliding_window_mask(length, window):
-    """Two whole numbers → [length, length] of booleans."""
+    """Two integers → [length, length] of booleans."""
     ### BEGIN SOLUTION
     position = torch.arange(length)
     return position[:, None] - position[None, :] < window
@@ -421,7 +422,7 @@ looks = torch.stack([w[0, :, start:, :P].mean(0) for w in weights])
 layer = int(looks.sum(-1).mean(1).argmax())
 strip = [processor.decode([i]) for i in inputs["input_ids"][0, start + 1 :].tolist()]
 titles = [f"→ {word or '<eos>'}" for word in strip] + [""]
-viz.attention_on_picture(scene.image, looks[layer, :-1], titles=titles[: looks.shape[1] - 1])
+viz.attention_on_image(scene.image, looks[layer, :-1], titles=titles[: looks.shape[1] - 1])
 
 # %% [markdown]
 # ## It matches
@@ -433,7 +434,7 @@ import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-folder = minivlm.checkpoint.resolve(None)
+folder = minivlm.hub.resolve(None)
 theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
     folder, attn_implementation="eager", dtype="float32"
 )

@@ -14,7 +14,8 @@
 import torch
 
 import minivlm
-from minivlm import exercises, gemma, scenes, viz
+from minivlm import emoji, gemma
+from minivlm.course import exercises, viz
 
 viz.you_are_here("06")
 
@@ -180,7 +181,7 @@ for i in range(d // 2):
     print(f"pair {i}: {speed:.3f} radians a token, once round in {2 * math.pi / speed:6,.0f} tokens")
 
 # %% [markdown]
-# Which two numbers make a pair? Often one reads "neighbours: (0, 1), (2, 3), …", and so it stands in the RoPE paper
+# Which two numbers make a pair? Often one reads "neighbors: (0, 1), (2, 3), …", and so it stands in the RoPE paper
 # (section 3.2.2). In Gemma's weights, as transformers runs them, it is **not** so: pair i is made of the numbers **i and
 # i + d/2**, one from each half of the head. The slow loop, for a single vector at position 3:
 
@@ -274,15 +275,15 @@ assert change < 1e-3 * whole.abs().max()
 assert torch.tensor(257.0).bfloat16() == torch.tensor(256.0).bfloat16()
 
 # %% [markdown]
-# ### Are neighbours wrong?
+# ### Are neighbors wrong?
 #
-# Not in themselves. With its numbers in another order, a head rotated by neighbours gives the same scores. But released
+# Not in themselves. With its numbers in another order, a head rotated by neighbors gives the same scores. But released
 # weights have one order, and with the other they are garbage, as "Break it" will show. So: a checkpoint and the code
 # must agree, and Gemma's say halves.
 
 
 # %%
-def by_neighbours(x, cos, sin):
+def by_neighbors(x, cos, sin):
     """The pairs (0, 1), (2, 3), …: wrong for Gemma."""
     cos, sin = (table[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1)[:, None] for table in (cos, sin))
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
@@ -291,9 +292,9 @@ def by_neighbours(x, cos, sin):
 
 x = torch.randn(1, 1, 4, 8, generator=g)
 cos, sin = gemma.rotary_table(torch.arange(4)[None], 8, theta)
-order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the partners i and i + 4 become neighbours
-assert torch.allclose(by_neighbours(x[..., order], cos, sin), apply_rotary(x, cos, sin)[..., order], atol=1e-6)
-assert not torch.allclose(by_neighbours(x, cos, sin), apply_rotary(x, cos, sin), atol=0.1)
+order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the partners i and i + 4 become neighbors
+assert torch.allclose(by_neighbors(x[..., order], cos, sin), apply_rotary(x, cos, sin)[..., order], atol=1e-6)
+assert not torch.allclose(by_neighbors(x, cos, sin), apply_rotary(x, cos, sin), atol=0.1)
 
 # %% [markdown]
 # ## Many queries, few keys
@@ -301,7 +302,7 @@ assert not torch.allclose(by_neighbours(x, cos, sin), apply_rotary(x, cos, sin),
 # Attention runs in H heads side by side. In *multi-head attention* (MHA) each query head has keys and values of its own.
 # But keys and values of all tokens must be kept while an answer is written (chapter 07), and that memory is dear. So
 # heads may share them: *multi-query attention* (MQA, arXiv:1911.02150) has one set for all, *grouped-query attention*
-# (GQA, arXiv:2305.13245) one for each group of neighbouring heads.
+# (GQA, arXiv:2305.13245) one for each group of neighboring heads.
 
 # %%
 models = {"PaliGemma 3B": (8, 1, 256), "PaliGemma 2 3B": (8, 4, 256), "10B": (16, 8, 256), "28B": (32, 16, 128)}
@@ -412,13 +413,13 @@ print("numbers kept for multi-head:", sum(x.numel() for x in repeated), " groupe
 
 # %%
 model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
-scene = scenes.make_scene(0, "validation")
+scene = emoji.make_scene(0, "validation")
 prompt = processor(text=["caption en"], images=[scene.image])
 weights = torch.stack(viz.decoder_attention(model, **prompt))[:, 0]  # [layers, H, T, T]
 looks = weights[:, :, -1, : processor.num_image_tokens]
 layer = int(looks.sum(-1).mean(1).argmax())
 titles = [f"head {head}: {share:.0%}" for head, share in enumerate(looks[layer].sum(-1))]  # of its attention
-viz.attention_on_picture(scene.image, looks[layer], titles, title=f"Layer {layer}: four queries, one set of keys")
+viz.attention_on_image(scene.image, looks[layer], titles, title=f"Layer {layer}: four queries, one set of keys")
 
 # %% [markdown]
 # ## GeGLU: a gate
@@ -526,7 +527,7 @@ exercises.score(decoder_layer, points=4, seed=1)
 # With the weights of the trained model, layer after layer, it takes the embeddings where the package takes them:
 
 # %%
-from minivlm.exercises.ch06 import LayerWeights
+from minivlm.course.exercises.ch06 import LayerWeights
 
 decoder_layer = exercises.piece("decoder_layer")
 decoder, head_dim = model.language_model.model, model.config.text_config.head_dim
@@ -625,19 +626,19 @@ from tqdm.auto import tqdm
 bugs = {
     "as it should be": (gemma, "geglu", gemma.geglu),
     "w instead of 1 + w": (gemma, "rms_norm", lambda x, weight, eps, norm=gemma.rms_norm: norm(x, weight - 1, eps)),
-    "neighbours rotated": (gemma, "apply_rotary", by_neighbours),
+    "neighbors rotated": (gemma, "apply_rotary", by_neighbors),
     "no positions at all": (gemma, "apply_rotary", lambda x, cos, sin: x),
     "embeddings without √D": (gemma.GemmaModel, "embed", lambda self, ids: self.embed_tokens(ids)),
     "exact GELU for tanh": (gemma, "geglu", lambda gate, up: torch.nn.functional.gelu(gate) * up),
 }
 
 # %%
-some = [scenes.make_scene(seed, "validation") for seed in range(12)]
+some = [emoji.make_scene(seed, "validation") for seed in range(12)]
 right = {}
 for bug, (place, name, function) in tqdm(bugs.items()):
     with patch.object(place, name, function):
         answers = minivlm.generate(model, processor, [s.image for s in some], "caption en")
-    right[bug] = sum(scenes.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True))
+    right[bug] = sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True))
     print(f"{bug:22} {right[bug]:2} of {len(some)} captions right; the first: {answers[0]!r}")
 
 # %%
@@ -649,7 +650,7 @@ assert all(right[bug] < right["as it should be"] for bug in list(bugs)[1:5])
 #
 # ## Gemma 2: four norms, two caps
 #
-# PaliGemma 2 has Gemma 2 for its decoder. It normalises what each block **returns** as well, before it is added: x +
+# PaliGemma 2 has Gemma 2 for its decoder. It normalizes what each block **returns** as well, before it is added: x +
 # norm(attention(norm(x))). A tiny one, with random weights, beside a tiny Gemma 1:
 
 # %%
@@ -772,7 +773,7 @@ for name, ours in tiny_models.items():
 #
 # <details><summary>3. A friend loads PaliGemma and gets fluent nonsense, with no error. What do you look at first?</summary>
 #
-# The details of this chapter: 1 + w, halves or neighbours, √D on the text and not on the picture, the scale; each is one
+# The details of this chapter: 1 + w, halves or neighbors, √D on the text and not on the picture, the scale; each is one
 # line, and each keeps all shapes. Compare with transformers after every layer: the first layer that differs has it.
 #
 # </details>

@@ -14,7 +14,8 @@
 import torch
 
 import minivlm
-from minivlm import cache, exercises, gemma, masks, scenes, viz
+from minivlm import cache, emoji, gemma, masks
+from minivlm.course import exercises, viz
 
 viz.you_are_here("07")
 
@@ -82,7 +83,7 @@ for n in (2, 3):
 
 # %%
 model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
-scene = scenes.make_scene(0, "validation")
+scene = emoji.make_scene(0, "validation")
 
 
 def watched(kind):
@@ -280,7 +281,7 @@ for name, logits in {"growing": growing, "static": static}.items():
 
 # %%
 def cache_bytes(config, tokens, batch_size=1, dtype=torch.bfloat16):
-    """A GemmaConfig and the number of tokens a row → bytes, a whole number."""
+    """A GemmaConfig and the number of tokens a row → bytes, an integer."""
     ### BEGIN SOLUTION
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * dtype.itemsize * tokens * batch_size
@@ -392,7 +393,7 @@ viz.lines(curves, "Time for one more token", "tokens so far", "milliseconds", lo
 
 # %%
 def token_positions(attention_mask, queries):
-    """[B, S] of 0 and 1, a whole number → [B, queries]."""
+    """[B, S] of 0 and 1, an integer → [B, queries]."""
     ### BEGIN SOLUTION
     return attention_mask.cumsum(-1)[:, -queries:]
     ### END SOLUTION
@@ -429,7 +430,7 @@ bugs |= {f"new tokens {by:+}": moved(new=by) for by in (-1, 1, 5, 20)}
 bugs["each call begins at 1"] = lambda mask, queries: token_positions(mask[:, -queries:], queries)
 
 # %%
-some = [scenes.make_scene(seed, "validation") for seed in range(12)]
+some = [emoji.make_scene(seed, "validation") for seed in range(12)]
 answers, second_word = {}, {}
 for bug, function in tqdm(bugs.items()):
     with patch.object(gemma, "token_positions", function), torch.no_grad():
@@ -439,7 +440,7 @@ for bug, function in tqdm(bugs.items()):
 # %%
 truth, right = second_word["as it should be"], {}
 for bug, texts in answers.items():
-    right[bug] = sum(scenes.same_caption(a, s.examples[0].answers[0]) for a, s in zip(texts, some, strict=True))
+    right[bug] = sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(texts, some, strict=True))
     off = float((second_word[bug] - truth).abs().max())
     print(f"{bug:23} logits off by up to {off:7.4f}, {right[bug]:2} of {len(some)} captions right; first: {texts[0]!r}")
     assert off < 1e-3 * truth.abs().max() if bug.startswith(("as", "every")) else off > 1e-2
@@ -531,7 +532,7 @@ assert (forced - whole).abs().max() > 1e-2
 
 # %%
 def greedy_with_cache(decoder, prompt, new_tokens):
-    """A decoder, a list of tokens, a whole number → a list of new_tokens tokens."""
+    """A decoder, a list of tokens, an integer → a list of new_tokens tokens."""
     ### BEGIN SOLUTION
     cache, written = [], []
     tokens = prompt
@@ -581,7 +582,7 @@ import transformers
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 load = transformers.PaliGemmaForConditionalGeneration.from_pretrained
-theirs = load(minivlm.checkpoint.resolve(None), attn_implementation="eager", dtype="float32").eval()
+theirs = load(minivlm.hub.resolve(None), attn_implementation="eager", dtype="float32").eval()
 
 # %%
 memory = cache.GrowingCache()

@@ -14,7 +14,8 @@
 import torch
 
 import minivlm
-from minivlm import exercises, generation, locations, paligemma, scenes, viz
+from minivlm import emoji, generation, hub, locations, paligemma
+from minivlm.course import exercises, viz
 
 viz.you_are_here("08")
 
@@ -50,7 +51,7 @@ viz.you_are_here("08")
 # %%
 model = minivlm.PaliGemma.from_pretrained()
 processor = minivlm.Processor.from_pretrained()
-scene = scenes.make_scene(0, "validation")
+scene = emoji.make_scene(0, "validation")
 batch = processor(text=["caption en"], images=[scene.image])
 projector = model.multi_modal_projector.linear
 with torch.no_grad():
@@ -178,7 +179,7 @@ assert difference < 1e-5
 # %%
 from unittest.mock import patch
 
-some = [scenes.make_scene(seed, "validation") for seed in range(12)]
+some = [emoji.make_scene(seed, "validation") for seed in range(12)]
 package_merge = paligemma.merge_image_features
 
 
@@ -194,7 +195,7 @@ def captions_with(factor: float) -> list[str]:
 right = {}
 for name, factor in {"as trained": 1.0, "times √D": D**0.5, "divided by √D": D**-0.5}.items():
     captions = captions_with(factor)
-    right[name] = sum(scenes.same_caption(c, s.captions["caption"][0]) for c, s in zip(captions, some, strict=True))
+    right[name] = sum(emoji.same_caption(c, s.captions["caption"][0]) for c, s in zip(captions, some, strict=True))
     print(f"{name:14} {right[name]:2} of {len(some)} right; the first three: {captions[:3]}")
 assert right["times √D"] < right["as trained"] and right["divided by √D"] < right["as trained"]
 
@@ -233,7 +234,7 @@ assert cosine[D**-0.5] < cosine[1.0] < cosine[D**0.5]
 # ## Exercise 8.2 · The nearest word ★☆☆ (8 minutes)
 #
 # `features` are `[P, D]`, the embedding `table` is `[V, D]`. Return, for each patch, the row of the table with the largest
-# cosine: whole numbers `[P]`.
+# cosine: integers `[P]`.
 #
 # <details><summary>Hint</summary>
 #
@@ -263,8 +264,8 @@ exercises.score(nearest_word, points=2, seed=1)
 nearest_word = exercises.piece("nearest_word")
 nearest = nearest_word(features[0], table)
 cosines = torch.cosine_similarity(features[0], table[nearest], dim=-1)
-spelt = [processor.decode([i], skip_special_tokens=False).strip() or "␣" for i in nearest.tolist()]
-viz.nearest_words(scene.image, spelt, cosines, title="The nearest of all tokens, and its cosine")
+spelled = [processor.decode([i], skip_special_tokens=False).strip() or "␣" for i in nearest.tolist()]
+viz.nearest_words(scene.image, spelled, cosines, title="The nearest of all tokens, and its cosine")
 
 # %% [markdown]
 # On the background the nearest token is one and the same, the bare space ␣: nothing to name. On an object it is often
@@ -273,15 +274,15 @@ viz.nearest_words(scene.image, spelt, cosines, title="The nearest of all tokens,
 # object covers at least half of, in a few scenes, and ask for the nearest of the hundred names:
 
 # %%
-names = table[[processor.encode([" " + name])[0][0] for name in scenes.OBJECTS]]
+names = table[[processor.encode([" " + name])[0][0] for name in emoji.OBJECTS]]
 hits = []
 for s in some:
     side = len(s.image) // 7
     with torch.no_grad():
-        found = nearest_word(model.encode_image(processor.pixels([s.image]))[0], names)
+        found = nearest_word(model.encode_image(processor.preprocess_images([s.image]))[0], names)
     for thing in s.objects:
         covered = thing.mask.reshape(7, side, 7, side).mean(axis=(1, 3)).ravel() >= 0.5
-        hits += [scenes.OBJECTS[i] == thing.name for i in found[torch.from_numpy(covered)].tolist()]
+        hits += [emoji.OBJECTS[i] == thing.name for i in found[torch.from_numpy(covered)].tolist()]
 print(f"{len(hits)} patches, of which the nearest name is the right one: {sum(hits) / len(hits):.0%}; by chance 1%")
 assert sum(hits) / len(hits) > 0.3
 
@@ -309,7 +310,7 @@ def ask(model, processor, image, prompts) -> list[str]:
 # %%
 first, *_, last = [thing.name for thing in scene.objects]
 prompts = ["caption en", f"answer en where is the {last}?"]
-prompts += [f"answer en how many {scenes.plural(first)} are there?", "answer en how many objects are there?"]
+prompts += [f"answer en how many {emoji.plural(first)} are there?", "answer en how many objects are there?"]
 prompts += [f"detect {' ; '.join(thing.name for thing in scene.objects)}"]
 answers = ask(model, processor, scene.image, prompts)
 
@@ -352,7 +353,7 @@ assert len(tokens) == 5
 
 
 # %%
-def places_to_box(places, width, height):
+def locations_to_box(places, width, height):
     """Four bins 0…1023, y before x, and two sides in pixels → (x0, y0, x1, y1)."""
     ### BEGIN SOLUTION
     y0, x0, y1, x1 = places
@@ -361,9 +362,9 @@ def places_to_box(places, width, height):
 
 
 # %%
-exercises.check(places_to_box)
+exercises.check(locations_to_box)
 ### BEGIN HIDDEN TESTS
-exercises.score(places_to_box, points=2, seed=1)
+exercises.score(locations_to_box, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -371,23 +372,23 @@ exercises.score(places_to_box, points=2, seed=1)
 # (big_vision, `configs/proj/paligemma`), so such boxes come out a little too small, and none ever reaches the far edge.
 
 # %%
-places_to_box = exercises.piece("places_to_box")
+locations_to_box = exercises.piece("locations_to_box")
 places = tuple(int(text[4:8]) for text in written.split(">")[:4])
-there_and_back = places_to_box(places, width, height)
+there_and_back = locations_to_box(places, width, height)
 moved = max(abs(a - b) for a, b in zip(thing.box, there_and_back, strict=True))
 print(f"{thing.box} → {places} → moved by {moved:.3f} pixels, half a bin is {max(width, height) / 1023 / 2:.3f}")
 assert moved <= max(width, height) / 1023 / 2
-assert locations.parse(written, width, height).detections[0].label == thing.name
+assert locations.parse_detections(written, width, height).detections[0].label == thing.name
 print("the far edge of a 640-pixel picture:", 1023 / 1023 * 640, "or, divided by 1024,", 1023 / 1024 * 640)
 
 # %% [markdown]
-# `locations.parse` cuts an answer at `;`, reads each item, and says what it could not read: a model may write anything.
+# `locations.parse_detections` cuts an answer at `;`, reads each item, and says what it could not read: a model may write anything.
 # The model's own boxes:
 
 # %%
 from PIL import Image
 
-found = locations.parse(answers[-1], width, height)
+found = locations.parse_detections(answers[-1], width, height)
 print("could not be read:", found.problems or "nothing")
 viz.draw_boxes(Image.fromarray(scene.image), found.detections)
 
@@ -423,7 +424,7 @@ def asks_for(task, s):
 def mean_box_iou(texts):
     scores = []
     for s, text in zip(some, texts, strict=True):
-        boxes = locations.parse(text, width, height).detections
+        boxes = locations.parse_detections(text, width, height).detections
         for o in s.objects:
             scores.append(max((box_iou(o.box, d.box) for d in boxes if d.label == o.name), default=0.0))
     return sum(scores) / len(scores)
@@ -432,14 +433,14 @@ def mean_box_iou(texts):
 # %%
 def x_first(places, width, height):
     x0, y0, x1, y1 = places  # the bug
-    return places_to_box((y0, x0, y1, x1), width, height)
+    return locations_to_box((y0, x0, y1, x1), width, height)
 
 
 all_prompts = [asks_for("detect", s) for s in some]
 detected = minivlm.generate(model, processor, [s.image for s in some], all_prompts, max_new_tokens=64)
-with patch.object(locations, "places_to_box", x_first):
+with patch.object(locations, "locations_to_box", x_first):
     turned = mean_box_iou(detected)
-    picture = viz.draw_boxes(Image.fromarray(scene.image), locations.parse(answers[-1], width, height).detections)
+    picture = viz.draw_boxes(Image.fromarray(scene.image), locations.parse_detections(answers[-1], width, height).detections)
 repaired = mean_box_iou(detected)
 print(f"mean IoU with the truth, x read first: {turned:.2f}; repaired, y first: {repaired:.2f}")
 assert turned < repaired / 2
@@ -457,7 +458,7 @@ picture
 #
 # 1. The mask is cut to its box and squashed to 64×64 numbers, 0 outside, 1 inside.
 # 2. An *encoder*, a stack of convolutions, halves it four times, 64 → 4. Each of the 4×4 places gets a vector of width 512.
-# 3. Each vector is replaced by the nearest of 128 that were learnt, the *codebook*. The number of that one, 0 to 127, is the
+# 3. Each vector is replaced by the nearest of 128 that were learned, the *codebook*. The number of that one, 0 to 127, is the
 #    **code** of the place, and `<seg000>` to `<seg127>` are the words for it.
 # 4. A *decoder* goes the way back. It looks the sixteen vectors up, doubles their grid four times, 4 → 64, and gives
 #    64×64 values, about −1 outside and 1 inside.
@@ -474,7 +475,7 @@ from minivlm.vqvae import MaskVQVAE
 
 vae = MaskVQVAE.from_pretrained()
 codebook = vae._vq_vae._embedding  # [128, 512]; it is called so in Google's file, too
-cut = torch.tensor(locations.cut_mask(thing.mask, thing.box))  # [64, 64]
+cut = torch.tensor(locations.crop_mask(thing.mask, thing.box))  # [64, 64]
 with torch.no_grad():
     grid = vae.encoder(2 * cut[None, None] - 1)  # it reads values from −1 to 1
 print(f"mask {list(thing.mask.shape)} → in its box {list(cut.shape)} → grid {list(grid.shape)}")
@@ -506,7 +507,7 @@ with_mask = box_text + "".join(f"<seg{code:03d}>" for code in codes) + f" {label
 tokens = processor.encode([with_mask])[0]
 print(with_mask, "→", len(tokens), "tokens")
 assert len(tokens) == 4 + 16 + len(processor.encode([f" {label}"])[0])
-assert locations.parse(with_mask, width, height).detections[0].codes == tuple(codes)
+assert locations.parse_detections(with_mask, width, height).detections[0].codes == tuple(codes)
 
 # %% [markdown]
 # And back. Masks have an IoU as boxes do: the pixels in both over the pixels in either.
@@ -535,8 +536,8 @@ viz.image_row([scene.image[y0:y1, x0:x1], cut, decoded, decoded > 0], steps)
 # decoded mask every place has a cell of 16×16 values of its own. For each code, we average the cells where it stands:
 
 # %%
-things = [o for seed in range(150) for o in scenes.make_scene(seed, "validation").objects]
-used = torch.tensor(vae.codes_of([o.mask for o in things], [o.box for o in things]))  # [N, 16]
+things = [o for seed in range(150) for o in emoji.make_scene(seed, "validation").objects]
+used = torch.tensor(vae.codes_from_masks([o.mask for o in things], [o.box for o in things]))  # [N, 16]
 with torch.no_grad():
     values = vae.decode(used)  # [N, 64, 64]
 cells = values.reshape(-1, 4, 16, 4, 16).transpose(2, 3).reshape(-1, 16, 16)  # one for each code written
@@ -549,7 +550,7 @@ viz.codebook(shapes, counts, title="The 128 codes: what stands where each is use
 # %% [markdown]
 # Insides, outsides, and pieces of outline in all directions: an alphabet of shapes that nobody drew. But many cells are
 # blurred. In them the code stands for one thing here and for another there: unlike a letter, a code has no shape of its own,
-# it has one among its neighbours, because the decoder's convolutions look at several places at once. Below, one code,
+# it has one among its neighbors, because the decoder's convolutions look at several places at once. Below, one code,
 # that of the fullest cell, in different company: at all places; then alone among copies of the emptiest, at three places.
 
 # %%
@@ -581,7 +582,7 @@ viz.image_row([change], ["where the values change, on average"])
 # ## Exercise 8.4 · From codes to a grid ★★☆ (10 minutes)
 #
 # The decoder is made of convolutions, so it wants something like a picture: `[B, D, 4, 4]`, the width D in front of rows and
-# columns. `codes` are whole numbers `[B, 16]`, `codebook` is `[C, D]`. The codes go **row by row**: the first four are the
+# columns. `codes` are integers `[B, 16]`, `codebook` is `[C, D]`. The codes go **row by row**: the first four are the
 # top row, from left to right. Return the vector of each code at its place.
 #
 # <details><summary>Hint</summary>
@@ -594,7 +595,7 @@ viz.image_row([change], ["where the values change, on average"])
 
 # %%
 def code_grid(codes, codebook):
-    """[B, 16] whole numbers, [C, D] → [B, D, 4, 4]."""
+    """[B, 16] integers, [C, D] → [B, D, 4, 4]."""
     ### BEGIN SOLUTION
     return codebook[codes].transpose(1, 2).unflatten(2, (4, 4))
     ### END SOLUTION
@@ -619,14 +620,14 @@ assert (from_grid - decoded).abs().max() <= 1e-5 * decoded.abs().max()
 # are those of the picture. Return the mask of the whole picture: booleans `[height, width]`, True where the values,
 # **stretched into the box, are above 0**, and False everywhere outside of the box.
 #
-# Boxes end between pixels. `box_window(box, width, height)`, which you may call, gives whole ones: it rounds each corner to the
+# Boxes end between pixels. `pixel_box(box, width, height)`, which you may call, gives whole ones: it rounds each corner to the
 # nearest pixel, keeps it inside the picture, and leaves at least one pixel each way. (big_vision cuts the fractions
-# off; rounding is nearer.) PIL stretches arrays of numbers, too, blending neighbours:
+# off; rounding is nearer.) PIL stretches arrays of numbers, too, blending neighbors:
 # `Image.fromarray(values).resize((wide, high), Image.Resampling.BILINEAR)`.
 #
 # <details><summary>Hint</summary>
 #
-# `x0, y0, x1, y1 = box_window(…)`. PIL's sizes are (width, height), numpy's shapes (rows, columns): the part has y1 − y0 rows, and
+# `x0, y0, x1, y1 = pixel_box(…)`. PIL's sizes are (width, height), numpy's shapes (rows, columns): the part has y1 − y0 rows, and
 # it belongs into `mask[y0:y1, x0:x1]`. Stretch first, then compare.
 #
 # </details>
@@ -637,10 +638,10 @@ def paste_mask(values, box, width, height):
     """[64, 64] float32, a box and two sides in pixels → [height, width] booleans."""
     from PIL import Image
 
-    from minivlm.locations import box_window
+    from minivlm.locations import pixel_box
 
     ### BEGIN SOLUTION
-    x0, y0, x1, y1 = box_window(box, width, height)
+    x0, y0, x1, y1 = pixel_box(box, width, height)
     part = Image.fromarray(values).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
     mask = np.zeros((height, width), dtype=bool)
     mask[y0:y1, x0:x1] = np.asarray(part) > 0
@@ -670,7 +671,7 @@ assert pasted.shape == thing.mask.shape and mask_iou(pasted, thing.mask) > 0.8
 all_prompts = [asks_for("segment", s) for s in some]
 segmented = minivlm.generate(model, processor, [s.image for s in some], all_prompts, max_new_tokens=128)
 print(all_prompts[0], segmented[0], sep="\n    ")
-read = [locations.parse(text, width, height).detections for text in segmented]
+read = [locations.parse_detections(text, width, height).detections for text in segmented]
 in_order = [
     list(dict.fromkeys(d.label for d in r)) == list(dict.fromkeys(o.name for o in s.objects))
     for s, r in zip(some, read, strict=True)
@@ -689,7 +690,7 @@ right = [
     for d in detections
     if d.codes and d.label == o.name and box_iou(o.box, d.box) >= 0.5
 ]
-true_codes = vae.codes_of([o.mask for o, _ in right], [o.box for o, _ in right])
+true_codes = vae.codes_from_masks([o.mask for o, _ in right], [o.box for o, _ in right])
 same = np.mean(
     [a == b for (_, d), row in zip(right, true_codes, strict=True) for a, b in zip(d.codes, row, strict=True)]
 )
@@ -698,14 +699,14 @@ assert same < 0.5
 
 # %% [markdown]
 # Most are not. The masks can be good all the same, as the figures below show: last of all in its training, this decoder
-# learnt to draw the true masks from codes that the model had written (`minivlm/training.py`, stage 7).
+# learned to draw the true masks from codes that the model had written (`minivlm/training.py`, stage 7).
 #
 # Now your two pieces, with the decoder between them. Two options break it on purpose: the codes column by column, and
 # another threshold (to take 1 from all values is to compare them with 1 in place of 0).
 
 
 # %%
-def masks_of(detections, column_by_column=False, threshold=0.0):
+def masks_from_detections(detections, column_by_column=False, threshold=0.0):
     """Detections → the mask of each that has codes, and the detection."""
     detections = [d for d in detections if d.codes]
     codes = torch.tensor([d.codes for d in detections], dtype=torch.long).reshape(-1, 16)
@@ -717,7 +718,7 @@ def masks_of(detections, column_by_column=False, threshold=0.0):
 
 
 # %%
-found, masks = zip(*masks_of(read[0]), strict=True)
+found, masks = zip(*masks_from_detections(read[0]), strict=True)
 viz.draw_boxes(Image.fromarray(scene.image), found, masks)
 
 
@@ -726,7 +727,7 @@ def mean_mask_iou(**broken):
     """Over all objects: the IoU with the best mask of its name, 0 where there is none."""
     scores = []
     for s, detections in zip(some, read, strict=True):
-        pairs = masks_of(detections, **broken)
+        pairs = masks_from_detections(detections, **broken)
         for o in s.objects:
             scores.append(max((mask_iou(o.mask, m) for d, m in pairs if d.label == o.name), default=0.0))
     return sum(scores) / len(scores)
@@ -753,7 +754,7 @@ assert best > 0.6 and max(mask_ious["column by column"], mask_ious["above 1"]) <
 
 # %%
 broken = {"as it should be": {}, "column by column": {"column_by_column": True}, "above 1": {"threshold": 1.0}}
-viz.image_row([np.any([m for _, m in masks_of(read[0], **how)], axis=0) for how in broken.values()], list(broken))
+viz.image_row([np.any([m for _, m in masks_from_detections(read[0], **how)], axis=0) for how in broken.values()], list(broken))
 
 # %% [markdown]
 # ## Choosing a word
@@ -764,7 +765,7 @@ viz.image_row([np.any([m for _, m in masks_of(read[0], **how)], axis=0) for how 
 # the space that belongs to a word.)
 
 # %%
-strange = [scenes.make_scene(seed, "artist") for seed in range(12)]
+strange = [emoji.make_scene(seed, "artist") for seed in range(12)]
 inputs = generation.prepare(processor, [s.image for s in strange], "caption en")
 guessed = generation.generate_ids(model, inputs, max_new_tokens=16)
 probability = guessed.log_probs.exp()  # [rows, tokens], of each token written
@@ -960,8 +961,8 @@ viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
 # %%
 with exercises.plugged_in() as parts:
     mine = ask(model, processor, scene.image, [*prompts, asks_for("segment", scene)])
-    my_things = locations.parse(mine[-1], width, height).detections
-    my_masks = vae.masks_of(my_things, width, height)
+    my_things = locations.parse_detections(mine[-1], width, height).detections
+    my_masks = vae.masks_from_detections(my_things, width, height)
     my_draws = minivlm.generate(
         model, processor, strange[row].image, rows, do_sample=True, top_p=0.8, seed=0, max_new_tokens=16
     )
@@ -969,7 +970,7 @@ with exercises.plugged_in() as parts:
 print(parts)
 
 # %%
-theirs = locations.parse(segmented[0], width, height).detections
+theirs = locations.parse_detections(segmented[0], width, height).detections
 assert mine == [*answers, segmented[0]]
 assert torch.equal(my_loop, new)
 assert my_draws == minivlm.generate(
@@ -977,7 +978,7 @@ assert my_draws == minivlm.generate(
 )
 assert [(d.label, d.codes) for d in my_things] == [(d.label, d.codes) for d in theirs]
 assert torch.allclose(torch.tensor([d.box for d in my_things]), torch.tensor([d.box for d in theirs]), rtol=1e-5)
-assert all(map(np.array_equal, my_masks, vae.masks_of(theirs, width, height)))
+assert all(map(np.array_equal, my_masks, vae.masks_from_detections(theirs, width, height)))
 viz.draw_boxes(Image.fromarray(scene.image), my_things, my_masks)
 
 # %% [markdown]
@@ -999,7 +1000,7 @@ import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-folder = minivlm.checkpoint.resolve(None)
+folder = minivlm.hub.resolve(None)
 hf = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
 with torch.no_grad():
     tower = hf.model.vision_tower(batch["pixel_values"]).last_hidden_state
@@ -1058,7 +1059,7 @@ assert difference < 1e-5
 # to `detect` means that it found none:
 
 # %%
-photo = scenes.DATA / "images" / "cat.jpg"
+photo = hub.DATA / "images" / "cat.jpg"
 asked = ["caption en", "answer en what animal is this?", "detect cat"]
 _ = ask(model, processor, photo, asked)
 
@@ -1087,8 +1088,8 @@ if HUB:
     big_processor = minivlm.Processor.from_pretrained(HUB, revision="bfloat16")
     with exercises.plugged_in() as parts, Image.open(photo) as picture:
         big_answers = ask(big, big_processor, photo, [*asked, "segment cat"])
-        cats = locations.parse(big_answers[-1], *picture.size).detections
-        big_masks = MaskVQVAE.from_pretrained(MASKS).masks_of(cats, *picture.size) if MASKS else ()
+        cats = locations.parse_detections(big_answers[-1], *picture.size).detections
+        big_masks = MaskVQVAE.from_pretrained(MASKS).masks_from_detections(cats, *picture.size) if MASKS else ()
         display(viz.draw_boxes(picture, cats, big_masks))
     print(parts)
 
@@ -1129,7 +1130,7 @@ if HUB:
 # <details><summary>4. A mask that the model wrote has one wrong code of its sixteen. Which part of the mask is wrong?</summary>
 #
 # Mostly the cell of that code and what borders on it; in part the whole mask, since the decoder's convolutions look at
-# neighbours. The box is not touched: its four words are others.
+# neighbors. The box is not touched: its four words are others.
 #
 # </details>
 #

@@ -1,0 +1,1 @@
+"""All that teaches: the chapters, their exercises, grading, and figures."""

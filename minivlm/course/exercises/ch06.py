@@ -1,0 +1,608 @@
+"""Chapter 06: what turns embeddings into the next word."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm import gemma
+from minivlm.course.exercises.exercise import Exercise, Mistake
+
+
+def random(rng, *shape, spread=1.0):
+    return torch.from_numpy(rng.normal(0, spread, shape)).float()
+
+
+# --- RMSNorm --------------------------------------------------------------------------------------------------------
+
+
+def norm_cases(rng):
+    """An eps large enough to be missed; numbers whose mean is not zero; one case in bfloat16."""
+    for shape, eps in (((2, 3, 5), 0.3), ((4, 6), 1e-6), ((7,), 0.05), ((3, 2, 4), 0.01)):
+        yield random(rng, *shape) + 0.7, random(rng, shape[-1], spread=0.5), eps
+    while True:
+        x, weight = random(rng, 3, 16).bfloat16() + 0.7, random(rng, 16, spread=0.5).bfloat16()
+        if _far_from_rounding(x, weight, 0.2):
+            yield x, weight, 0.2
+            return
+
+
+def _far_from_rounding(x, weight, eps):
+    """Whether a last bit more or less, which the order of the arithmetic decides, leaves the bfloat16 result alone."""
+    y = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + weight.double())
+    return torch.equal((y * (1 + 1e-5)).bfloat16(), (y * (1 - 1e-5)).bfloat16())
+
+
+def _normed(x, eps, axis=-1):
+    return x.float() / (x.float().pow(2).mean(axis, keepdim=True) + eps).sqrt()
+
+
+def _layer_norm(x, weight, eps):
+    centerd = x.float() - x.float().mean(-1, keepdim=True)
+    return (_normed(centerd, eps) * (1 + weight.float())).type_as(x)
+
+
+def _in_the_type_of_x(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + weight)
+
+
+def _with_root(x, weight, root):
+    return (x.float() / root * (1 + weight.float())).type_as(x)
+
+
+RMS_NORM = Exercise(
+    key="06.1",
+    reference=gemma.rms_norm,
+    cases=norm_cases,
+    difficulty=1,
+    minutes=10,
+    mistakes=(
+        Mistake(
+            "multiplies by w instead of 1 + w",
+            lambda x, weight, eps: (_normed(x, eps) * weight.float()).type_as(x),
+            "Gemma's weights are stored as the difference from 1: a w of 0 leaves the number as it is.",
+        ),
+        Mistake(
+            "subtracts the mean first, as LayerNorm does",
+            _layer_norm,
+            "RMSNorm never centers: it divides by the root of the mean of x², nothing more.",
+        ),
+        Mistake(
+            "adds eps outside of the root",
+            lambda x, weight, eps: _with_root(x, weight, x.float().pow(2).mean(-1, keepdim=True).sqrt() + eps),
+            "eps belongs inside: √(mean(x²) + eps).",
+        ),
+        Mistake(
+            "leaves eps out",
+            lambda x, weight, eps: _with_root(x, weight, x.float().pow(2).mean(-1, keepdim=True).sqrt()),
+            "Without eps a vector of zeros is divided by zero: √(mean(x²) + eps).",
+        ),
+        Mistake(
+            "forgets the root",
+            lambda x, weight, eps: _with_root(x, weight, x.float().pow(2).mean(-1, keepdim=True) + eps),
+            "The R of RMS is a root: divide by √(mean(x²) + eps), or multiply by `torch.rsqrt` of it.",
+        ),
+        Mistake(
+            "sums the squares where it should average them",
+            lambda x, weight, eps: _with_root(x, weight, (x.float().pow(2).sum(-1, keepdim=True) + eps).sqrt()),
+            "The M of RMS is a mean: `.mean(-1, keepdim=True)`, so that the width of the model does not matter.",
+        ),
+        Mistake(
+            "takes the mean over the first axis",
+            lambda x, weight, eps: (_normed(x, eps, axis=0) * (1 + weight.float())).type_as(x),
+            "Each vector is normalized by itself, along the last axis: `.mean(-1, keepdim=True)`.",
+        ),
+        Mistake(
+            "computes in the type of x",
+            _in_the_type_of_x,
+            "In bfloat16 the squares and their mean lose most of their digits: begin with `x.float()`.",
+        ),
+        Mistake(
+            "casts back before it multiplies by 1 + w",
+            lambda x, weight, eps: _normed(x, eps).type_as(x) * (1 + weight),
+            "Llama casts first; Gemma multiplies in float32 and casts last: `(y * (1 + weight.float())).type_as(x)`.",
+        ),
+        Mistake(
+            "rounds 1 + w to the type of the weights",
+            lambda x, weight, eps: (_normed(x, eps) * (1 + weight)).type_as(x),
+            "In bfloat16, 1 + w keeps eight bits only: take `1 + weight.float()`.",
+        ),
+        Mistake(
+            "returns float32 whatever x was",
+            lambda x, weight, eps: _normed(x, eps) * (1 + weight.float()),
+            "Compute in float32, but give back the type that came in: `.type_as(x)`.",
+        ),
+    ),
+)
+
+
+# --- rotary positions -----------------------------------------------------------------------------------------------
+
+
+def rotary_cases(rng):
+    """Four or more dimensions, so that halves are not neighbors; every row at positions of its own."""
+    for B, H, T, d in ((2, 3, 4, 6), (1, 2, 5, 4), (3, 1, 2, 8), (2, 4, 3, 10)):
+        positions = torch.from_numpy(rng.integers(1, 30, (B, T)))
+        positions[-1, 0] = positions[0, 0] + 3
+        yield random(rng, B, H, T, d), *gemma.rotary_table(positions, d, 50.0)
+
+
+def _rotate(x, cos, sin, signs=(-1, 1)):
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((signs[0] * second, signs[1] * first), dim=-1) * sin[:, None]
+
+
+def _interleaved(x, cos, sin):
+    """The pairs (0, 1), (2, 3), … each with its angle."""
+    cos, sin = (table[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1)[:, None] for table in (cos, sin))
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def _half_interleaved(x, cos, sin):
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def _first_half_only(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((_rotate(x, cos, sin).chunk(2, dim=-1)[0], second), dim=-1)
+
+
+ROTARY = Exercise(
+    key="06.2",
+    reference=gemma.apply_rotary,
+    cases=rotary_cases,
+    difficulty=2,
+    minutes=12,
+    mistakes=(
+        Mistake(
+            "turns neighboring dimensions as pairs",
+            _interleaved,
+            "Gemma's pairs are (i, i + d/2): split x into two halves with `x.chunk(2, dim=-1)`.",
+        ),
+        Mistake(
+            "takes neighbors as pairs but the angles of halves",
+            _half_interleaved,
+            "The table is made for the pairs (i, i + d/2): swap the two halves of x, not its neighbors.",
+        ),
+        Mistake(
+            "turns the other way round",
+            lambda x, cos, sin: _rotate(x, cos, sin, (1, -1)),
+            "The first half becomes first·cos − second·sin, the second half second·cos + first·sin.",
+        ),
+        Mistake(
+            "forgets the minus",
+            lambda x, cos, sin: _rotate(x, cos, sin, (1, 1)),
+            "A rotation has one minus: first·cos − second·sin. Without it lengths change.",
+        ),
+        Mistake(
+            "has the minus on the wrong half too",
+            lambda x, cos, sin: _rotate(x, cos, sin, (-1, -1)),
+            "Only the first half gets a minus; the second half becomes second·cos + first·sin.",
+        ),
+        Mistake(
+            "has sine and cosine swapped",
+            lambda x, cos, sin: _rotate(x, sin, cos),
+            "At position 0 the angle is 0, and cos 0 = 1 must leave x as it is: x itself goes with the cosine.",
+        ),
+        Mistake(
+            "does not swap the halves for the sine",
+            lambda x, cos, sin: (
+                x * cos[:, None] + torch.cat((-x.chunk(2, -1)[0], x.chunk(2, -1)[1]), -1) * sin[:, None]
+            ),
+            "Each number is mixed with its partner in the other half: `torch.cat((-second, first), dim=-1)`.",
+        ),
+        Mistake(
+            "turns the first half only",
+            _first_half_only,
+            "Both numbers of a pair change: the second half becomes second·cos + first·sin.",
+        ),
+        Mistake(
+            "gives every row the positions of the first",
+            lambda x, cos, sin: _rotate(x, cos[:1], sin[:1]),
+            "The tables are [B, T, d]: `cos[:, None]` adds the axis of the heads and keeps that of the rows.",
+        ),
+    ),
+)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_cases(rng):
+    """Several key heads with several queries each; with mask and without, with cap and without; K = H and K = 1."""
+    for B, H, K, T, S, d, mask_rows, cap in (
+        (2, 6, 2, 3, 5, 4, 2, None),
+        (1, 4, 2, 2, 6, 3, 0, None),
+        (2, 6, 3, 4, 5, 2, 1, 1.5),
+        (2, 4, 2, 3, 4, 5, 0, 2.5),
+        (1, 3, 3, 2, 5, 4, 1, None),
+        (3, 4, 1, 2, 3, 6, 3, 2.0),
+    ):
+        mask = None
+        if mask_rows:
+            mask = torch.from_numpy(rng.random((mask_rows, T, S)) < 0.5)
+            mask[..., -1] = ~mask[..., 0]  # no row is all True or all False
+        q, k, v = random(rng, B, H, T, d, spread=2), random(rng, B, K, S, d), random(rng, B, K, S, d)
+        yield q, k, v, mask, float(rng.uniform(0.6, 0.9)), cap
+
+
+def _no_steps(scores):
+    return scores
+
+
+def _hide(scores, mask, hidden=-torch.inf):
+    return scores if mask is None else scores.masked_fill(~mask[:, None], hidden)
+
+
+def _cap(scores, cap):
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def _attend(q, k, v, scores_of, heads=torch.repeat_interleave, axis=-1, shares=_no_steps):
+    """Attention with the heads laid out by ``heads`` and q·k turned into scores by ``scores_of``."""
+    times = q.shape[1] // k.shape[1]
+    k, v = (heads(x, times, 1) for x in (k, v))
+    return shares(scores_of(q @ k.transpose(2, 3)).softmax(axis)) @ v
+
+
+def _in_turn(x, times, axis):
+    return x.repeat(1, times, 1, 1)
+
+
+ATTENTION = Exercise(
+    key="06.3",
+    reference=gemma.grouped_query_attention,
+    cases=attention_cases,
+    difficulty=3,
+    minutes=20,
+    points=3,
+    mistakes=(
+        Mistake(
+            "hands out the key heads in turn, not in groups",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), mask), heads=_in_turn
+            ),
+            "Neighboring query heads share a key head, 0 0 1 1 and not 0 1 0 1: `repeat_interleave`, not `repeat`.",
+        ),
+        Mistake(
+            "forgets the scale",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s, cap), mask)),
+            "Multiply q·k by `scale` before anything else.",
+        ),
+        Mistake(
+            "divides by the scale",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s / scale, cap), mask)),
+            "`scale` is the factor itself, such as 1/√d: multiply by it.",
+        ),
+        Mistake(
+            "scales by 1/√d whatever the scale says",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * q.shape[-1] ** -0.5, cap), mask)
+            ),
+            "The scale is given, since it is not always 1/√d: PaliGemma 2 28B has 144^-½ with heads of 128.",
+        ),
+        Mistake(
+            "takes the softmax over the queries",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), mask), axis=-2
+            ),
+            "Each query shares out its attention among the keys, the last axis: `softmax(-1)`.",
+        ),
+        Mistake(
+            "ignores the mask",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _cap(s * scale, cap)),
+            "Where the mask is False the score must become very negative before the softmax.",
+        ),
+        Mistake(
+            "hides what the mask shows",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), None if mask is None else ~mask)
+            ),
+            "True means visible: fill where the mask is False, `masked_fill(~mask, …)`.",
+        ),
+        Mistake(
+            "sets hidden scores to 0",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s * scale, cap), mask, 0.0)),
+            "A score of 0 still gets e⁰ = 1 in the softmax: fill with `-torch.inf`.",
+        ),
+        Mistake(
+            "masks after the softmax",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _cap(s * scale, cap), shares=lambda p: _hide(p, mask, 0.0)
+            ),
+            "The weights of a query must sum to 1: hide the scores before the softmax, not the weights after it.",
+        ),
+        Mistake(
+            "caps after masking",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _cap(_hide(s * scale, mask, -torch.inf), cap)
+            ),
+            "Capped, −∞ is only −cap, and what was hidden shows through: cap first, then mask.",
+        ),
+        Mistake(
+            "ignores the cap",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(s * scale, mask)),
+            "Where `cap` is not None the scores become `cap * torch.tanh(scores / cap)`.",
+        ),
+        Mistake(
+            "caps before it scales",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s, cap) * scale, mask)),
+            "First the scale, then the cap, then the mask, then the softmax.",
+        ),
+        Mistake(
+            "cuts the scores off instead of bending them",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(s * scale if cap is None else (s * scale).clamp(-cap, cap), mask)
+            ),
+            "The cap is soft: `cap * torch.tanh(scores / cap)`.",
+        ),
+    ),
+)
+
+
+# --- the feed-forward gate ------------------------------------------------------------------------------------------
+
+
+def gate_cases(rng):
+    for shape in ((2, 3, 5), (4, 6), (9,), (2, 1, 8)):
+        yield random(rng, *shape, spread=1.5), random(rng, *shape, spread=1.5)
+
+
+def _gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+GEGLU = Exercise(
+    key="06.4",
+    reference=gemma.geglu,
+    cases=gate_cases,
+    difficulty=1,
+    minutes=6,
+    mistakes=(
+        Mistake(
+            "passes the wrong one through GELU",
+            lambda gate, up: gate * _gelu(up),
+            "The gate opens and closes: GELU goes on `gate`, and `up` is multiplied as it is.",
+        ),
+        Mistake(
+            "takes the exact GELU",
+            lambda gate, up: F.gelu(gate) * up,
+            'Gemma was trained with the tanh approximation: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "adds where it should multiply",
+            lambda gate, up: _gelu(gate) + up,
+            "A gate multiplies: near 0 it shuts, whatever `up` is.",
+        ),
+        Mistake(
+            "is SwiGLU, the gate of Llama",
+            lambda gate, up: F.silu(gate) * up,
+            'SiLU is x·sigmoid(x); Gemma has GELU: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "is a plain GLU with a sigmoid gate",
+            lambda gate, up: torch.sigmoid(gate) * up,
+            'The gate is GELU, not a sigmoid: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "has a ReLU for its gate",
+            lambda gate, up: F.relu(gate) * up,
+            'The gate is GELU, which lets a little through below 0: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "passes both through GELU",
+            lambda gate, up: _gelu(gate) * _gelu(up),
+            "Only `gate` goes through GELU; `up` stays as it is.",
+        ),
+        Mistake(
+            "multiplies first and passes the product through GELU",
+            lambda gate, up: _gelu(gate * up),
+            "GELU on `gate` alone, then the product.",
+        ),
+        Mistake(
+            "leaves the gate out",
+            lambda gate, up: _gelu(up),
+            "Two projections come in: GELU(gate) · up.",
+        ),
+    ),
+)
+
+
+# --- the whole layer ------------------------------------------------------------------------------------------------
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer of Gemma 1. D width · H heads · K key/value heads · d head width · I inner width.
+
+    Matrices are [out, in], as ``nn.Linear`` keeps them: ``x @ weights.q.T``.
+    """
+
+    attention_norm: Tensor  # [D]
+    q: Tensor  # [H·d, D]
+    k: Tensor  # [K·d, D]
+    v: Tensor  # [K·d, D]
+    o: Tensor  # [D, H·d]
+    mlp_norm: Tensor  # [D]
+    gate: Tensor  # [I, D]
+    up: Tensor  # [I, D]
+    down: Tensor  # [D, I]
+
+
+def decoder_layer(x, weights, cos, sin, mask, head_dim):
+    """Gemma 1's layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    x [B, T, D], ``LayerWeights``, cos and sin [B, T, d], mask [B, T, T] or None, head width d → [B, T, D].
+    """
+    B, T, _ = x.shape
+    y = gemma.rms_norm(x, weights.attention_norm, 1e-6)
+    q, k, v = ((y @ w.T).view(B, T, -1, head_dim).transpose(1, 2) for w in (weights.q, weights.k, weights.v))
+    q, k = gemma.apply_rotary(q, cos, sin), gemma.apply_rotary(k, cos, sin)
+    heads = gemma.grouped_query_attention(q, k, v, mask, head_dim**-0.5)
+    x = x + heads.transpose(1, 2).reshape(B, T, -1) @ weights.o.T
+    y = gemma.rms_norm(x, weights.mlp_norm, 1e-6)
+    return x + gemma.geglu(y @ weights.gate.T, y @ weights.up.T) @ weights.down.T
+
+
+def layer_cases(rng):
+    """D, H·d, K·d and I all different; causal masks, and one case without."""
+    for B, T, D, H, K, d, inner in ((2, 3, 8, 4, 2, 6, 10), (1, 5, 6, 3, 1, 4, 9), (2, 4, 10, 2, 1, 6, 7)):
+        shapes = ((H * d, D), (K * d, D), (K * d, D), (D, H * d), (inner, D), (inner, D), (D, inner))
+        q, k, v, o, gate, up, down = (random(rng, *shape, spread=1.5 * shape[1] ** -0.5) for shape in shapes)
+        norms = [random(rng, D, spread=0.3) for _ in range(2)]
+        weights = LayerWeights(norms[0], q, k, v, o, norms[1], gate, up, down)
+        cos, sin = gemma.rotary_table(torch.from_numpy(rng.integers(1, 9, (B, T))), d, 50.0)
+        mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T).clone() if D != 6 else None
+        yield random(rng, B, T, D), weights, cos, sin, mask, d
+
+
+def _attention(y, w, cos, sin, mask, d, turned="qk", scale=None, lay=True):
+    """The attention block on its input, with a choice of what is rotated, of the scale, and of how heads are laid."""
+    B, T, _ = y.shape
+    heads = {n: (y @ m.T).view(B, T, -1, d).transpose(1, 2) for n, m in (("q", w.q), ("k", w.k), ("v", w.v))}
+    heads |= {name: gemma.apply_rotary(heads[name], cos, sin) for name in turned}
+    out = gemma.grouped_query_attention(heads["q"], heads["k"], heads["v"], mask, scale or d**-0.5)
+    return (out.transpose(1, 2) if lay else out).reshape(B, T, -1) @ w.o.T
+
+
+def _mlp(y, w):
+    return gemma.geglu(y @ w.gate.T, y @ w.up.T) @ w.down.T
+
+
+def _norms(w):
+    return tuple(lambda x, weight=weight: gemma.rms_norm(x, weight, 1e-6) for weight in (w.attention_norm, w.mlp_norm))
+
+
+def _with_attention(**how):
+    """The layer with an attention block that goes wrong in one way."""
+
+    def layer(x, w, cos, sin, mask, d):
+        first, second = _norms(w)
+        x = x + _attention(first(x), w, cos, sin, mask, d, **how)
+        return x + _mlp(second(x), w)
+
+    return layer
+
+
+def _joined(join):
+    """The layer with its blocks joined in another way: ``join(x, attention, mlp, first norm, second norm)``."""
+
+    def layer(x, w, cos, sin, mask, d):
+        return join(x, lambda y: _attention(y, w, cos, sin, mask, d), lambda y: _mlp(y, w), *_norms(w))
+
+    return layer
+
+
+def _post_norm(x, attend, mlp, first, second):
+    x = first(x + attend(x))
+    return second(x + mlp(x))
+
+
+def _residual_of_norm(x, attend, mlp, first, second):
+    y = first(x)
+    y = second(y + attend(y))
+    return y + mlp(y)
+
+
+def _parallel(x, attend, mlp, first, second):
+    return x + attend(first(x)) + mlp(second(x))
+
+
+def _in_a_row(x, attend, mlp, first, second):
+    x = x + attend(first(x))
+    return mlp(second(x))
+
+
+def _no_first_residual(x, attend, mlp, first, second):
+    x = attend(first(x))
+    return x + mlp(second(x))
+
+
+def _one_norm(x, attend, mlp, first, second):
+    x = x + attend(first(x))
+    return x + mlp(first(x))
+
+
+def _no_second_norm(x, attend, mlp, first, second):
+    x = x + attend(first(x))
+    return x + mlp(x)
+
+
+def _width_scale(x, w, cos, sin, mask, d):
+    return _with_attention(scale=x.shape[-1] ** -0.5)(x, w, cos, sin, mask, d)
+
+
+LAYER = Exercise(
+    key="06.5",
+    reference=decoder_layer,
+    cases=layer_cases,
+    difficulty=3,
+    minutes=20,
+    points=4,
+    mistakes=(
+        Mistake(
+            "loses x after attention",
+            _joined(_no_first_residual),
+            "What attention found is added to x: `x = x + …`.",
+        ),
+        Mistake(
+            "loses x after the feed-forward block",
+            _joined(_in_a_row),
+            "What the feed-forward block found is added to x: `return x + …`.",
+        ),
+        Mistake(
+            "normalizes after the blocks instead of before them",
+            _joined(_post_norm),
+            "Gemma is pre-norm: the norm stands in front of each block, and x itself is never normalized.",
+        ),
+        Mistake(
+            "adds to the normalized x instead of to x itself",
+            _joined(_residual_of_norm),
+            "Keep x, and give the normalized one another name: `y = rms_norm(x, …)`, then `x = x + block(y)`.",
+        ),
+        Mistake(
+            "feeds both blocks with the same x",
+            _joined(_parallel),
+            "The feed-forward block comes second: it reads x with attention's result already added.",
+        ),
+        Mistake(
+            "uses the first norm twice",
+            _joined(_one_norm),
+            "The second block has a norm of its own, `weights.mlp_norm`.",
+        ),
+        Mistake(
+            "forgets the second norm",
+            _joined(_no_second_norm),
+            "The feed-forward block reads `rms_norm(x, weights.mlp_norm, 1e-6)`.",
+        ),
+        Mistake(
+            "rotates the values too",
+            _with_attention(turned="qkv"),
+            "Positions decide who looks at whom, not what is seen: rotate q and k only.",
+        ),
+        Mistake(
+            "rotates the queries only",
+            _with_attention(turned="q"),
+            "Only the difference of two positions may count: both q and k turn.",
+        ),
+        Mistake(
+            "forgets the rotation",
+            _with_attention(turned=""),
+            "Without `apply_rotary` on q and k, attention does not know where anything stands.",
+        ),
+        Mistake(
+            "scales by the width of the model instead of that of a head",
+            _width_scale,
+            "The scale is `head_dim ** -0.5`.",
+        ),
+        Mistake(
+            "mixes up heads and tokens when it joins the heads",
+            _with_attention(lay=False),
+            "The heads' axis must stand beside d before the two are joined: `.transpose(1, 2).reshape(B, T, -1)`.",
+        ),
+    ),
+)
+
+EXERCISES = [RMS_NORM, ROTARY, ATTENTION, GEGLU, LAYER]

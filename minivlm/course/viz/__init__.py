@@ -1,0 +1,66 @@
+"""Pictures: one function each, all with a form that needs no live kernel, and all with alt text."""
+
+from importlib import import_module
+
+from minivlm.course.viz.attention import attention_mask, attention_over_mask, compare_masks
+from minivlm.course.viz.boxes import draw_boxes, draw_sheet
+from minivlm.course.viz.charts import cache_growth, lines, sampling_distribution
+from minivlm.course.viz.diagrams import blocks, families, you_are_here
+from minivlm.course.viz.figure import Figure, from_figure
+from minivlm.course.viz.matrices import similarity_matrix, softmax_and_sigmoid
+from minivlm.course.viz.patches import (
+    attention_on_image,
+    codebook,
+    image_row,
+    nearest_words,
+    patch_grid,
+    position_similarity,
+)
+from minivlm.course.viz.tokens import Token, read_tokens, token_strip
+
+__all__ = [
+    "Figure",
+    "Token",
+    "Trace",
+    "attention_mask",
+    "attention_on_image",
+    "attention_over_mask",
+    "blocks",
+    "cache_growth",
+    "codebook",
+    "compare_masks",
+    "decoder_attention",
+    "draw_boxes",
+    "draw_sheet",
+    "families",
+    "from_figure",
+    "image_row",
+    "lines",
+    "mask_explorer",
+    "nearest_words",
+    "patch_grid",
+    "position_similarity",
+    "read_tokens",
+    "sampling_distribution",
+    "similarity_matrix",
+    "softmax_and_sigmoid",
+    "token_strip",
+    "tower_attention",
+    "trace",
+    "you_are_here",
+]
+
+_NEED_TORCH = {
+    "Trace": "tracing",
+    "decoder_attention": "weights",
+    "mask_explorer": "explorer",
+    "tower_attention": "weights",
+    "trace": "tracing",
+}
+
+
+def __getattr__(name: str):
+    """Looks up what needs the model when it is first used: drawing alone need not wait for torch."""
+    if name in _NEED_TORCH:
+        return getattr(import_module(f"minivlm.course.viz.{_NEED_TORCH[name]}"), name)
+    raise AttributeError(f"module 'minivlm.course.viz' has no attribute {name!r}")

@@ -1,0 +1,56 @@
+"""Emoji scenes: the data set of the embedded checkpoint, and how that checkpoint is trained and measured.
+
+    scene = emoji.make_scene(5, "validation")     # an image, its objects, and what can be said about it
+    scene.image, scene.objects, scene.examples
+
+``recipe`` trains the checkpoint and ``evaluation`` measures it; both are imported by name, since they need torch.
+"""
+
+from minivlm.emoji.language import (
+    Example,
+    count_caption,
+    count_phrase,
+    detect_target,
+    join_phrases,
+    parse_caption,
+    same_caption,
+    segment_target,
+    select_objects,
+)
+from minivlm.emoji.objects import (
+    HELD_OUT_PAIRS,
+    OBJECTS,
+    SPLITS,
+    TRAIN_ARTISTS,
+    UNSEEN_ARTISTS,
+    SceneObject,
+    draw_sprite,
+    plural,
+    with_article,
+)
+from minivlm.emoji.scenes import TILT, Scene, make_scene, planned_count
+
+__all__ = [
+    "HELD_OUT_PAIRS",
+    "OBJECTS",
+    "SPLITS",
+    "TILT",
+    "TRAIN_ARTISTS",
+    "UNSEEN_ARTISTS",
+    "Example",
+    "Scene",
+    "SceneObject",
+    "count_caption",
+    "count_phrase",
+    "detect_target",
+    "draw_sprite",
+    "join_phrases",
+    "make_scene",
+    "parse_caption",
+    "planned_count",
+    "plural",
+    "same_caption",
+    "segment_target",
+    "select_objects",
+    "with_article",
+]

@@ -1,0 +1,120 @@
+"""The 100 objects of the emoji scenes: names, artists, sprites, and the pairs that training never shows together.
+
+    h, w  height and width of a sprite in pixels
+
+Sprites are stored one sheet per artist in ``data/emoji``; ``data/emoji/index.json`` lists objects and artists.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from minivlm.hub import DATA
+
+
+def _read_index() -> dict:
+    path = DATA / "emoji" / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: clone minivlm's repository and run pip install -e . in it.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+_INDEX = _read_index()
+_ENTRY = {entry["name"]: entry for entry in _INDEX["objects"]}
+SPLITS = ("train", "validation", "pairs", "artist")
+OBJECTS: tuple[str, ...] = tuple(_ENTRY)
+TRAIN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "train")
+UNSEEN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "unseen")
+
+
+def plural(name: str) -> str:
+    """`plural("leaf") == "leaves"`. ValueError for a name that is not in OBJECTS."""
+    return _entry(name)["plural"]
+
+
+def with_article(name: str) -> str:
+    """`with_article("apple") == "an apple"`. ValueError for a name that is not in OBJECTS."""
+    return f"{_entry(name)['article']} {name}"
+
+
+def may_mirror(name: str) -> bool:
+    """Whether the object may be shown mirrored. ValueError for a name that is not in OBJECTS."""
+    return _entry(name)["mirror"]
+
+
+def _entry(name: str) -> dict:
+    if name not in _ENTRY:
+        raise ValueError(f"{name!r} is not an object of the data set; see minivlm.emoji.OBJECTS.")
+    return _ENTRY[name]
+
+
+def _held_out(a: str, b: str) -> bool:
+    """Whether a hash of the two names falls into one twentieth of its range."""
+    return a != b and zlib.crc32("+".join(sorted((a, b))).encode()) % 20 == 0
+
+
+HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
+    pair for pair in combinations(sorted(OBJECTS), 2) if _held_out(*pair)
+)
+PARTNERS = {n: frozenset(b if a == n else a for a, b in HELD_OUT_PAIRS if n in (a, b)) for n in OBJECTS}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object as it can be seen: `box` is tight around `mask`, and `mask` leaves out what later objects cover.
+
+    `angle` and `mirrored` are its pose: how `draw_sprite` drew it.
+    """
+
+    name: str
+    artist: str
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half open
+    mask: Bool[np.ndarray, "H W"] = field(repr=False, compare=False)
+    angle: int = 0  # degrees, counter-clockwise
+    mirrored: bool = False
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """Center of the box (x, y), in pixels."""
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+@cache
+def _sprites(artist: str) -> dict[str, Image.Image]:
+    """Name → 64 x 64 picture with premultiplied alpha (colors never leak from transparent pixels when resampled)."""
+    cell, columns = _INDEX["cell"], _INDEX["columns"]
+    with Image.open(DATA / "emoji" / f"{artist}.png") as file:
+        sheet = file.convert("RGBA").convert("RGBa")
+    corners = [(k % columns * cell, k // columns * cell) for k in range(len(OBJECTS))]
+    return {n: sheet.crop((x, y, x + cell, y + cell)) for n, (x, y) in zip(OBJECTS, corners, strict=True)}
+
+
+def draw_sprite(name: str, artist: str, side: int, angle: int = 0, mirror: bool = False) -> UInt8[np.ndarray, "h w 4"]:
+    """One object, cut to its own outline, with premultiplied alpha.
+
+    `side` is the longer of h and w in pixels; `angle` turns counter-clockwise, in whole degrees.
+    ValueError for an unknown name or artist, or a side below 1.
+    """
+    _entry(name)
+    if artist not in TRAIN_ARTISTS + UNSEEN_ARTISTS:
+        raise ValueError(f"artist is {artist!r}; choose one of {', '.join(TRAIN_ARTISTS + UNSEEN_ARTISTS)}.")
+    if side < 1:
+        raise ValueError(f"side is {side}; give at least 1 pixel.")
+    sprite = _sprites(artist)[name]
+    if mirror:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if angle:
+        sprite = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    outline = sprite.getchannel("a").getbbox()
+    width, height = outline[2] - outline[0], outline[3] - outline[1]
+    scale = side / max(width, height)
+    target = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # HAMMING has no negative weights, so color stays below alpha and the paste below cannot overflow.
+    return np.asarray(sprite.resize(target, Image.Resampling.HAMMING, box=outline))

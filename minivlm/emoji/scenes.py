@@ -1,0 +1,236 @@
+"""Emoji scenes: an endless, seeded data set of pictures with captions, questions, boxes and masks.
+
+`make_scene(seed)` pastes one to four emoji on a plain, shaded or photographic background and knows what it did, so
+every caption, answer and box is exact. The same seed gives the same scene everywhere (the same bytes with the same
+versions of numpy and Pillow). Four splits:
+
+- `train`, `validation`: two training artists, disjoint streams; some pairs of objects (about 5%) never meet;
+- `pairs`: every picture holds at least one of those never-seen-together pairs;
+- `artist`: every object is drawn by an artist that training never shows.
+
+Letters: H, W = height and width of the picture in pixels (both `size`); h, w = of one pasted object.
+Boxes are (x0, y0, x1, y1) in pixels, half open, origin at the top left. Prompts are PaliGemma's task prefixes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from minivlm.emoji import language
+from minivlm.emoji.objects import (
+    HELD_OUT_PAIRS,
+    OBJECTS,
+    PARTNERS,
+    SPLITS,
+    TRAIN_ARTISTS,
+    UNSEEN_ARTISTS,
+    SceneObject,
+    draw_sprite,
+    may_mirror,
+)
+from minivlm.hub import DATA
+
+MAX_OBJECTS = 4
+MIN_SIZE, MAX_SIZE = 48, 896
+
+# Layout. Lengths are fractions of the picture's side (24 to 52 pixels at 112).
+SMALLEST, LARGEST = 24 / 112, 52 / 112
+MIN_VISIBLE = 0.75  # of an object's own pixels
+TRIES = 20  # positions tried before an object is left out
+OBJECT_COUNTS = np.cumsum([0.20, 0.30, 0.25, 0.25])  # of 1, 2, 3, 4 objects
+REPEAT = 0.45  # of the scenes with two or more objects, how many repeat a name
+TILT = 15  # degrees
+
+_HELD_OUT_LIST = sorted(HELD_OUT_PAIRS)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, the objects in it in the order they were pasted, and what can be said about it."""
+
+    seed: int
+    split: str
+    size: int
+    image: UInt8[np.ndarray, "H W 3"] = field(repr=False, compare=False)
+    objects: tuple[SceneObject, ...]
+
+    @cached_property
+    def examples(self) -> tuple[language.Example, ...]:
+        """Everything asked about this scene, the same at every call."""
+        rng = np.random.default_rng((SPLITS.index(self.split), self.seed, 1))  # a stream of its own
+        return language.examples(self.objects, self.size, rng)
+
+    @property
+    def captions(self) -> dict[str, tuple[str, ...]]:
+        """Kind of caption ("caption", "cap", "describe", where the scene allows it) → its accepted texts."""
+        return {e.kind: e.answers for e in self.examples if e.kind in ("caption", "cap", "describe")}
+
+    @property
+    def questions(self) -> tuple[language.Example, ...]:
+        """The examples whose prompt starts with "answer en "."""
+        return tuple(e for e in self.examples if e.prompt.startswith("answer en "))
+
+
+@cache
+def _textures() -> tuple[Image.Image, ...]:
+    paths = sorted((DATA / "images" / "textures").glob("*.png"))
+    if not paths:
+        raise FileNotFoundError(f"{DATA / 'images' / 'textures'} holds no PNG files: clone the repository again.")
+    return tuple(Image.open(path).convert("RGB") for path in paths)
+
+
+def _background(rng: np.random.Generator, size: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Plain, shaded or photographic, a third each. Whole-number arithmetic, so that all machines agree."""
+    kind = rng.integers(3)
+    first, second = rng.integers(50, 256, (2, 3))
+    if kind == 0:
+        return np.full((size, size, 3), first, np.uint8)
+    if kind == 1:
+        gx, gy = rng.integers(-8, 9, 2)
+        steps = np.arange(size)
+        ramp = gy * steps[:, None] + gx * steps[None, :]
+        ramp -= ramp.min()
+        ramp = ramp * 255 // max(1, ramp.max())
+        colors = (first + (second - first) * np.arange(256)[:, None] // 255).astype(np.uint8)
+        return colors[ramp]
+    return _texture_background(rng, size, first)
+
+
+def _texture_background(rng: np.random.Generator, size: int, tint: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """A random crop of a photo texture, its contrast lowered and its mean moved towards `tint`."""
+    texture = _textures()[rng.integers(len(_textures()))]
+    side = int(rng.integers(texture.width // 2, texture.width + 1))
+    x, y = (int(v) for v in rng.integers(0, texture.width - side + 1, 2))
+    contrast = int(rng.integers(30, 71))  # percent
+    crop = texture.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+    levels = (np.arange(256)[None, :] - 110) * contrast // 100 + (110 + tint[:, None]) // 2
+    return np.asarray(crop.point(np.clip(levels, 0, 255).reshape(-1).tolist())).copy()
+
+
+def _paste(image: UInt8[np.ndarray, "H W 3"], sprite: UInt8[np.ndarray, "h w 4"], x: int, y: int) -> None:
+    """Lay a premultiplied sprite over `image` in place, its top left corner at (x, y)."""
+    part = image[y : y + sprite.shape[0], x : x + sprite.shape[1]]
+    through = (255 - sprite[..., 3:]).astype(np.uint16)
+    part[...] = sprite[..., :3] + ((part * through + 127) // 255).astype(np.uint8)
+
+
+def _place(
+    rng: np.random.Generator, mask: Bool[np.ndarray, "h w"], visible: list[np.ndarray], totals: list[int], size: int
+) -> tuple[int, int] | None:
+    """A corner (x, y) for one more object, or None. The first half of the tries covers nothing, the second some.
+
+    `visible`: H x W masks of the earlier objects; `totals`: their areas when nothing covered them, in pixels.
+    """
+    h, w = mask.shape
+    corners = rng.integers(0, (size - w + 1, size - h + 1), (TRIES, 2)).tolist()
+    for attempt, (x, y) in enumerate(corners):
+        share = 1.0 if attempt < TRIES // 2 else MIN_VISIBLE
+        seen = [v[y : y + h, x : x + w] & mask for v in visible]  # what this place would cover
+        if not any(s.any() for s in seen):
+            return x, y
+        left = [np.count_nonzero(v) - np.count_nonzero(s) for v, s in zip(visible, seen, strict=True)]
+        if all(n >= share * total for n, total in zip(left, totals, strict=True)):
+            return x, y
+    return None
+
+
+def _choose_names(rng: np.random.Generator, split: str) -> list[str]:
+    """One to four names: in `pairs` they start with a held-out pair, elsewhere they contain none."""
+    count = 1 + int(np.searchsorted(OBJECT_COUNTS, rng.random(), side="right"))
+    names: list[str] = []
+    if split == "pairs":
+        count = max(count, 2)
+        names = list(_HELD_OUT_LIST[rng.integers(len(_HELD_OUT_LIST))])
+    repeats = int(rng.integers(2, count + 1)) if count > 1 and rng.random() < REPEAT else 1
+    if names:
+        names += [names[rng.integers(2)]] * min(repeats - 1, count - 2)
+    while len(names) < count:
+        name = OBJECTS[rng.integers(len(OBJECTS))]
+        if name not in names and (split == "pairs" or PARTNERS[name].isdisjoint(names)):
+            names += [name] * (repeats if not names else 1)
+    return names
+
+
+def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarray, list[SceneObject]]:
+    """Paste the chosen objects one after the other; what finds no place is left out."""
+    names = _choose_names(rng, split)
+    artists = UNSEEN_ARTISTS if split == "artist" else TRAIN_ARTISTS
+    image = _background(rng, size)
+    kept: list[tuple[str, str]] = []
+    poses: list[tuple[int, bool]] = []
+    visible: list[np.ndarray] = []
+    totals: list[int] = []
+    for name in names:
+        artist = artists[rng.integers(len(artists))]
+        side = round(size * (SMALLEST + (LARGEST - SMALLEST) * rng.random()))
+        angle, mirror = int(rng.integers(-TILT, TILT + 1)), bool(rng.random() < 0.5 and may_mirror(name))
+        sprite = draw_sprite(name, artist, side, angle, mirror)
+        mask = sprite[..., 3] > 127
+        corner = _place(rng, mask, visible, totals, size)
+        if corner is None:
+            continue
+        x, y = corner
+        window = (slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1]))
+        _paste(image, sprite, x, y)
+        for v in visible:
+            v[window] &= ~mask
+        own = np.zeros((size, size), bool)
+        own[window] = mask
+        kept.append((name, artist))
+        poses.append((angle, mirror))
+        visible.append(own)
+        totals.append(int(mask.sum()))
+    parts = zip(kept, visible, poses, strict=True)
+    return image, [SceneObject(*who, mask_box(v), v, *pose) for who, v, pose in parts]
+
+
+def mask_box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
+    """Tight half-open box (x0, y0, x1, y1) around the true pixels, in pixels. ValueError if there are none."""
+    rows, columns = mask.any(1), mask.any(0)
+    if not rows.any():
+        raise ValueError("The mask has no true pixel, so it has no box; pass a mask of something visible.")
+    y0, x0 = int(rows.argmax()), int(columns.argmax())
+    return x0, y0, len(columns) - int(columns[::-1].argmax()), len(rows) - int(rows[::-1].argmax())
+
+
+def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
+    """The scene of this seed: a `size` x `size` RGB picture with its objects, the same on every machine.
+
+    Another size is another layout of the same names, not the same picture enlarged.
+    seed: an integer, 0 or more; split: one of SPLITS; size: pixels, MIN_SIZE to MAX_SIZE.
+    ValueError where one of them is something else.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; give an integer, 0 or more.")
+    if not isinstance(size, int | np.integer) or isinstance(size, bool) or not MIN_SIZE <= size <= MAX_SIZE:
+        raise ValueError(f"size is {size!r}; give an integer of pixels from {MIN_SIZE} to {MAX_SIZE}.")
+    seed, size = int(seed), int(size)
+    rng = np.random.default_rng((SPLITS.index(split), seed))
+    while True:  # a second round only where a held-out pair found no place
+        image, objects = _compose(rng, split, size)
+        names = {o.name for o in objects}
+        if split != "pairs" or any(PARTNERS[n] & names for n in names):
+            return Scene(seed, split, size, image, tuple(objects))
+
+
+def planned_count(seed: int, split: str = "train") -> int:
+    """How many objects the scene of this seed sets out to show, without drawing it; now and then one finds no place."""
+    return len(_choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split))
+
+
+def texts(seeds: Iterable[int], split: str = "train") -> Iterator[str]:
+    """Every prompt and every training target of these seeds: the corpus that a tokenizer learns from.
+
+    But for `segment`, which would only repeat what `detect` says.
+    """
+    for seed in seeds:
+        for example in (e for e in make_scene(seed, split).examples if e.kind != "segment"):
+            yield example.prompt
+            if example.answers[0]:
+                yield example.answers[0]
