@@ -463,10 +463,10 @@ def test_saving_into_a_file_or_an_impossible_config(folder, tmp_path):
 
 
 def test_embedded_checkpoint_is_the_default(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "EMBEDDED", folder)
+    monkeypatch.setattr(hub, "EMBEDDED", folder)
     assert hub.resolve(None) == folder
     assert_same_weights(PaliGemma.from_pretrained(), tiny_model())
-    monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path / "absent")
+    monkeypatch.setattr(hub, "EMBEDDED", tmp_path / "absent")
     with pytest.raises(OSError, match="embedded checkpoint is not at .*absent: install minivlm from a clone"):
         PaliGemma.from_pretrained()
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import minivlm
 from minivlm import __main__ as cli
-from minivlm import checkpoint, doctor, emoji, generation, hub, locations
+from minivlm import doctor, emoji, generation, hub, locations
 from minivlm.__main__ import COMMANDS, find_device, main
 from minivlm.vqvae import MaskVQVAE
 
@@ -363,7 +363,7 @@ def test_the_embedded_checkpoint_knows_the_demo(tmp_path):
 
 def test_doctor_reports_without_places_or_names(folder, monkeypatch, capsys):
     elsewhere = Path.home() / "secret" / "minivlm" / "data" / "checkpoints" / "absent"
-    monkeypatch.setattr(checkpoint, "EMBEDDED", elsewhere)
+    monkeypatch.setattr(hub, "EMBEDDED", elsewhere)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"minivlm {minivlm.__version__}" in out and "torch 2" in out and "memory" in out
@@ -372,7 +372,7 @@ def test_doctor_reports_without_places_or_names(folder, monkeypatch, capsys):
 
 
 def test_doctor_loads_the_embedded_checkpoint(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "EMBEDDED", Path(folder))
+    monkeypatch.setattr(hub, "EMBEDDED", Path(folder))
     count = sum(weight.numel() for weight in minivlm.PaliGemma.from_pretrained(folder).parameters())
     assert f"loads, {count / 1e6:.2f} M parameters in float32" in doctor.report()
 

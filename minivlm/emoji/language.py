@@ -92,7 +92,7 @@ def at_cell(cell: str) -> str:
     return f"{'in' if cell == 'center' else 'at'} the {cell}"
 
 
-def asked_for(objects: Iterable[SceneObject], classes: Iterable[str]) -> list[SceneObject]:
+def select_objects(objects: Iterable[SceneObject], classes: Iterable[str]) -> list[SceneObject]:
     """The objects of these classes: classes in the order asked, from left to right within a class."""
     by_x = sorted(objects, key=lambda o: (o.box[0], o.box[1]))
     return [o for name in classes for o in by_x if o.name == name]
@@ -100,7 +100,7 @@ def asked_for(objects: Iterable[SceneObject], classes: Iterable[str]) -> list[Sc
 
 def detect_target(objects: Iterable[SceneObject], classes: Iterable[str], size: int) -> str:
     """What `detect a ; b` should say."""
-    return format_detections([Detection(o.name, o.box) for o in asked_for(objects, classes)], size, size)
+    return format_detections([Detection(o.name, o.box) for o in select_objects(objects, classes)], size, size)
 
 
 def segment_target(
@@ -110,7 +110,7 @@ def segment_target(
 
     `codes_from_masks(masks, boxes)`, such as `vqvae.MaskVQVAE.codes_from_masks`, gives each mask's 16.
     """
-    found = asked_for(objects, classes)
+    found = select_objects(objects, classes)
     codes = codes_from_masks([o.mask for o in found], [o.box for o in found])
     return format_detections([Detection(o.name, o.box, c) for o, c in zip(found, codes, strict=True)], size, size)
 
