@@ -146,7 +146,7 @@ def growth(rounds: int, most_tokens: int = 4096, most_rows: int = 32) -> tuple[R
         batch = processor(text=["caption en"] * rows, images=[image] * rows)
         seen, start = {}, None
         options = generation.GenerationConfig(max_new_tokens=tokens)
-        for number, _ in enumerate(generation.steps(model, batch, options)):
+        for number, _ in enumerate(generation.generate_tokens(model, batch, options)):
             start = start or time.perf_counter()
             if number in marks:
                 seen[number] = time.perf_counter() - start

@@ -135,7 +135,7 @@ class GenerationOutput:
 
 
 @torch.inference_mode()
-def steps(
+def generate_tokens(
     model: PaliGemma, batch: dict[str, Tensor], options: GenerationConfig
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the columns of ``GenerationOutput``: tokens [B], log-probabilities [B], finished so far [B]."""
@@ -146,7 +146,7 @@ def steps(
     generator = None if options.seed is None else torch.Generator(device).manual_seed(options.seed)
     features = model.encode_image(pixels)
     room = ids.shape[1] + options.max_new_tokens - 1  # the last is not fed
-    cache = new_cache(model, len(ids), padded_length(room) if options.compile else room, options.cache)
+    cache = make_cache(model, len(ids), padded_length(room) if options.compile else room, options.cache)
     compiled = CompiledStep(model, cache, attention) if options.compile else None
     if bool(attention.all()):
         attention = None  # no padding, nothing to mask
@@ -177,7 +177,7 @@ def steps(
             ids, types = torch.cat((ids, token[:, None]), dim=1), torch.cat((types, one), dim=1)
 
 
-def new_cache(model: PaliGemma, batch_size: int, max_length: int, kind: str | None) -> Cache | None:
+def make_cache(model: PaliGemma, batch_size: int, max_length: int, kind: str | None) -> Cache | None:
     """An empty cache on the model's device, in its type: "static", "growing" or None."""
     weight = model.language_model.model.embed_tokens.weight
     if kind == "static":
@@ -199,7 +199,7 @@ def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> Gener
     options = GenerationConfig(**options)
     if not bool(batch["attention_mask"][:, -1].all()):
         raise ValueError("the prompts are padded on the right, where the answers go: give padding_side='left'.")
-    columns = list(steps(model, batch, options))
+    columns = list(generate_tokens(model, batch, options))
     tokens, log_probs, finished = zip(*columns, strict=True)
     return GenerationOutput(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), finished[-1].clone())
 
@@ -207,7 +207,7 @@ def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> Gener
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(processor: Processor, images, prompts) -> dict[str, Tensor]:
+def prepare_inputs(processor: Processor, images, prompts) -> dict[str, Tensor]:
     """The batch for ``generate``: one picture for every prompt, one prompt for every picture, or as many of each.
 
     One picture is prepared once, however many prompts ask about it.
@@ -253,7 +253,7 @@ def stream_generate(model: PaliGemma, processor: Processor, image, prompt, **opt
     if not isinstance(prompt, str) or isinstance(image, list | tuple):
         raise ValueError("only one answer can be streamed at a time: give one picture and one prompt, not lists.")
     text = TextStream(processor)
-    for token, _, _ in steps(model, prepare(processor, image, prompt), options):
+    for token, _, _ in generate_tokens(model, prepare_inputs(processor, image, prompt), options):
         if piece := text.push(int(token)):
             yield piece
     if piece := text.end():
@@ -291,6 +291,6 @@ def generate(
             pieces.append(piece)
             stream(piece)
         return "".join(pieces)
-    generated = generate_ids(model, prepare(processor, image, prompt), **options)
+    generated = generate_ids(model, prepare_inputs(processor, image, prompt), **options)
     answers = [processor.decode(ids) for ids in generated.sequences]
     return answers[0] if isinstance(prompt, str) and not isinstance(image, list | tuple) else answers

@@ -766,7 +766,7 @@ viz.image_row([np.any([m for _, m in masks_from_detections(read[0], **how)], axi
 
 # %%
 strange = [emoji.make_scene(seed, "artist") for seed in range(12)]
-inputs = generation.prepare(processor, [s.image for s in strange], "caption en")
+inputs = generation.prepare_inputs(processor, [s.image for s in strange], "caption en")
 guessed = generation.generate_ids(model, inputs, max_new_tokens=16)
 probability = guessed.log_probs.exp()  # [rows, tokens], of each token written
 row, step = divmod(int(probability.argmin()), probability.shape[1])
@@ -923,7 +923,7 @@ exercises.score(greedy_loop, points=3, seed=1)
 
 # %%
 greedy_loop = exercises.piece("greedy_loop")
-inputs = generation.prepare(processor, [s.image for s in some], "caption en")
+inputs = generation.prepare_inputs(processor, [s.image for s in some], "caption en")
 start = inputs["input_ids"].shape[1]
 with torch.no_grad():
     encoded = model.encode_image(inputs["pixel_values"])
