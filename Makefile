@@ -1,4 +1,4 @@
-# `make` lists what can be made. Everything is installed into .venv, with the versions in constraints.txt.
+# `make` lists the targets. Everything is installed into .venv, with the versions pinned in constraints.txt.
 
 # The first Python here that is new enough; `make run PYTHON=/path/to/python` takes another.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -6,40 +6,43 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(NEW_ENOUGH)" 2>/dev/null && echo $$p && break; done)
 
 PY := .venv/bin/python
+CODE := minivlm tests scripts benchmarks  # the notebooks' sources keep their long lines of prose
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help run test lab notebooks class train evaluate bench lint
+.PHONY: help run check test lab notebooks class train evaluate bench
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
-run: .venv/installed  ## install, then show all four tasks on a few pictures
+run: .venv/installed  ## install, then show all four tasks on a few images
 	@$(PY) -m minivlm demo
 
-test: .venv/installed-dev  ## install what development needs, then run every test
-	@$(PY) -m pytest -q --durations=10
-
-lab: .venv/installed  ## open JupyterLab
+lab: .venv/installed  ## open JupyterLab on the course
 	@$(PY) -m jupyterlab $(wildcard notebooks)
 
-notebooks: .venv/installed-dev  ## build the notebooks from notebooks/source, and run them
+check: .venv/installed-dev  ## style and the fast tests, in at most three minutes
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check $(CODE)
+	@$(PY) -m pytest -q -n auto -m "not slow and not notebook and not browser"
+
+test: .venv/installed-dev  ## every test
+	@$(PY) -m pytest -q -n auto --durations=10
+
+notebooks: .venv/installed-dev  ## build the notebooks from notebooks/source, and execute them
 	@$(PY) scripts/build_notebooks.py
 
-class: .venv/installed-dev  ## the notebooks for a class, into build/class; SEED=… hides the tests
+class: .venv/installed-dev  ## the notebooks for a class, in build/class; SEED=… hides the tests
 	@$(PY) scripts/build_notebooks.py --class build/class $(if $(SEED),--seed $(SEED))
 
-train: .venv/installed  ## train the embedded checkpoint anew, into runs/
+train: .venv/installed  ## train the embedded checkpoint from scratch, in runs/
 	@$(PY) -m minivlm train
 
-evaluate: .venv/installed  ## measure the embedded checkpoint on scenes that training never showed
+evaluate: .venv/installed  ## measure the embedded checkpoint on held-out scenes
 	@$(PY) -m minivlm evaluate
 
-bench: .venv/installed  ## measure speed and memory beside transformers; ARGS="--real" for the real size
+bench: .venv/installed  ## measure speed and memory next to transformers; ARGS="--real" for the real size
 	@$(PY) -m benchmarks $(ARGS)
-
-lint: .venv/installed-dev  ## check the style of the code
-	@$(PY) -m ruff check .
 
 # The stamps are written last: an installation that was interrupted starts over.
 .venv/created:
