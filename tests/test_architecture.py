@@ -1,4 +1,4 @@
-"""The house stands as docs/architecture.md draws it: arrows point down, nothing imports in a circle, the model is small."""
+"""The package is what docs/architecture.md says: imports point down, never in a circle, and the model stays small."""
 
 import ast
 from functools import cache
