@@ -18,10 +18,10 @@ SEEDS = {"scenes": "validation, from 0 on", "random weights and inputs": 0}
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.replace("``", ""))
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted rounds of each figure; default 7")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only the figures with one of these words")
-    parser.add_argument("--real", action="store_true", help="the real size too: 6 GB on disk, 18 GB of memory")
-    parser.add_argument("--folder", type=Path, help="where to keep the random weights; a temporary one if not given")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measured rounds per figure; default 7")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only figures whose name contains one of these words")
+    parser.add_argument("--real", action="store_true", help="also the real size: 6 GB on disk, 18 GB of memory")
+    parser.add_argument("--folder", type=Path, help="where to store the random weights; default a temporary folder")
     parser.add_argument("--hkproj", type=Path, help="a checkout of hkproj/pytorch-paligemma")
     parser.add_argument("--open-clip", type=Path, help="the file src/open_clip/loss.py of mlfoundations/open_clip")
     parser.add_argument("--json", type=Path, default=Path("out/benchmarks.json"), help="default out/benchmarks.json")
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(args: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, list]]:
-    """Every figure asked for, one after the other, so that none disturbs another."""
+    """Measures every requested figure, one after the other, so that none disturbs another."""
     few = max(1, args.rounds // 2)
     plan = {
         "decode 1": partial(embedded.decode, 1, args.rounds),
@@ -75,13 +75,13 @@ def measure_all(args: argparse.Namespace, folder: Path) -> tuple[list[Row], dict
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: figure, what was measured, ratios, aim. Medians, with the least and the greatest in brackets."""
-    lines = ["| figure | measured | ratio | aim |", "|---|---|---|---|"]
+    """Markdown: figure, measurements, ratios, target. Medians, with minimum and maximum in brackets."""
+    lines = ["| figure | measured | ratio | target |", "|---|---|---|---|"]
     for row in rows:
         measured = [f"{n}: {v} {row.unit if isinstance(v, Spread) else ''}".rstrip() for n, v in row.measured.items()]
         ratios = [f"{name}: {value}" for name, value in row.ratios.items()]
         measured += [row.note] if row.note else []
-        lines.append(f"| {row.figure} | {'<br>'.join(measured)} | {'<br>'.join(ratios)} | {row.aim} |")
+        lines.append(f"| {row.figure} | {'<br>'.join(measured)} | {'<br>'.join(ratios)} | {row.target} |")
     return "\n".join(lines)
 
 

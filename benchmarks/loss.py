@@ -1,7 +1,7 @@
-"""The sigmoid loss in chunks beside its dense form: time and memory of one forward and backward pass.
+"""The chunked sigmoid loss next to its dense form: time and memory of one forward and backward pass.
 
-Each runs in a fresh process, which may use what memory is free and no more: the table of 32,768 pictures and texts has
-4.3 GB, and the dense form needs several.
+Each runs in a fresh process that is limited to the free memory: the logits of 32,768 images and texts take 4.3 GB, and
+the dense form needs several such tables.
 """
 
 import sys
@@ -20,7 +20,7 @@ print(json.dumps(one_pass(*sys.argv[1:])))
 
 
 def one_pass(which: str, pairs: str, open_clip: str) -> dict[str, float]:
-    """Seconds and bytes of one pass, forward and backward, and the loss, of a contestant in this process."""
+    """Seconds and bytes of one forward and backward pass in this process, and the loss."""
     import time
 
     import torch
@@ -45,7 +45,7 @@ def one_pass(which: str, pairs: str, open_clip: str) -> dict[str, float]:
 
 
 def limit_memory() -> None:
-    """Asks for an error, not for the kernel's killer, where memory runs out. Linux alone knows how much is free."""
+    """Makes running out of memory an error instead of a kill. Only Linux tells how much is free."""
     free = Path("/proc/meminfo")
     if free.exists():
         import resource
@@ -58,7 +58,7 @@ def limit_memory() -> None:
 
 
 def sig_lip_loss(path: str):
-    """``SigLipLoss`` of a file ``open_clip/loss.py``, which needs nothing of its package."""
+    """``SigLipLoss`` from the file ``open_clip/loss.py``, which does not need the rest of its package."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("open_clip_loss", path)
@@ -71,9 +71,9 @@ def sig_lip_loss(path: str):
 def sigmoid_loss(rounds: int, open_clip: Path | None, pairs: int = PAIRS) -> list[Row]:
     """Two rows: seconds, and the memory that a pass takes beyond the embeddings.
 
-    Two more with half as many pairs, and so on, where memory does not suffice for the dense form.
+    While the dense form does not fit into memory, two more rows with half as many pairs.
     """
-    contestants = {"in chunks": "chunked_sigmoid_loss", "dense": "sigmoid_loss"}
+    contestants = {"chunked": "chunked_sigmoid_loss", "dense": "sigmoid_loss"}
     missing = {}
     if open_clip is None:
         missing["open_clip"] = "absent: name its file loss.py with --open-clip"
@@ -92,22 +92,22 @@ def sigmoid_loss(rounds: int, open_clip: Path | None, pairs: int = PAIRS) -> lis
     done = {name: some for name, some in took.items() if name not in missing}
     check_losses(done)
     rows = []
-    for key, unit, aim in (("seconds", "s", "≤ 1.2"), ("bytes", "MiB", "≤ 1/16")):
+    for key, unit, target in (("seconds", "s", "≤ 1.2"), ("bytes", "MiB", "≤ 1/16")):
         scale = 1 if key == "seconds" else 2**20
         values = {name: [one[key] / scale for one in some] for name, some in done.items()}
         measured = {name: Spread.of(some) for name, some in values.items()}
-        others = [name for name in values if name != "in chunks"]
+        others = [name for name in values if name != "chunked"]
         what = "time" if key == "seconds" else "peak"
-        ratios = {f"in chunks to {name}, {what}": ratio(values["in chunks"], values[name]) for name in others}
-        title = f"sigmoid loss, {pairs:,} pairs of width {WIDTH}, CPU, forward and backward: {what}"
-        rows.append(Row(title, unit, measured | missing, ratios, aim))
-    if "dense" in missing and pairs > 1024:  # compare where both fit
+        ratios = {f"chunked to {name}, {what}": ratio(values["chunked"], values[name]) for name in others}
+        title = f"sigmoid loss, {pairs:,} pairs, embedding size {WIDTH}, CPU, forward and backward: {what}"
+        rows.append(Row(title, unit, measured | missing, ratios, target))
+    if "dense" in missing and pairs > 1024:  # compare at a size where both fit
         rows += sigmoid_loss(rounds, open_clip, pairs // 2)
     return rows
 
 
 def check_losses(done: dict[str, list[dict]]) -> None:
-    """All contestants must have computed the same number."""
+    """All contestants must have computed the same loss."""
     losses = [one["loss"] for some in done.values() for one in some]
     if max(losses) - min(losses) > 1e-5 * max(losses):
         raise AssertionError(f"the losses differ: {done}")

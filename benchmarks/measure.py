@@ -1,7 +1,7 @@
-"""How things are measured: in turns in one process, or each in a fresh one; medians with their spread.
+"""How speed and memory are measured: in turns in one process, or each in a fresh one; medians with their spread.
 
-Machines are noisy and slow down and speed up by themselves. So contestants take turns, each round gives one ratio, and
-what counts is the median of these ratios.
+Machines are noisy, and their speed drifts. So the contestants take turns, each round yields one ratio, and the result
+is the median of these ratios.
 """
 
 import json
@@ -23,18 +23,18 @@ FRESH_TIMEOUT = 1800  # seconds
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several measurements, with the least and the greatest."""
+    """The median of several measurements, with minimum and maximum."""
 
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.least:.3g}…{self.most:.3g})"
+        return f"{self.median:.3g} ({self.minimum:.3g}…{self.maximum:.3g})"
 
 
 @dataclass
@@ -42,24 +42,24 @@ class Row:
     """One line of the table.
 
     Attributes:
-        figure: what is measured.
-        unit: of ``measured``.
-        measured: name of a contestant → what it took, or a sentence on why it was not measured.
-        ratios: what is compared → the ratio; above 1, ours is the better, unless the aim says otherwise.
-        aim: what ``ratios`` should reach.
-        note: what else a reader needs.
+        figure: What is measured.
+        unit: Unit of ``measured``.
+        measured: Name of a contestant → its measurement, or a sentence that says why there is none.
+        ratios: What is compared → the ratio. Above 1 means that minivlm is better, unless ``target`` says otherwise.
+        target: What ``ratios`` should reach.
+        note: Anything else a reader needs.
     """
 
     figure: str
     unit: str
     measured: dict[str, Spread | str]
     ratios: dict[str, Spread] = field(default_factory=dict)
-    aim: str = ""
+    target: str = ""
     note: str = ""
 
 
 def in_turns(contestants: dict[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round. Every round begins with another one, so that none is always first."""
+    """Seconds of each contestant in each round. Each round starts with a different one, so none is always first."""
     names, seconds = list(contestants), {name: [] for name in contestants}
     for round_ in range(-warmups, rounds):
         first = round_ % len(names)
@@ -72,13 +72,13 @@ def in_turns(contestants: dict[str, Callable[[], object]], rounds: int, warmups:
 
 
 def ratio(theirs: list[float], ours: list[float]) -> Spread:
-    """Round by round: how many times as much theirs took."""
+    """Per round: their time divided by ours."""
     return Spread.of([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """What a fresh process took: seconds from its start to its end, peak bytes, and what it printed as JSON."""
+    """What a fresh process took: seconds from start to end and peak memory in bytes; and what it printed as JSON."""
 
     seconds: float
     peak: int
@@ -86,10 +86,10 @@ class Fresh:
 
 
 def fresh(code: str, *arguments: str) -> Fresh:
-    """Runs Python code in a process of its own. ``arguments`` are its ``sys.argv[1:]``; its last line must be JSON.
+    """Runs Python code in its own process. ``arguments`` are its ``sys.argv[1:]``; its last output line must be JSON.
 
     Raises:
-        RuntimeError: it failed; with the last line of what it complained about.
+        RuntimeError: If the process fails; the message is the last line of its stderr.
     """
     code += "\nfrom benchmarks.measure import own_peak\nprint(own_peak())"
     start = time.perf_counter()
@@ -105,9 +105,9 @@ def fresh(code: str, *arguments: str) -> Fresh:
 
 
 def own_peak() -> int:
-    """The most memory that this process has had resident so far, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count what the parent had before this process replaced it
+    if status.exists():  # ru_maxrss would include what the parent had before exec
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     import resource
 
@@ -115,9 +115,9 @@ def own_peak() -> int:
 
 
 def read_bandwidth(device: str = "cpu", size: int = 2**30, rounds: int = 5) -> float:
-    """Bytes a second that the machine reads from memory: the best of summing up ``size`` bytes, at torch's threads.
+    """Memory bandwidth in bytes per second: the best of several sums over ``size`` bytes, with torch's threads.
 
-    On a GPU, of copying them, which reads and writes.
+    On a GPU, the best of several copies, which read and write.
     """
     numbers = torch.ones(size // 4, device=device)
     target = torch.empty_like(numbers) if device != "cpu" else None
@@ -134,7 +134,7 @@ def read_bandwidth(device: str = "cpu", size: int = 2**30, rounds: int = 5) -> f
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on beside the code."""
+    """What the figures depend on besides the code."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,7 +1,7 @@
-"""PaliGemma 3B's shapes, random bfloat16 weights made on the spot, beside transformers and hkproj/pytorch-paligemma.
+"""PaliGemma 3B's shapes with random bfloat16 weights, next to transformers and hkproj/pytorch-paligemma.
 
-Random weights write nonsense, and where two words are about equally likely, roundings decide: answers are not compared.
-The work does not depend on them.
+Random weights generate nonsense, and when two tokens are almost equally likely, rounding decides. So answers are not
+compared; the amount of work does not depend on them.
 """
 
 import json
@@ -56,7 +56,7 @@ def config_of(image_size: int) -> PaliGemmaConfig:
 
 
 def make_checkpoint(folder: Path, image_size: int) -> Path:
-    """Random weights in ``folder/random-3b-SIZE``, unless they are there; 5.8 GB."""
+    """Writes random weights, 5.8 GB, to ``folder/random-3b-SIZE`` unless they are already there."""
     path = folder / f"random-3b-{image_size}"
     if not (path / "config.json").exists():  # written last
         with torch.device("meta"):
@@ -73,7 +73,7 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
 
 
 def prompt(config: PaliGemmaConfig, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """A random picture and the prompt "caption en", as the processor would give them."""
+    """A random image and the prompt "caption en", in the form that the processor returns."""
     generator = torch.Generator().manual_seed(0)
     size, P = config.vision_config.image_size, config.vision_config.num_image_tokens
     ids = torch.tensor([[config.image_token_index] * P + [config.bos_token_id, *CAPTION_EN, NEWLINE]])
@@ -89,24 +89,24 @@ def prompt(config: PaliGemmaConfig, device: str = "cpu") -> dict[str, torch.Tens
 
 def ours_on(path: Path, device: str) -> minivlm.PaliGemma:
     model = minivlm.PaliGemma.from_pretrained(path, device=device)
-    model.config.eos_token_id = -1  # no token has this id: an answer that never ends
+    model.config.eos_token_id = -1  # no token has this id, so an answer never ends
     return model
 
 
 def write(model, batch: dict, tokens: int, compiled: bool = False) -> torch.Tensor:
-    """Greedy answers of ``tokens`` tokens."""
+    """Generates ``tokens`` tokens greedily."""
     return generation.generate_ids(model, batch, max_new_tokens=tokens, compile=compiled).sequences
 
 
 def per_token_bytes(model, tokens: int) -> int:
-    """What writing one token behind ``tokens`` others must read: the decoder's weights once, and the cache."""
+    """Bytes that one decode step after ``tokens`` tokens must read: the decoder's weights once, and the cache."""
     decoder = model.language_model
     weights = sum(weight.nbytes for weight in decoder.parameters())
     return weights + cache_bytes(decoder.config, tokens, 1, torch.bfloat16)
 
 
 def bound_row(figure: str, model, batch, ways: dict, rounds: int, device: str, what: str) -> Row:
-    """What is read for each token after the first, a second, beside the most that the memory gives, before or after."""
+    """Bytes read per second while decoding, next to the memory bandwidth measured before and after (the larger)."""
     read = per_token_bytes(model, batch["input_ids"].shape[1] + TOKENS // 2)
     counts = {f"{name} {n}": partial(run, tokens=n) for name, run in ways.items() for n in (1, TOKENS)}
     before = read_bandwidth(device)
@@ -119,14 +119,14 @@ def bound_row(figure: str, model, batch, ways: dict, rounds: int, device: str, w
     measured = {name: Spread.of([rate / 1e9 for rate in some]) for name, some in rates.items()}
     measured[what] = Spread(*[bandwidth / 1e9] * 3)
     shares = {f"{name}, share of the bound": Spread.of([r / bandwidth for r in some]) for name, some in rates.items()}
-    return Row(figure, "GB/s", measured, shares, "≥ 0.8", f"{read / 1e9:.2f} GB a token")
+    return Row(figure, "GB/s", measured, shares, "≥ 0.8", f"{read / 1e9:.2f} GB per token")
 
 
 # --- on a CPU -------------------------------------------------------------------------------------------------------
 
 
 def on_cpu(folder: Path, hkproj: Path | None, rounds: int, compiled: bool = True) -> list[Row]:
-    """The rows of the real size on a CPU, with the decode step as it is and ``compiled``."""
+    """The rows of the real size on a CPU, with and without a compiled decode step."""
     path = make_checkpoint(folder, 224)
     rows = loading(path, rounds)
     config, model = config_of(224), ours_on(path, "cpu")
@@ -138,7 +138,7 @@ def on_cpu(folder: Path, hkproj: Path | None, rounds: int, compiled: bool = True
     seconds = in_turns(ours | {"transformers": partial(theirs.answers, other, batch, TOKENS, None)}, rounds)
     measured = {name: Spread.of(some) for name, some in seconds.items()}
     ratios = {f"{name}, to transformers": ratio(seconds["transformers"], seconds[name]) for name in ways}
-    title = "real size, CPU: bytes read a second while decoding"
+    title = "real size, CPU: bytes read per second while decoding"
     bound = bound_row(title, model, batch, ways, rounds, "cpu", "memory, summing 1 GiB")
     if hkproj is None:
         measured["hkproj"] = "absent: name its checkout with --hkproj"
@@ -148,12 +148,12 @@ def on_cpu(folder: Path, hkproj: Path | None, rounds: int, compiled: bool = True
         beside = in_turns(ours | {"hkproj": run}, min(rounds, 2), warmups=0)
         measured["hkproj"] = Spread.of(beside["hkproj"])
         ratios |= {f"{name}, to hkproj": ratio(beside["hkproj"], beside[name]) for name in ways}
-    title = f"real size, CPU: {TOKENS} tokens after a 224 px picture"
+    title = f"real size, CPU: {TOKENS} tokens for one 224 px image"
     return [*rows, Row(title, "s", measured, ratios, "≥ 1.0 and ≥ 8"), bound]
 
 
 def loading(path: Path, rounds: int) -> list[Row]:
-    """Seconds and peak memory of loading, each time in a fresh process, the file being in the system's cache."""
+    """Seconds and peak memory of loading, each time in a fresh process, with the file in the page cache."""
     size = (path / "model.safetensors").stat().st_size
     codes, took = {"minivlm": OUR_LOAD, "transformers": THEIR_LOAD}, {"minivlm": [], "transformers": []}
     in_turns({n: lambda n=n: took[n].append(fresh(codes[n], str(path))) for n in codes}, rounds)
@@ -169,7 +169,7 @@ def loading(path: Path, rounds: int) -> list[Row]:
             "≤ 1.0",
         ),
         Row(
-            "real size, CPU: peak memory of loading, over the file's size",
+            "real size, CPU: peak memory of loading, relative to the file's size",
             "× file",
             {name: Spread.of(some) for name, some in peaks.items()},
             {"minivlm, to the file": Spread.of(peaks["minivlm"])},
@@ -183,7 +183,7 @@ def loading(path: Path, rounds: int) -> list[Row]:
 
 
 def write_as_hkproj(module, model, batch: dict) -> Callable[[], list[int]]:
-    """What gives the same answer by a model of hkproj/pytorch-paligemma, in the loop of its inference.py."""
+    """Generation with a model of hkproj/pytorch-paligemma, in the loop of its inference.py."""
 
     @torch.inference_mode()
     def run() -> list[int]:
@@ -200,9 +200,9 @@ def write_as_hkproj(module, model, batch: dict) -> Callable[[], list[int]]:
 
 
 def load_hkproj(checkout: Path, path: Path) -> tuple:
-    """Its modules, with the weights of the file put in their places, in float32 as its own loader has them.
+    """hkproj's module and model with the file's weights, in float32, as its own loader has them.
 
-    That one does not know today's config.json: pad_token_id stands there twice.
+    Its loader does not accept today's config.json, which contains pad_token_id twice.
     """
     sys.path.insert(0, str(checkout))
     try:
@@ -222,7 +222,7 @@ def load_hkproj(checkout: Path, path: Path) -> tuple:
 
 @contextmanager
 def left_uninitialized():
-    """Layers made here have weights that nobody fills with random numbers: they are replaced anyway."""
+    """Skips the random initialization of layers whose weights are replaced anyway."""
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d)
     originals = [kind.reset_parameters for kind in kinds]
     try:
@@ -267,7 +267,7 @@ def on_gpu(folder: Path, rounds: int) -> list[Row]:
         "minivlm": lambda tokens: timed(partial(write, model, batch, tokens))(),
         "minivlm, compiled": lambda tokens: timed(partial(write, model, batch, tokens, True))(),
     }
-    title = "real size, GPU: bytes read a second while decoding"
+    title = "real size, GPU: bytes read per second while decoding"
     rows.append(bound_row(title, model, batch, ways, rounds, "cuda", "memory, copying 1 GiB"))
     for image_size in (224, 448):
         if image_size == 448:

@@ -1,4 +1,4 @@
-"""The same work done by transformers. Imports nothing of minivlm: a fresh process is to pay for transformers alone."""
+"""The same work done by transformers. Does not import minivlm, so that a fresh process pays for transformers only."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def load(path: str | Path = EMBEDDED, **options) -> torch.nn.Module:
-    """The model of a folder."""
+    """The model in a folder."""
     return transformers.PaliGemmaForConditionalGeneration.from_pretrained(path, **options).eval()
 
 
 def processor() -> transformers.PaliGemmaProcessor:
-    """The embedded checkpoint's; of the picture's part the kind that needs no torchvision."""
+    """The embedded checkpoint's processor, with the image processor that does not need torchvision."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
     return transformers.PaliGemmaProcessor(SiglipImageProcessorPil.from_pretrained(EMBEDDED), tokenizer)
 
 
 def answers(model, batch: dict, tokens: int, end: int | None, **options) -> torch.Tensor:
-    """Greedy, the new tokens alone, up to ``end``; ``tokens`` of them where that is None."""
+    """Greedy decoding: only the new tokens, up to ``end``; exactly ``tokens`` of them if that is None."""
     model.generation_config.eos_token_id = end
     with torch.inference_mode():
         whole = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
@@ -32,19 +32,19 @@ def answers(model, batch: dict, tokens: int, end: int | None, **options) -> torc
 
 
 def captions(model, processor, images: list) -> list[str]:
-    """From pictures to captions as text."""
+    """From images to captions as text."""
     batch = processor(text=["<image>caption en"] * len(images), images=images, return_tensors="pt", padding=True)
     ids = answers(model, batch, 32, model.config.eos_token_id or processor.tokenizer.eos_token_id)
     return processor.batch_decode(ids, skip_special_tokens=True)
 
 
 class Loss(torch.nn.Module):
-    """The loss of a batch of minivlm's. transformers wants a picture a row: each is given as often as it has rows."""
+    """The loss of one of minivlm's batches. transformers needs one image per row, so images are repeated."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values, labels, **text):
-        pictures = pixel_values.repeat_interleave(len(labels) // len(pixel_values), dim=0)
-        return self.model(pixel_values=pictures, labels=labels, **text).loss
+        images = pixel_values.repeat_interleave(len(labels) // len(pixel_values), dim=0)
+        return self.model(pixel_values=images, labels=labels, **text).loss

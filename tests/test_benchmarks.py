@@ -85,8 +85,8 @@ def test_cold_starts_give_one_caption():
 
 def test_sigmoid_rows_say_who_is_absent():
     seconds, peak = loss.sigmoid_loss(1, None, pairs=4096)
-    assert "absent" in seconds.measured["open_clip"] and set(peak.ratios) == {"in chunks to dense, peak"}
-    assert peak.ratios["in chunks to dense, peak"].median < 1
+    assert "absent" in seconds.measured["open_clip"] and set(peak.ratios) == {"chunked to dense, peak"}
+    assert peak.ratios["chunked to dense, peak"].median < 1
 
 
 def test_real_size_rows_on_a_tiny_size(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_the_command_writes_table_and_json(tmp_path, capsys, monkeypatch):
     command.main(["--only", "start", "--rounds", "3", "--json", str(tmp_path / "new" / "out.json")])
     assert "| a start | ours: 1 (1…3) s |  |  |" in capsys.readouterr().out
     written = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert written["machine"]["torch"] == torch.__version__ and written["rows"][0]["measured"]["ours"]["most"] == 3
+    assert written["machine"]["torch"] == torch.__version__ and written["rows"][0]["measured"]["ours"]["maximum"] == 3
 
 
 @pytest.mark.parametrize("option", [["--hkproj", "/nowhere"], ["--open-clip", "/nowhere"], ["--rounds", "0"]])

@@ -95,8 +95,13 @@ def test_readme_lists_every_module_of_the_model_and_every_wing():
 
 def test_readme_lists_the_chapters():
     table = README[README.index("<!-- chapters -->") : README.index("<!-- /chapters -->")]
-    rows = re.findall(r"^\| \[(\d\d) (.*?)\]\(notebooks/(\d\d)_\w+\.ipynb\) \| (.*?) \| (.*?) ?\|$", table, re.MULTILINE)
-    found = {number: (title, question, tuple(re.findall(r"`(.+?)`", modules))) for number, title, _, question, modules in rows}
+    rows = re.findall(
+        r"^\| \[(\d\d) (.*?)\]\(notebooks/(\d\d)_\w+\.ipynb\) \| (.*?) \| (.*?) ?\|$", table, re.MULTILINE
+    )
+    found = {
+        number: (title, question, tuple(re.findall(r"`(.+?)`", modules)))
+        for number, title, _, question, modules in rows
+    }
     assert found == {c.number: (c.title, c.question, tuple(c.modules)) for c in CHAPTERS.values()}
     assert all(number == link for number, _, link, _, _ in rows)
 
@@ -120,7 +125,9 @@ NOT_OURS = {"picture": "image", "likeliest": "most likely", "whole number": "int
 
 def test_the_text_keeps_to_its_words():
     """Words that this project once used in a sense of its own, and British spellings. The list has to name them."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split(
+        "\n"
+    )
     paths = [ROOT / name for name in tracked if Path(name).suffix in TEXTS and name != "CHANGELOG.md"]
     assert len(paths) > 80
     found = []
