@@ -64,8 +64,8 @@ viz.image_row(images, titles=minivlm.generate(model, processor, images, "caption
 #
 # ## What is a VLM?
 #
-# A language model has a vocabulary of *tokens*, which are words or parts of words. It reads a text and gives every
-# token a score: how likely is it to come next? One token is picked and appended to the text, then the model picks the
+# A language model has a vocabulary of *tokens*, which are words or parts of words. It reads a text and assigns a score
+# to every token: how likely is it to come next? One token is picked and appended to the text, then the model picks the
 # next, until the special token `<eos>` ends the answer. A *vision-language model* (VLM) does the same with an image in
 # front of the text. Everything it does is written this way: captions, answers, and even boxes, because some tokens
 # stand for coordinates.
@@ -305,8 +305,8 @@ viz.image_row([gray, photo], titles=[f"gray: {captions[0]}", f"photo: {captions[
 
 # %% [markdown]
 # There is no error, and no "I don't know". A VLM writes what is most likely, and something always is, even if it is not
-# much of a caption. Whether the answer is true has to be measured. (`python -m minivlm evaluate` does that, and asks the
-# same questions about a blank image for comparison.) And a model can only be trusted on the kind of image it was
+# much of a caption. Whether the answer is true has to be measured. (`python -m minivlm evaluate` does that, and asks
+# the same questions about a blank image for comparison.) And a model can only be trusted on the kind of image it was
 # trained on. With Google's weights, the same code handles photos. Chapter 08 shows how to get them.
 #
 # ## Map of the course
@@ -354,7 +354,7 @@ for line in report.splitlines():
 #
 # </details>
 #
-# <details><summary>2. ClipCap and PaliGemma both put the image in front of the text. Why are they in different families?</summary>
+# <details><summary>2. ClipCap and PaliGemma both put the image first. Why are they in different families?</summary>
 #
 # In ClipCap the language model can stay frozen, and only a mapping network learns. PaliGemma trains all its parts
 # together.

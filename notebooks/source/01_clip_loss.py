@@ -64,8 +64,9 @@ images = np.array([[3.0, 4.0], [2.0, 0.0]])  # what an image encoder might outpu
 texts = np.array([[0.0, 1.0], [10.0, 0.0]])  # what a text encoder might output
 
 # %% [markdown]
-# The *dot product* multiplies two vectors coordinate by coordinate and adds up the results. The image of the cat with
-# "a cat" gives 3·0 + 4·1 = 4. With "a moon" it gives 3·10 + 4·0 = 30. One matrix product computes all four:
+# The *dot product* multiplies two vectors coordinate by coordinate and adds up the results. For the image of the cat
+# and the text "a cat", it is 3·0 + 4·1 = 4. For the same image and "a moon", it is 3·10 + 4·0 = 30. One matrix product
+# computes all four dot products:
 
 # %%
 dots = images @ texts.T
@@ -74,8 +75,8 @@ assert dots[0].tolist() == [4, 30]
 
 # %% [markdown]
 # So does the cat match "a moon" better? Only because that embedding has length ten. The *L2 norm* ‖x‖ is the length of
-# a vector by Pythagoras: the square root of the sum of the squares. The image of the cat has the norm √(3² + 4²) = 5.
-# If you divide a vector by its norm, its direction stays the same and its length becomes 1. The dot product of two such
+# a vector by Pythagoras: the square root of the sum of the squares. The image of the cat has norm √(3² + 4²) = 5. If
+# you divide a vector by its norm, its direction stays the same and its length becomes 1. The dot product of two such
 # vectors is the cosine of the angle between them: 1 for the same direction, 0 for a right angle, −1 for opposite
 # directions.
 
@@ -186,7 +187,7 @@ curves = {"best possible": (temperatures, best), "guessing": (temperatures, np.f
 viz.lines(curves, "Loss when choosing among 100 captions", "temperature exp(t)", "loss in nats", log="x")
 
 # %% [markdown]
-# Without a temperature, even a perfect model would have a loss of more than three quarters of what guessing costs. CLIP
+# Without a temperature, even a perfect model would still pay more than three quarters of what guessing costs. CLIP
 # learns t together with the weights. The exponential keeps the factor positive, and a step in t changes the factor by a
 # percentage rather than by a fixed amount. exp(t) starts at 1/0.07 ≈ 14 and is clipped at 100 (section 2.5 of the
 # paper).
@@ -198,7 +199,7 @@ viz.lines(curves, "Loss when choosing among 100 captions", "temperature exp(t)",
 # ## Exercise 1.2 · The table of logits
 #
 # The inputs of a softmax are called *logits*. Compute a whole table of them: temperature × cosine, for every image with
-# every text. `log_temperature` is t, a tensor with no axes. You can call `l2_normalize`.
+# every text. `log_temperature` is t, a scalar tensor. You can call `l2_normalize`.
 #
 # <details><summary>Hint</summary>
 #
@@ -300,7 +301,7 @@ assert np.isclose(in_torch.item(), by_loop)
 
 # %%
 def clip_loss(image_embeddings, text_embeddings, log_temperature):
-    """[N, D], [N, D], a number → the mean loss of both directions in nats, a tensor with no axes."""
+    """[N, D], [N, D], a number → the mean loss of both directions in nats, a scalar tensor."""
     ### BEGIN SOLUTION
     logits = clip_logits(image_embeddings, text_embeddings, log_temperature)
     targets = torch.arange(len(logits))
@@ -322,8 +323,8 @@ assert np.isclose(clip_loss(*toy).item(), by_loop)
 # %% [markdown]
 # ## The wrong pairs
 #
-# You do not need labels for wrong pairs. They come for free: a batch of n pairs contains n right combinations and n² −
-# n wrong ones.
+# You do not need labels for wrong pairs. They come for free: a batch of n pairs has n² combinations. n of them are
+# right, and n² − n are wrong.
 
 # %%
 for n, where in ((2, "our toy"), (100, "our training"), (32_768, "CLIP's training (section 2.5 of the paper)")):
@@ -668,8 +669,8 @@ assert once < 1 and twice > least - 1e-4
 # %% [markdown]
 # A loss that gets stuck at 3.62, when guessing costs 4.61, looks like a model that hardly learns. But the model is
 # fine, and the loss is wrong. Know what your loss should be at the start and at best, and compare. At best it is 0. At
-# the start it is near log n. (Ours started somewhat above that, because a temperature of 14 turns even random cosines
-# into confident choices.)
+# the start it is near log n. (Ours started above that, because a temperature of 14 turns even random cosines into
+# confident choices.)
 #
 # ## It matches
 #
@@ -714,7 +715,7 @@ assert max(differences.values()) < 1e-5
 # * Normalize, multiply, scale: logits = exp(t) · cosine, with a learned t.
 # * Each image chooses among the texts (rows), and each text among the images (columns). The loss is the mean of these
 #   two cross-entropies, with the right answers on the diagonal.
-# * n pairs bring n² − n wrong pairs for free, and some of those are not really wrong.
+# * n pairs come with n² − n wrong pairs for free, and some of those are not really wrong.
 # * A list of texts is a classifier. A single text is a search query.
 #
 # **Three questions**

@@ -159,8 +159,8 @@ assert safe_softmax(row).log()[0] == -torch.inf
 #
 # ## Exercise 2.2 · Log-sum-exp
 #
-# Write the second formula for tensors. The result no longer has the axis `dim`. A row that contains only −∞ returns −∞,
-# the logarithm of an empty sum.
+# Write the second formula for tensors. The result no longer has the axis `dim`. For a row that contains only −∞, return
+# −∞, the logarithm of an empty sum.
 #
 # <details><summary>Hint</summary>
 #
@@ -201,8 +201,7 @@ assert torch.allclose(z.grad, safe_softmax(z), rtol=1e-5)
 # ## Break it: softmax in half precision
 #
 # The embedded PaliGemma is about to write the first token of a caption. We sample at a low temperature. (Here the word
-# has its usual meaning: divide the logits by 0.1.) We do it in float16, with the softmax taken literally from the
-# definition:
+# has its usual meaning: divide the logits by 0.1.) We do it in float16, with softmax exactly as defined:
 
 # %%
 import minivlm
@@ -227,8 +226,8 @@ for name, probabilities in (("naive", naive), ("safe", safe)):
         print(f"{name}: {type(error).__name__}: {error}")
 
 # %% [markdown]
-# Exactly the most likely tokens become NaN. With the safe softmax, the model writes as before. Subtracting the maximum
-# was all it took.
+# The most likely tokens are exactly the ones that become NaN. With the safe softmax, the model writes as before.
+# Subtracting the maximum was all it took.
 #
 # ## What a softmax needs
 #
@@ -288,8 +287,8 @@ assert halves < whole
 #
 # $$-\log \sigma(z \cdot \text{logit})$$
 #
-# The loss is the sum over the whole table, divided by the number of images N. For the toy of chapter 01, with exp(t) =
-# 10 and a bias of −10, the logits are
+# The loss is the sum over the whole table, divided by the number of images N. For the toy of chapter 01, with
+# temperature 10 and bias −10, the logits are
 #
 # | | "a cat" | "a moon" |
 # |---|---|---|
@@ -338,7 +337,7 @@ assert math.isclose(-F.logsigmoid(z * toy).sum().item() / 2, by_loop, rel_tol=1e
 
 # %%
 def sigmoid_loss(image_embeddings, text_embeddings, log_temperature, bias, labels=None):
-    """[N, D], [M, D], two numbers, booleans [N, M] or None → nats per image, a tensor with no axes."""
+    """[N, D], [M, D], two numbers, booleans [N, M] or None → nats per image, a scalar tensor."""
     ### BEGIN SOLUTION
     from minivlm.losses import l2_normalize
 
@@ -359,7 +358,7 @@ exercises.score(sigmoid_loss, points=3, seed=1)
 # %% [markdown]
 # Remember the twins of chapter 01, two identical pairs. Each of them costs CLIP log 2, however good the model is.
 # Sigmoids with labels have no such floor. With the diagonal alone, the twins cost even more here, because each is
-# wrongly called a mismatch for the other. (SigLIP does exactly that and accepts a few wrong −1. The recipe of our
+# wrongly called a mismatch for the other. (SigLIP does exactly that and accepts a few wrong labels. The recipe of our
 # embedded model, `emoji/recipe.py`, passes labels, because one patch can show several objects.)
 
 # %%
@@ -376,8 +375,8 @@ assert sigmoid_loss(twins, twins, hot, bias, labels) < 1e-4
 # ## Why −10 and log 10
 #
 # Before training, embeddings point in random directions. In many dimensions that means cosines near 0, and so logits
-# near the bias. Each image then pays for one match and N − 1 mismatches:
-# log(1 + exp(−bias)) + (N − 1) · log(1 + exp(bias)).
+# near the bias. Each image then pays log(1 + exp(−bias)) for its match and (N − 1) · log(1 + exp(bias)) for the N − 1
+# mismatches.
 
 
 # %%
@@ -389,7 +388,7 @@ def initial_loss(N, bias):
 for N in (100, 32_768):
     best = -math.log(N - 1)
     at_zero, at_minus_ten = initial_loss(N, 0.0), initial_loss(N, -10.0)
-    print(f"N = {N:6,}: bias 0 costs {at_zero:8.1f} nats per image, bias −10 {at_minus_ten:4.1f}; best bias {best:.1f}")
+    print(f"N = {N:6,}: {at_zero:7.1f} nats per image at bias 0, {at_minus_ten:.1f} at −10; best bias {best:.1f}")
     assert initial_loss(N, best) <= min(initial_loss(N, best + d) for d in (-0.1, 0.1))
 
 # %%
@@ -449,7 +448,7 @@ assert torch.isclose(sum(parts), sigmoid_loss(x, y, log_t, bias), rtol=1e-5)
 
 # %%
 def chunked_sigmoid_loss(image_embeddings, text_embeddings, log_temperature, bias, chunk_size=1024):
-    """[N, D], [N, D], two numbers, an integer → nats per image, a tensor with no axes."""
+    """[N, D], [N, D], two numbers, an integer → nats per image, a scalar tensor."""
     ### BEGIN SOLUTION
     from minivlm.losses import l2_normalize
 
@@ -609,8 +608,8 @@ def by_ring(x, y, log_t, bias):
 
 # %% [markdown]
 # Then CLIP's loss with its two gathers. Every process sends its shard to the W − 1 others and computes the whole table.
-# Gathered tensors carry no gradient. So each process puts its own shard back in place, and the gradient of that shard
-# is correct.
+# Gathered tensors carry no gradient. So each process replaces the gathered copy of its own shard by the original, and
+# the gradient for that shard is correct.
 
 
 # %%
@@ -692,6 +691,8 @@ def relative(ours, reference):
 pairs = make_pairs()
 sigmoid_one, clip_one = losses.sigmoid_loss(*pairs), losses.clip_loss(*pairs[:3])  # in this one process
 sigmoid_gradients, clip_gradients = torch.autograd.grad(sigmoid_one, pairs), torch.autograd.grad(clip_one, pairs[:2])
+
+# %%
 for world_size, results in runs.items():
     ring = [relative(np.mean([r["ring loss"] for r in results]), sigmoid_one)]
     for k in (0, 1):  # images and texts: the gradients of the shards, one after the other
@@ -759,9 +760,9 @@ for name, (held, sent) in designs(2**20, 256, 1152).items():
 assert designs(2**20, 256, 1152)["sigmoid, ring"][0] == 64 * 2**20  # 4096 × 4096 × 4 bytes
 
 # %% [markdown]
-# So a batch of a million pairs is feasible. The paper trained with such batches and found that 32 thousand pairs are
-# nearly as good. The sigmoid loss won less because of large batches than because it is simpler, and because it is
-# better at small batch sizes (section 4).
+# A batch of a million pairs is feasible. The paper trained with such batches and found that 32 thousand pairs are
+# nearly as good. So large batches are not the main advantage of the sigmoid loss. It is simpler, and it works better at
+# small batch sizes (section 4).
 #
 # ## It matches
 #
