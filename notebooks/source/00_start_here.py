@@ -5,14 +5,14 @@
 #
 # | | |
 # |---|---|
-# | time | 35 minutes, 18 of them exercises |
-# | know first | Python: functions, lists, loops. PyTorch is explained as it comes |
-# | you will build | three small pieces to warm up with, on shapes, axes and softmax |
+# | know first | Python: functions, lists, loops. PyTorch is explained as we go |
+# | you will build | three small functions to warm up, on shapes, axes and softmax |
 # | runs on | CPU, nothing to download |
 #
-# Welcome. In nine chapters you build PaliGemma, a model that reads a picture and a question and writes an answer, from its
-# first patch to its last word. A small one, trained on scenes made of emoji, comes along: every idea is tried on a real
-# model, on a laptop. Run each cell with Shift+Enter, from top to bottom.
+# Welcome. In nine chapters you build PaliGemma, a model that takes an image and a question and writes an answer. You
+# build all of it, from the first patch to the last token. A small PaliGemma, trained on scenes made of emoji, comes
+# with the course, so you can try every idea on a real model, on a laptop. Run the cells from top to bottom with
+# Shift+Enter.
 
 # %%
 import torch
@@ -24,11 +24,11 @@ from minivlm.course import exercises, viz
 viz.you_are_here("00")
 
 # %% [markdown]
-# This is the map. Each chapter shows it again, with what it builds lit up.
+# This is a map of PaliGemma. Every chapter shows it again and highlights what you build there.
 #
 # ## Three lines
 #
-# A picture, a model, a caption:
+# A model, a processor, and a caption for an image:
 
 # %%
 model = minivlm.PaliGemma.from_pretrained()
@@ -36,94 +36,98 @@ processor = minivlm.Processor.from_pretrained()
 minivlm.generate(model, processor, emoji.make_scene(0, "validation").image, "caption en")
 
 # %% [markdown]
-# The picture that it described, and a few more, none of which it saw in training:
+# Here is that image, along with three more. The model saw none of them in training.
 
 # %%
-some = [emoji.make_scene(seed, "validation") for seed in range(4)]
-captions = minivlm.generate(model, processor, [scene.image for scene in some], "caption en")
-viz.image_row([scene.image for scene in some], titles=captions)
+scenes = [emoji.make_scene(seed, "validation") for seed in range(4)]
+images = [scene.image for scene in scenes]
+viz.image_row(images, titles=minivlm.generate(model, processor, images, "caption en"))
 
 # %% [markdown]
-# Nothing here is chosen: these are the first four, right or wrong.
+# These are not cherry-picked. They are the first four validation scenes, and the captions may be right or wrong.
 #
 # ## Predict first
 #
-# Decide before you go on:
+# Write down your guesses before you go on:
 #
-# 1. What does this model say about an empty gray square?
-# 2. And about a photo of a cat? It has seen nothing but emoji.
-# 3. How many vectors does the picture become before the language model reads it: 1, 49 or 12,544 (112 × 112)?
+# 1. What does this model say about a blank gray square?
+# 2. What does it say about a photo of a cat? It has never seen anything but emoji.
+# 3. The language model receives the image as a sequence of vectors. How many: 1, 49 or 12,544 (112 × 112)?
 #
-# <details><summary>Answers, to open at the end of the chapter</summary>
+# <details><summary>Answers (open them at the end of the chapter)</summary>
 #
-# 1. It names things that are not there. A model that always answers answers this, too.
-# 2. It gives the names of emoji. It has no other words for things.
-# 3. 49, one for each of 7 × 7 patches.
+# 1. It answers anyway, although there is nothing to describe.
+# 2. It names emoji, because those are the only objects it has names for.
+# 3. 49: one for each of the 7 × 7 patches.
 #
 # </details>
 #
 # ## What is a VLM?
 #
-# A *language model* reads a text and gives every word of its vocabulary a score: how likely is it to come next? One is
-# chosen and added to the text; then the next, until a special word, `<eos>`, ends it. A *vision-language model* (VLM) does
-# the same with a picture in front of the text. Everything it does is such writing: captions, answers, and even boxes,
-# which are words for places.
+# A language model has a vocabulary of *tokens*, which are words or parts of words. It reads a text and assigns a score
+# to every token: how likely is it to come next? One token is picked and appended to the text, then the model picks the
+# next, until the special token `<eos>` ends the answer. A *vision-language model* (VLM) does the same with an image in
+# front of the text. Everything it does is written this way: captions, answers, and even boxes, because some tokens
+# stand for coordinates.
 
 # %%
 for prompt in ("caption en", "answer en how many objects are there?", "detect panda"):
-    print(f"{prompt:40} →", "".join(minivlm.generation.stream_generate(model, processor, some[0].image, prompt)))
+    answer = minivlm.generation.stream_generate(model, processor, images[0], prompt)
+    print(f"{prompt:40} →", "".join(answer))
 
 # %% [markdown]
-# One piece at a time, as it is written:
+# `stream_generate` yields the answer piece by piece, while the model writes it:
 
 # %%
-print(*minivlm.generation.stream_generate(model, processor, some[0].image, "caption en"), sep=" | ")
+print(*minivlm.generation.stream_generate(model, processor, images[0], "caption en"), sep=" | ")
 
 # %% [markdown]
 # ## Four families
 #
-# How does a picture get into a language model? One well-known sorting (Lilian Weng, "Generalized Visual Language
-# Models", 2022) has four families:
+# How do you get an image into a language model? Lilian Weng's well-known survey ("Generalized Visual Language Models",
+# 2022) sorts the answers into four families:
 
 # %%
 viz.families()
 
 # %% [markdown]
-# | family | who | what is trained |
+# | family | models | what is trained |
 # |---|---|---|
 # | image tokens, trained jointly | VisualBERT (2019, [1908.03557](https://arxiv.org/abs/1908.03557)), SimVLM (2021, [2108.10904](https://arxiv.org/abs/2108.10904)), CM3 (2022, [2201.07520](https://arxiv.org/abs/2201.07520)) | the transformer that reads both |
-# | a prefix for a frozen language model | ClipCap (2021, [2111.09734](https://arxiv.org/abs/2111.09734)) | a mapping network (in another variant GPT-2 is trained as well) |
+# | a prefix for a frozen language model | ClipCap (2021, [2111.09734](https://arxiv.org/abs/2111.09734)) | a mapping network (in one variant GPT-2 as well) |
 # | cross-attention inside the layers | VisualGPT (2021, [2102.10407](https://arxiv.org/abs/2102.10407)), Flamingo (2022, [2204.14198](https://arxiv.org/abs/2204.14198)) | the cross-attention; in VisualGPT the language model too |
-# | no training | MAGiC (2022, [2205.02655](https://arxiv.org/abs/2205.02655)) | nothing on pairs: CLIP steers GPT-2 while it writes |
+# | no training | MAGiC (2022, [2205.02655](https://arxiv.org/abs/2205.02655)) | nothing on image–text pairs: CLIP steers GPT-2 while it writes |
 #
-# **PaliGemma** (2024, [2407.07726](https://arxiv.org/abs/2407.07726)) stands in the first. It looks like the second,
-# since the picture comes as a prefix, and its two halves, the vision tower SigLIP and the language model Gemma, were trained
-# before they met. But then all of it is trained together, with nothing frozen (section 3.2 of the paper).
+# **PaliGemma** (2024, [2407.07726](https://arxiv.org/abs/2407.07726)) belongs to the first family. It resembles the
+# second, because the image is a prefix, and because its two halves, the vision tower SigLIP and the language model
+# Gemma, were trained separately at first. But then the whole model is trained together, with nothing frozen (section
+# 3.2 of the paper).
 #
 # ## How exercises work
 #
-# An exercise is a function to fill in. The cell below it checks it on random cases, and where the answer is a mistake
-# that is often made, it says which. Here is a wrong answer to the first exercise:
+# In an exercise you fill in a function. The cell below it checks your function on random cases. If you make a common
+# mistake, the check tells you which one. Here is a wrong answer to the first exercise:
 
 # %%
 exercises.check(lambda image_size, patch_size: image_size // patch_size, name="num_image_tokens")
 
 # %% [markdown]
-# * An exercise that you leave out stops nothing: the chapter goes on with the package's own piece.
-# * What passes is kept in your own folder, `.minivlm/solutions` in your home, and survives a restart. In chapter 08 the real
-#   model runs with **your** pieces in place of the package's.
-# * `exercises.progress()` shows what is done; `exercises.reset("num_image_tokens")` forgets one, `exercises.reset()` all.
-# * Each has a hint to unfold. Stars say how hard it is.
+# * You can skip any exercise. The chapter then continues with the package's own function.
+# * A solution that passes is saved in `.minivlm/solutions` in your home folder and survives a restart. In chapter 08
+#   the real model runs with **your** functions instead of the package's.
+# * `exercises.progress()` shows what you have done. `exercises.reset("num_image_tokens")` deletes one saved solution,
+#   and `exercises.reset()` deletes all of them.
+# * Each exercise has a hint that you can unfold. Stars show how hard it is.
 #
-# ## Exercise 0.1 · How many image tokens? ★☆☆ (4 minutes)
+# ## Exercise 0.1 · How many image tokens?
 #
-# PaliGemma cuts a square picture into square patches, each of which becomes one token. Given the pixels along a side
-# of the picture and of a patch, how many whole patches are there? By hand: 112 pixels hold 7 patches of 16 pixels in a
-# row, and there are 7 such rows. A rest at the edge, too small for a patch, is dropped.
+# PaliGemma cuts a square image into square patches, and each patch becomes one token. Given the side of the image and
+# the side of a patch in pixels, how many whole patches are there? By hand: 7 patches of 16 pixels fit into 112 pixels,
+# so a row has 7 patches, and there are 7 rows. Leftover pixels at the edge, too few for another patch, are dropped.
 #
 # <details><summary>Hint</summary>
 #
-# `7 // 2` is 3: a division that rounds down. `x ** 2` is the square of x.
+# `7 // 2` is 3: this division rounds down. `x ** 2` is the square of x.
 #
 # </details>
 
@@ -143,41 +147,44 @@ exercises.score(num_image_tokens, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %%
-num_image_tokens = exercises.piece("num_image_tokens")  # yours, if it passed; the package's, if not
-for size, patch in ((112, 16), (224, 14), (448, 14), (896, 14)):
-    print(f"{size} pixels, patches of {patch}: {num_image_tokens(size, patch):5} image tokens")
+num_image_tokens = exercises.piece("num_image_tokens")  # yours if it passed, otherwise the package's
+for image_size, patch_size in ((112, 16), (224, 14), (448, 14), (896, 14)):
+    count = num_image_tokens(image_size, patch_size)
+    print(f"{image_size} pixels, patches of {patch_size}: {count:5} image tokens")
 assert num_image_tokens(112, 16) == processor.num_image_tokens
-viz.patch_grid(some[0].image, 16)
+viz.patch_grid(images[0], 16)
 
 # %% [markdown]
-# The first is our small model, the others are PaliGemma's three sizes.
+# The first size is that of our small model. The others are the three sizes of PaliGemma.
 #
 # ## Tensors, axes, shapes
 #
-# Numbers come in *tensors*, tables with any number of axes; the lengths of these are the *shape*. Four color pictures of
-# 112 × 112 pixels are `[4, 112, 112, 3]`: which picture, which row, which column, which of red, green and blue. Much
-# of what goes wrong in such a model is an operation along the wrong axis. So, a small one to follow by hand:
+# A *tensor* is a table of numbers with any number of axes. The lengths of its axes are its *shape*. A batch of four
+# color images of 112 × 112 pixels has the shape `[4, 112, 112, 3]`: which image, which row, which column, and which of
+# red, green and blue. Many bugs in a model like this come from an operation along the wrong axis. So let us follow a
+# small example by hand:
 
 # %%
-images = torch.tensor([[[[1.0, 0, 0], [1, 1, 0]]]])  # one picture, one row, two pixels: red, yellow
-print("shape", list(images.shape))
+tiny = torch.tensor([[[[1.0, 0, 0], [1, 1, 0]]]])  # one image, one row, two pixels: red and yellow
+print("shape", list(tiny.shape))
 total = torch.zeros(3)
-for row in range(images.shape[1]):
-    for column in range(images.shape[2]):
-        total += images[0, row, column]
-slow = total / (images.shape[1] * images.shape[2])
-print("mean red, green, blue:", slow.tolist())
-assert torch.equal(slow, torch.tensor([1.0, 0.5, 0.0]))
+for row in range(tiny.shape[1]):
+    for column in range(tiny.shape[2]):
+        total += tiny[0, row, column]
+by_loop = total / (tiny.shape[1] * tiny.shape[2])
+print("mean red, green, blue:", by_loop.tolist())
+assert torch.equal(by_loop, torch.tensor([1.0, 0.5, 0.0]))
 
 # %% [markdown]
-# ## Exercise 0.2 · The mean color ★☆☆ (6 minutes)
+# ## Exercise 0.2 · The mean color
 #
-# For many pictures at once, without a loop: `images` are `[N, H, W, 3]`, numbers from 0 to 1. Return the mean color of
-# each, `[N, 3]`.
+# Now do this for many images at once, without a loop. `images` is `[N, H, W, 3]`, with values from 0 to 1. Return the
+# mean color of each image, `[N, 3]`.
 #
 # <details><summary>Hint</summary>
 #
-# `x.mean(axis)` takes the mean along an axis, which disappears; `x.mean((a, b))` along two. Axes are counted from 0.
+# `x.mean(axis)` takes the mean along one axis and removes it. `x.mean((a, b))` does so along two. Axes are numbered
+# from 0.
 #
 # </details>
 
@@ -197,42 +204,44 @@ exercises.score(mean_color, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# How much of a picture is left in its mean color? In the mean colors of its 49 patches? This is why the model gets one
-# vector a patch and not one for all. (Its vectors hold far more than a color: chapter 03.)
+# How much of an image survives in its mean color? And how much in the mean colors of its 49 patches? The difference is
+# why the model gets one vector per patch rather than one for the whole image. (Its vectors hold far more than a color,
+# as you will see in chapter 03.)
 
 # %%
 mean_color = exercises.piece("mean_color")
-image = torch.from_numpy(some[0].image) / 255  # [112, 112, 3]
+image = torch.from_numpy(images[0]) / 255  # [112, 112, 3]
 patches = image.view(7, 16, 7, 16, 3).transpose(1, 2).reshape(49, 16, 16, 3)
-one = mean_color(image[None]).expand(4, 4, 3)  # [1, 3] repeated: a picture of one color
-many = mean_color(patches).view(7, 7, 3)
-assert torch.allclose(many.mean((0, 1)), one[0, 0], rtol=1e-5)
-viz.image_row([image.numpy(), one.numpy(), many.numpy()], titles=["the picture", "one color", "49 colors"])
+one_color = mean_color(image[None]).expand(4, 4, 3)  # [1, 3], repeated: a square of a single color
+patch_colors = mean_color(patches).view(7, 7, 3)
+assert torch.allclose(patch_colors.mean((0, 1)), one_color[0, 0], rtol=1e-5)
+viz.image_row([image.numpy(), one_color.numpy(), patch_colors.numpy()], titles=["the image", "one color", "49 colors"])
 
 # %% [markdown]
-# ## From scores to a word
+# ## From scores to a token
 #
-# At its other end the model has a score for each word. Scores may be any numbers; *softmax* turns them into probabilities,
-# which are positive and sum to 1: take the exponential of each, e to that power (e = 2.718…), and divide by the sum of
-# all. By hand, for the scores 2, 1 and −1:
+# At its other end, the model outputs a score for each token. Scores can be any numbers. *Softmax* turns them into
+# probabilities, which are positive and sum to 1: raise e = 2.718… to the power of each score, then divide by the sum of
+# the results. By hand, for the scores 2, 1 and −1:
 
 # %%
 scores = torch.tensor([2.0, 1.0, -1.0])
-slow = torch.tensor([2.71828182845905**s for s in scores.tolist()])
-slow = slow / slow.sum()
-print([round(p, 3) for p in slow.tolist()])
-assert torch.allclose(slow, scores.softmax(-1), rtol=1e-5)
+powers = torch.tensor([2.71828182845905**score for score in scores.tolist()])
+by_hand = powers / powers.sum()
+print([round(p, 3) for p in by_hand.tolist()])
+assert torch.allclose(by_hand, scores.softmax(-1), rtol=1e-5)
 
 # %% [markdown]
-# ## Exercise 0.3 · The best words ★★☆ (8 minutes)
+# ## Exercise 0.3 · The best words
 #
-# `scores` are `[N, V]`: N rows, each with a score for every one of the V `words`, which are a list of strings. Return a list
-# with a pair for each row: the likeliest word and its probability, such as `[("cat", 0.7), ("owl", 0.4)]`.
+# `scores` is `[N, V]`: N rows, each with one score for every entry of the vocabulary. `words` is that vocabulary, a
+# list of V strings. Return a list with one pair per row: the most likely word and its probability. For N = 2 it could
+# be `[("cat", 0.7), ("owl", 0.4)]`.
 #
 # <details><summary>Hint</summary>
 #
-# `scores.softmax(-1)` works along the last axis, row by row. `p.max(-1)` gives `.values` and `.indices`; `.tolist()` turns
-# either into plain numbers, and `words[i]` finds the word.
+# `scores.softmax(-1)` works along the last axis, row by row. `p.max(-1)` has `.values` and `.indices`. `.tolist()`
+# turns either of them into plain Python numbers, and `words[i]` looks up the word.
 #
 # </details>
 
@@ -253,66 +262,69 @@ exercises.score(best_words, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# On the real model: its scores for the first word after a question, one row a picture.
+# Now try it on the real model. We ask a question about each of the four images and take the scores for the first token
+# of the answer: one row per image.
 
 # %%
 best_words = exercises.piece("best_words")
 question = "answer en how many objects are there?"
-batch = processor(text=[question] * len(some), images=[scene.image for scene in some])
-with torch.no_grad():  # nothing is to be learned, so torch need not remember how it got there
+batch = processor(text=[question] * len(images), images=images)
+with torch.no_grad():  # we are not training, so torch does not need to record what it computes
     scores = model(**batch, last_only=True)[:, -1]
 vocabulary = [processor.tokenizer.id_to_token(i) or "unused" for i in range(scores.shape[1])]
-for (word, probability), scene in zip(best_words(scores, vocabulary), some, strict=True):
+best = best_words(scores, vocabulary)
+for (word, probability), scene in zip(best, scenes, strict=True):
     print(f"{word} with {probability:.2f}   (truth: {len(scene.objects)})")
 
 # %% [markdown]
 # ### It matches
 #
-# The whole model is nothing but this, again and again. The word that you chose is the first word of its answer:
+# To write an answer, the model repeats this step for every token. So the token that you picked is the first token of
+# its answer:
 
 # %%
-answers = minivlm.generate(model, processor, [scene.image for scene in some], question)
-chosen = [word for word, _ in best_words(scores, vocabulary)]
-print(answers, chosen)
-assert all(answer.startswith(word) for answer, word in zip(answers, chosen, strict=True))
+answers = minivlm.generate(model, processor, images, question)
+picked = [word for word, _ in best]
+print(answers, picked)
+assert all(answer.startswith(word) for answer, word in zip(answers, picked, strict=True))
 assert model.config.vision_config.num_image_tokens == num_image_tokens(112, 16)
 
 # %% [markdown]
-# From chapter 01 on, each chapter also compares its results, number by number, with transformers, the library in which
-# PaliGemma is mostly used.
+# From chapter 01 on, each chapter also compares its results, number by number, with transformers, the library that most
+# people run PaliGemma with.
 #
 # ## Break it: nothing to see
 #
-# An empty gray square, and a photo. What does the model say?
+# What does the model say about a blank gray square, and about a photo?
 
 # %%
 gray = torch.full((112, 112, 3), 128, dtype=torch.uint8).numpy()
 photo = minivlm.processor.open_image(hub.DATA / "images" / "cat.jpg")
-asked = {"gray": gray, "photo": photo}
-titles = [f"{name}: {minivlm.generate(model, processor, picture, 'caption en')}" for name, picture in asked.items()]
-viz.image_row([gray, photo], titles=titles)
+captions = minivlm.generate(model, processor, [gray, photo], "caption en")
+viz.image_row([gray, photo], titles=[f"gray: {captions[0]}", f"photo: {captions[1]}"])
 
 # %% [markdown]
-# No error, no "I do not know": a VLM writes what is likeliest, and something always is. Whether it is true has to be
-# measured (`python -m minivlm evaluate` does, with an empty picture beside the real ones), and a picture must be of the
-# kind that it was trained on. With Google's weights, which chapter 08 shows how to get, the same code reads photos.
+# There is no error, and no "I don't know". A VLM writes what is most likely, and something always is, even if it is not
+# much of a caption. Whether the answer is true has to be measured. (`python -m minivlm evaluate` does that, and asks
+# the same questions about a blank image for comparison.) And a model can only be trusted on the kind of image it was
+# trained on. With Google's weights, the same code handles photos. Chapter 08 shows how to get them.
 #
-# ## The map of the course
+# ## Map of the course
 #
 # | chapter | question | module of the package | you build |
 # |---|---|---|---|
-# | [01 · CLIP loss](01_clip_loss.ipynb) | How do pictures and words come to share a space? | `losses.py` | the contrastive loss, and a small CLIP, trained in a minute |
-# | [02 · Safe softmax and the sigmoid loss](02_sigmoid_loss.ipynb) | Why did SigLIP leave softmax? | `losses.py` | a softmax that cannot overflow, SigLIP's loss |
-# | [03 · Patch embedding](03_patch_embedding.ipynb) | How does a picture become a sequence? | `siglip.py` | the vision tower |
-# | [04 · The processor](04_processor.ipynb) | What does the model really receive? | `processor.py` | pixels and prompts as tensors |
-# | [05 · The prefix-LM mask](05_prefix_lm_mask.ipynb) | Who may look at whom? | `masks.py` | the attention mask |
-# | [06 · The Gemma decoder](06_gemma_decoder.ipynb) | What turns embeddings into the next word? | `gemma.py` | the language model |
-# | [07 · The KV cache](07_kv_cache.ipynb) | Why is the second token cheap? | `cache.py` | the memory of the decoder |
-# | [08 · Full PaliGemma inference](08_inference.ipynb) | How does it all answer a question? | `paligemma.py`, `generation.py`, `locations.py` | the whole; it runs with your pieces |
+# | [01 · CLIP loss](01_clip_loss.ipynb) | How do images and text come to share one embedding space? | `losses.py` | the contrastive loss, and a small CLIP that trains in a minute |
+# | [02 · Safe softmax and the sigmoid loss](02_sigmoid_loss.ipynb) | Why did SigLIP replace softmax with a sigmoid? | `losses.py` | a softmax that cannot overflow, and SigLIP's loss |
+# | [03 · Patch embedding](03_patch_embedding.ipynb) | How does an image become a sequence? | `siglip.py` | the vision tower |
+# | [04 · The processor](04_processor.ipynb) | What does the model actually receive? | `processor.py` | tensors from pixels and prompts |
+# | [05 · The prefix-LM mask](05_prefix_lm_mask.ipynb) | Which token can attend to which? | `masks.py` | the attention mask |
+# | [06 · The Gemma decoder](06_gemma_decoder.ipynb) | What turns embeddings into the next token? | `gemma.py` | the language model |
+# | [07 · The KV cache](07_kv_cache.ipynb) | Why is the second token cheap? | `cache.py` | the decoder's cache |
+# | [08 · Full PaliGemma inference](08_inference.ipynb) | How does it all answer a question about an image? | `paligemma.py`, `generation.py`, `locations.py` | the whole model, running with your own functions |
 #
-# In this order each chapter needs only those before it. In a hurry? 03, 05, 06 and 08 are the spine.
+# In this order, each chapter needs only the ones before it. In a hurry? The core is 03, 05, 06 and 08.
 #
-# ## Is everything here?
+# ## Is everything installed?
 
 # %%
 report = doctor.report()
@@ -322,16 +334,17 @@ for line in report.splitlines():
         print(line)
 
 # %% [markdown]
-# `print(report)`, or `python -m minivlm doctor` in a terminal, shows the rest: your memory, your GPU if there is one, and
-# which of Google's checkpoints would fit. It names no people and no folders, so it can go into a question to a teacher or
-# a bug report as it is.
+# `print(report)`, or `python -m minivlm doctor` in a terminal, shows the rest: your memory, your GPU if you have one,
+# and which of Google's checkpoints would fit. The report contains no names of people or folders, so you can paste it
+# into a bug report or a question to your teacher as it is.
 #
 # ## Recap
 #
-# * A VLM writes the likeliest next word, with a picture in front of the text.
-# * PaliGemma's picture is a prefix of patch tokens; tower, projector and language model are trained together.
-# * A shape says what each axis means. Most bugs live along the wrong one.
-# * Exercises are checked, kept, and in the end plugged into the model.
+# * A VLM writes the most likely next token, again and again, with an image in front of the text.
+# * In PaliGemma, the image is a prefix of patch tokens. Vision tower, projector and language model are trained
+#   together.
+# * A shape says what each axis means. Many bugs are operations along the wrong axis.
+# * Exercises are checked and saved, and in the last chapter they are plugged into the model.
 #
 # **Three questions**
 #
@@ -341,22 +354,24 @@ for line in report.splitlines():
 #
 # </details>
 #
-# <details><summary>2. ClipCap and PaliGemma both put the picture in front of the words. Why are they in different families?</summary>
+# <details><summary>2. ClipCap and PaliGemma both put the image first. Why are they in different families?</summary>
 #
-# In ClipCap the language model may stay frozen and only a mapping learns; PaliGemma trains all its parts together.
-#
-# </details>
-#
-# <details><summary>3. Can one say from an answer alone whether the model has seen the thing?</summary>
-#
-# No: it answers about an empty picture as fluently. One has to compare, with the truth or with an empty picture.
+# In ClipCap the language model can stay frozen, and only a mapping network learns. PaliGemma trains all its parts
+# together.
 #
 # </details>
 #
-# What is done so far:
+# <details><summary>3. Can you tell from the answer alone whether the model has really seen an object?</summary>
+#
+# No. It answers questions about a blank image, too. Compare its answer with the ground truth, or with its answer about
+# a blank image.
+#
+# </details>
+#
+# Your progress so far:
 
 # %%
 exercises.progress()
 
 # %% [markdown]
-# **Next:** [01 · CLIP loss](01_clip_loss.ipynb), in which pictures and words come to share a space.
+# **Next:** [01 · CLIP loss](01_clip_loss.ipynb), in which images and text come to share one embedding space.

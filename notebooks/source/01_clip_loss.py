@@ -1,11 +1,10 @@
 # %% [markdown]
 # # 01 · CLIP loss
 #
-# **How do pictures and words come to share a space?**
+# **How do images and text come to share one embedding space?**
 #
 # | | |
 # |---|---|
-# | time | 85 minutes, 43 of them exercises |
 # | know first | vectors and the matrix product; what a neural network and a gradient are |
 # | you will build | the loss that CLIP was trained with, and a small CLIP, trained here on emoji and their names |
 # | runs on | CPU, nothing to download |
@@ -23,109 +22,116 @@ viz.you_are_here("01")
 # %% [markdown]
 # ## Predict first
 #
-# A model gets four pictures and their four captions, shuffled, and has to say what belongs together. Decide, before you
-# go on:
+# A model gets four images and their four captions, shuffled, and has to match them up. Write down your guesses before
+# you go on:
 #
-# 1. There are 16 ways to put one picture and one caption together. How many of them are wrong?
-# 2. All numbers that describe a picture are doubled. Should the picture now fit its caption better?
-# 3. A model that knows nothing chooses among 100 captions. It pays −log(the probability of the right one). How much?
+# 1. There are 16 ways to combine one image with one caption. How many of them are wrong?
+# 2. You double every number in the embedding of an image. Should the image now match its caption better?
+# 3. A model that knows nothing chooses among 100 captions. Its loss is −log(the probability of the right one). How
+#    large is that?
 #
-# <details><summary>Answers, to open at the end of the chapter</summary>
+# <details><summary>Answers (open them at the end of the chapter)</summary>
 #
 # 1. Twelve: n² − n.
-# 2. No. Only the direction of a vector counts, its length is divided out.
-# 3. The right one has probability 1/100, so log 100 = 4.6. All logarithms of this course are natural ones; the unit of
-#    such a loss is the *nat*.
+# 2. No. Only the direction of a vector matters, because we divide by its length.
+# 3. The right caption has probability 1/100, so the loss is log 100 = 4.6. All logarithms in this course are natural,
+#    and the unit of such a loss is the *nat*.
 #
 # </details>
 
 # %% [markdown]
 # ## Two encoders, one space
 #
-# A picture is an array of pixels, a caption a row of words. Two networks turn both into the same kind of thing: a list of
-# so many numbers, the *embedding*. What belongs together should come to lie in the same direction. That is
-# all of CLIP (Radford and others 2021, arXiv:2103.00020): two encoders and a loss, which this chapter builds.
+# An image is an array of pixels. A caption is a sequence of words. Two networks turn both into the same kind of object:
+# a vector of fixed length, the *embedding*. An image and a caption that belong together should end up pointing in the
+# same direction. That is all of CLIP (Radford et al. 2021, arXiv:2103.00020): two encoders and a loss. This chapter
+# builds them.
 #
 # ```
-# picture ──▶ image encoder ──▶ x ──┐
+# image ────▶ image encoder ──▶ x ──┐
 #                                   ├──▶ same direction?
 # caption ──▶ text encoder ───▶ y ──┘
 # ```
 #
-# ## A toy: two pictures, two captions
+# ## A toy: two images, two captions
 #
-# Embeddings with two numbers each, so that everything can be followed by hand. Row *i* of `pictures` and row *i* of
-# `texts` belong together.
+# We start with embeddings of only two numbers each, so you can follow everything by hand. Row *i* of `images` and row
+# *i* of `texts` belong together.
 
 # %%
 names = ["a cat", "a moon"]
-pictures = np.array([[3.0, 4.0], [2.0, 0.0]])  # what an image encoder might say
-texts = np.array([[0.0, 1.0], [10.0, 0.0]])  # what a text encoder might say
+images = np.array([[3.0, 4.0], [2.0, 0.0]])  # what an image encoder might output
+texts = np.array([[0.0, 1.0], [10.0, 0.0]])  # what a text encoder might output
 
 # %% [markdown]
-# The *dot product* multiplies coordinate by coordinate and adds: the picture of the cat with "a cat" gives
-# 3·0 + 4·1 = 4, with "a moon" 3·10 + 4·0 = 30. One matrix product makes all four.
+# The *dot product* multiplies two vectors coordinate by coordinate and adds up the results. For the image of the cat
+# and the text "a cat", it is 3·0 + 4·1 = 4. For the same image and "a moon", it is 3·10 + 4·0 = 30. One matrix product
+# computes all four dot products:
 
 # %%
-dots = pictures @ texts.T
+dots = images @ texts.T
 print(dots)
 assert dots[0].tolist() == [4, 30]
 
 # %% [markdown]
-# So the cat fits "a moon" better? Only because that embedding is ten long. The *L2 norm* ‖x‖ is the length of a vector,
-# by Pythagoras: the root of the sum of the squares. The picture of the cat has √(3² + 4²) = 5. Dividing each vector by
-# its norm leaves the direction alone, and the dot product of two directions is the cosine of the angle between them:
-# 1 for the same direction, 0 for a right angle, −1 for opposite ones.
+# So does the cat match "a moon" better? Only because that embedding has length ten. The *L2 norm* ‖x‖ is the length of
+# a vector by Pythagoras: the square root of the sum of the squares. The image of the cat has norm √(3² + 4²) = 5. If
+# you divide a vector by its norm, its direction stays the same and its length becomes 1. The dot product of two such
+# vectors is the cosine of the angle between them: 1 for the same direction, 0 for a right angle, −1 for opposite
+# directions.
 
 # %%
-x = pictures / np.sqrt((pictures**2).sum(axis=1, keepdims=True))  # [2, 2]: one length a row
+x = images / np.sqrt((images**2).sum(axis=1, keepdims=True))  # [2, 2] / [2, 1]: one length per row
 y = texts / np.sqrt((texts**2).sum(axis=1, keepdims=True))
 cosines = x @ y.T
 assert np.allclose(cosines, [[0.8, 0.6], [0.0, 1.0]])  # 4/(5·1), 30/(5·10), 0, 20/(2·10)
-viz.similarity_matrix(cosines, [f"picture of {n}" for n in names], names, title="The cosines of the toy")
+viz.similarity_matrix(cosines, [f"image of {name}" for name in names], names, title="Cosines of the toy embeddings")
 
 # %% [markdown]
-# As arrows: on the left the embeddings, on the right their directions, which all end on the circle of radius 1.
+# Here are the same vectors as arrows. On the left are the embeddings. On the right are their directions, which all end
+# on the circle of radius 1.
 
 # %%
 from matplotlib.figure import Figure
 
-LABELS = {  # each with its place beside the tip, in points, and its color
-    "picture of a cat": ((4, 2), "left", "#0072B2"),
-    "picture of a moon": ((0, -12), "left", "#0072B2"),
+LABELS = {  # the offset from the tip in points, the alignment and the color of each label
+    "image of a cat": ((4, 2), "left", "#0072B2"),
+    "image of a moon": ((0, -12), "left", "#0072B2"),
     "text: a cat": ((-4, -3), "right", "#D55E00"),
     "text: a moon": ((2, 4), "left", "#D55E00"),
 }
 
 
 def draw_arrows(axes, points):
-    for (label, (shift, side, color)), tip in zip(LABELS.items(), points, strict=True):
+    for (label, (offset, side, color)), tip in zip(LABELS.items(), points, strict=True):
         style = {"color": color, "linestyle": "--" if "text" in label else "-", "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 2} | style)
-        axes.annotate(label, tip, shift, textcoords="offset points", ha=side, color=color, fontsize=8)
+        axes.annotate(label, tip, offset, textcoords="offset points", ha=side, color=color, fontsize=8)
 
 
 # %%
 figure = Figure(figsize=(8, 3))
 for axes, points, name in zip(
-    figure.subplots(1, 2), [(pictures, texts), (x, y)], ["embeddings", "directions"], strict=True
+    figure.subplots(1, 2), [(images, texts), (x, y)], ["embeddings", "directions"], strict=True
 ):
     size = np.abs(points).max()
     axes.set(title=name, xlim=(-0.7 * size, 2.0 * size), ylim=(-0.2 * size, 1.1 * size), aspect="equal")
     draw_arrows(axes, np.concatenate(points))
 viz.from_figure(
     figure,
-    "Two pictures and two texts as arrows. As embeddings, a moon is by far the longest. As directions, each text is nearest to its own picture.",
+    "Two images and two texts as arrows. Among the embeddings, the text a moon is by far the longest. "
+    "Among the directions, each text is closest to its own image.",
 )
 
 # %% [markdown]
-# ## Exercise 1.1 · Directions ★☆☆ (5 minutes)
+# ## Exercise 1.1 · Directions
 #
-# Write `l2_normalize` in torch: each row of `x` divided by its L2 norm.
+# Write `l2_normalize` in torch: divide each row of `x` by its L2 norm.
 #
 # <details><summary>Hint</summary>
 #
-# `x.norm(dim=-1, keepdim=True)` has one length a row and the shape `[N, 1]`, which divides `[N, D]` row by row.
+# `x.norm(dim=-1, keepdim=True)` contains one length per row. Its shape `[N, 1]` broadcasts against `[N, D]`, so the
+# division works row by row.
 #
 # </details>
 
@@ -145,7 +151,7 @@ exercises.score(l2_normalize, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# From here on the chapter uses your function if it passed, and the package's if not:
+# From here on, the chapter uses your function if it passed, and the package's function otherwise:
 
 # %%
 l2_normalize = exercises.piece("l2_normalize")
@@ -153,9 +159,9 @@ l2_normalize = exercises.piece("l2_normalize")
 # %% [markdown]
 # ## From cosines to choices
 #
-# A picture chooses among the captions with a *softmax*: the exponentials of its numbers, divided by their sum, so that
-# they are positive and add up to 1. Straight from cosines the choice is dull, since these lie between −1 and 1. A
-# factor, the *temperature* exp(t), makes it sharper:
+# An image chooses among the captions with a *softmax*: take the exponential of each of its scores and divide by their
+# sum, so the results are positive and add up to 1. With cosines as scores, the choice is never confident, because
+# cosines lie between −1 and 1. Multiplying them by a factor, the *temperature* exp(t), makes it sharper:
 
 
 # %%
@@ -164,38 +170,41 @@ def softmax(row):
 
 
 for temperature in (1, 10, 100):
-    print(f"exp(t) = {temperature:3}: the cat is 'a cat' with {softmax(temperature * cosines[0])[0]:.4f}")
+    print(f"exp(t) = {temperature:3}: p('a cat' | image of a cat) = {softmax(temperature * cosines[0])[0]:.4f}")
 
 # %% [markdown]
-# How much does it matter? Take 100 pairs and the best model there could be: cosine 1 for what belongs together and −1/99
-# for everything else (100 directions cannot all be opposite; this is as far apart as they can be). Its loss, −log of the
-# probability of the right caption, is log(1 + 99 · exp(−100/99 · exp(t))):
+# How much does the temperature matter? Take 100 pairs and the best possible model. Its cosines are 1 for matching pairs
+# and −1/99 for all others. (100 directions cannot all be opposite. This is as far apart as they can be.) Its loss, −log
+# of the probability of the right caption, is log(1 + 99 · exp(−100/99 · exp(t))):
 
 # %%
-factors = np.geomspace(0.5, 20, 40)
-best = np.log(1 + 99 * np.exp(-100 / 99 * factors))
+temperatures = np.geomspace(0.5, 20, 40)
+best = np.log(1 + 99 * np.exp(-100 / 99 * temperatures))
 at_one = np.log(1 + 99 * np.exp(-100 / 99))
-print(f"guessing {np.log(100):.2f} nats, the best model at exp(t) = 1: {at_one:.2f}")
+print(f"guessing: {np.log(100):.2f} nats, the best possible model at exp(t) = 1: {at_one:.2f} nats")
 assert at_one > 3 / 4 * np.log(100)
-curves = {"best possible": (factors, best), "guessing": (factors, np.full(40, np.log(100)))}
-viz.lines(curves, "Loss of a choice among 100", "temperature exp(t)", "loss in nats", log="x")
+curves = {"best possible": (temperatures, best), "guessing": (temperatures, np.full(40, np.log(100)))}
+viz.lines(curves, "Loss when choosing among 100 captions", "temperature exp(t)", "loss in nats", log="x")
 
 # %% [markdown]
-# Without a temperature even a perfect model would pay more than three quarters of what guessing costs. CLIP learns t together
-# with the weights. The exponential keeps the factor positive, and a step of t changes it by a percentage, not by an
-# amount. It starts at exp(t) = 1/0.07 ≈ 14 and is kept at 100 or less (section 2.5 of the paper).
+# Without a temperature, even a perfect model would still pay more than three quarters of what guessing costs. CLIP
+# learns t together with the weights. The exponential keeps the factor positive, and a step in t changes the factor by a
+# percentage rather than by a fixed amount. exp(t) starts at 1/0.07 ≈ 14 and is clipped at 100 (section 2.5 of the
+# paper).
 #
-# **Mind the word.** In physics, in the sampling of chapter 08 and where the paper writes τ = 0.07, a temperature
-# *divides*: high means soft. In CLIP's code, in SigLIP's and in this course, exp(t) = 1/τ *multiplies*: high means sharp.
+# **Careful with the term.** In physics, in the sampling of chapter 08 and where the paper writes τ = 0.07, you *divide*
+# by the temperature: high means soft. In CLIP's code, in SigLIP's and in this course, you *multiply* by exp(t) = 1/τ:
+# high means sharp.
 #
-# ## Exercise 1.2 · The table ★☆☆ (8 minutes)
+# ## Exercise 1.2 · The table of logits
 #
-# Numbers that go into a softmax are called *logits*. Write the table of them: temperature × cosine of every picture
-# with every text. `log_temperature` is t, a tensor without axes. You may call `l2_normalize`.
+# The inputs of a softmax are called *logits*. Compute a whole table of them: temperature × cosine, for every image with
+# every text. `log_temperature` is t, a scalar tensor. You can call `l2_normalize`.
 #
 # <details><summary>Hint</summary>
 #
-# `x @ y.T` of two tables of directions holds all cosines, pictures down, texts across. `log_temperature.exp()`.
+# `x @ y.T` of two tables of directions contains all cosines, one row per image and one column per text. The factor is
+# `log_temperature.exp()`.
 #
 # </details>
 
@@ -220,39 +229,40 @@ clip_logits = exercises.piece("clip_logits")
 # %% [markdown]
 # ## The loss, by hand
 #
-# The toy at exp(t) = 10 has the logits
+# At exp(t) = 10, the logits of our toy are
 #
 # | | "a cat" | "a moon" |
 # |---|---|---|
-# | picture of a cat | **8** | 6 |
-# | picture of a moon | 0 | **10** |
+# | image of a cat | **8** | 6 |
+# | image of a moon | 0 | **10** |
 #
-# Each *picture* chooses in its row. The cat pays −log(e⁸ / (e⁸ + e⁶)) = log(1 + e⁻²) = 0.1269, the moon
-# log(1 + e⁻¹⁰) = 0.0000. Mean: 0.0635.
+# Each *image* chooses within its row. The image of the cat costs −log(e⁸ / (e⁸ + e⁶)) = log(1 + e⁻²) = 0.1269. The
+# image of the moon costs log(1 + e⁻¹⁰) = 0.0000. The mean is 0.0635.
 #
-# Each *text* chooses in its column. "a cat" pays log(1 + e⁻⁸) = 0.0003, "a moon" log(1 + e⁻⁴) = 0.0181. Mean: 0.0092.
+# Each *text* chooses within its column. "a cat" costs log(1 + e⁻⁸) = 0.0003 and "a moon" log(1 + e⁻⁴) = 0.0181. The
+# mean is 0.0092.
 #
-# The loss is the mean of both: **0.0364**. Rows and columns are different questions: 6 hurts the cat, since it is near 8,
-# and hurts "a moon" much less, since it is far from 10. (It is often said that CLIP takes *a* softmax over the table.
-# It takes two, and no entry is normalized over the whole table.)
+# The loss is the mean of both: **0.0364**. Rows and columns ask different questions. The 6 hurts the image of the cat,
+# because it is close to 8. It hurts "a moon" much less, because it is far from 10. (You often read that CLIP takes *a*
+# softmax over the table. It takes two, and neither of them normalizes over the whole table.)
 #
 # ### The slow loop
 
 # %%
 logits = 10 * cosines
 n = len(logits)
-rows = columns = 0.0
+image_loss = text_loss = 0.0
 for i in range(n):
-    rows -= np.log(np.exp(logits[i, i]) / sum(np.exp(logits[i, j]) for j in range(n)))
-    columns -= np.log(np.exp(logits[i, i]) / sum(np.exp(logits[j, i]) for j in range(n)))
-by_loop = (rows / n + columns / n) / 2
-print(f"pictures {rows / n:.4f}, texts {columns / n:.4f}, loss {by_loop:.4f}")
+    image_loss -= np.log(np.exp(logits[i, i]) / sum(np.exp(logits[i, j]) for j in range(n))) / n
+    text_loss -= np.log(np.exp(logits[i, i]) / sum(np.exp(logits[j, i]) for j in range(n))) / n
+by_loop = (image_loss + text_loss) / 2
+print(f"images {image_loss:.4f}, texts {text_loss:.4f}, loss {by_loop:.4f}")
 assert round(by_loop, 4) == 0.0364
 
 # %% [markdown]
 # ### In numpy, all at once
 #
-# The right answers stand on the diagonal: picture *i* and text *i* at (i, i).
+# The right answers are on the diagonal: image *i* and text *i* meet at (i, i).
 
 
 # %%
@@ -260,41 +270,42 @@ def log_softmax(table, axis):
     return table - np.log(np.exp(table).sum(axis=axis, keepdims=True))
 
 
-over_texts, over_pictures = log_softmax(logits, axis=1), log_softmax(logits, axis=0)
-in_numpy = -(np.diag(over_texts).mean() + np.diag(over_pictures).mean()) / 2
-assert np.allclose(np.exp(over_texts).sum(1), 1) and np.allclose(np.exp(over_pictures).sum(0), 1)
+over_texts, over_images = log_softmax(logits, axis=1), log_softmax(logits, axis=0)
+in_numpy = -(np.diag(over_texts).mean() + np.diag(over_images).mean()) / 2
+assert np.allclose(np.exp(over_texts).sum(1), 1) and np.allclose(np.exp(over_images).sum(0), 1)
 assert np.isclose(in_numpy, by_loop)
 
 # %% [markdown]
 # ### In torch
 #
-# −log of the softmax at the right answer is what `F.cross_entropy` computes, given logits `[N, C]` and, for each row,
-# the number of the right column. The right column of row *i* is *i*. For the texts, transpose.
+# `F.cross_entropy` computes −log of the softmax at the right answer. It takes the logits `[N, C]` and, for each row,
+# the index of the right column, the *target*. For row *i* the target is *i*. For the texts, transpose the table.
 
 # %%
-table, own = torch.from_numpy(logits), torch.arange(n)
-in_torch = (F.cross_entropy(table, own) + F.cross_entropy(table.T, own)) / 2
+table, targets = torch.from_numpy(logits), torch.arange(n)
+in_torch = (F.cross_entropy(table, targets) + F.cross_entropy(table.T, targets)) / 2
 assert np.isclose(in_torch.item(), by_loop)
 
 # %% [markdown]
-# ## Exercise 1.3 · CLIP's loss ★★☆ (10 minutes)
+# ## Exercise 1.3 · CLIP's loss
 #
-# From embeddings to the loss. You may call `clip_logits`, and `F.cross_entropy`.
+# Now write the whole path from embeddings to the loss. You can call `clip_logits` and `F.cross_entropy`.
 #
 # <details><summary>Hint</summary>
 #
-# The logits once as they are and once transposed, against `torch.arange(len(logits))`; then the mean of the two.
+# Compute the cross-entropy of the logits and of the transposed logits, both with the targets
+# `torch.arange(len(logits))`. Then take the mean of the two.
 #
 # </details>
 
 
 # %%
 def clip_loss(image_embeddings, text_embeddings, log_temperature):
-    """[N, D], [N, D], a number → the mean loss of both directions, in nats, a tensor without axes."""
+    """[N, D], [N, D], a number → the mean loss of both directions in nats, a scalar tensor."""
     ### BEGIN SOLUTION
     logits = clip_logits(image_embeddings, text_embeddings, log_temperature)
-    own = torch.arange(len(logits))
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = torch.arange(len(logits))
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     ### END SOLUTION
 
 
@@ -306,42 +317,44 @@ exercises.score(clip_loss, points=3, seed=1)
 
 # %%
 clip_loss = exercises.piece("clip_loss")
-toy = torch.from_numpy(pictures), torch.from_numpy(texts), torch.tensor(10.0).log()
+toy = torch.from_numpy(images), torch.from_numpy(texts), torch.tensor(10.0).log()
 assert np.isclose(clip_loss(*toy).item(), by_loop)
 
 # %% [markdown]
 # ## The wrong pairs
 #
-# Nobody labels wrong pairs. They come for free: a batch of n pairs has n right entries and n² − n wrong ones.
+# You do not need labels for wrong pairs. They come for free: a batch of n pairs has n² combinations. n of them are
+# right, and n² − n are wrong.
 
 # %%
-for n, where in ((2, "the toy"), (100, "our training"), (32_768, "CLIP's training (section 2.5 of the paper)")):
+for n, where in ((2, "our toy"), (100, "our training"), (32_768, "CLIP's training (section 2.5 of the paper)")):
     print(f"n = {n:6,}: {n**2 - n:13,} wrong pairs, guessing costs {np.log(n):5.2f} nats   {where}")
 
 # %% [markdown]
-# That is why batches are large: more wrong pairs, a harder question, and the wrong ones that look alike are rarely
-# missed. It also has a price. The loss calls every other caption wrong, even where it fits. Here four pairs, two of them the
-# same thing; the embeddings could not be better, and yet:
+# This is why CLIP uses large batches. The more wrong pairs there are, the harder the question becomes, and the more
+# likely it is that some wrong caption nearly fits. But there is a price: the loss treats every other caption as wrong,
+# even one that fits. Here are four pairs, two of which are identical. The embeddings could not be better, and still the
+# loss is not 0:
 
 # %%
 four = torch.eye(4)
-twice = four[[0, 0, 1, 2]]  # the first two pairs are equal
+twins = four[[0, 0, 1, 2]]  # the first two pairs are identical
 hot = torch.tensor(100.0).log()
-print(f"all different: {clip_loss(four, four, hot):.4f}   two alike: {clip_loss(twice, twice, hot):.4f}")
-assert torch.isclose(clip_loss(twice, twice, hot), torch.tensor(2.0).log() / 2)  # half of the pairs toss a coin: log 2
+print(f"all different: {clip_loss(four, four, hot):.4f}   two identical: {clip_loss(twins, twins, hot):.4f}")
+assert torch.isclose(clip_loss(twins, twins, hot), torch.tensor(2.0).log() / 2)  # half of the pairs toss a coin: log 2
 
 # %% [markdown]
-# So our batches will hold each name once.
+# So each of our training batches will contain every name only once.
 #
 # ## Training on emoji
 #
-# The data set of this course has 100 things, drawn by three artists. Two are for training; the third is kept for the
-# test. Each drawing is put in the middle of 32 × 32 pixels; its fourth channel says how opaque it is.
+# The course's data set has 100 kinds of objects, each drawn by three artists. We train on two of the artists and save
+# the third for the test. Each drawing is centered on a canvas of 32 × 32 pixels. Its fourth channel is the opacity.
 
 
 # %%
 def draw(name, artist, angle=0, mirror=False):
-    """[4, 32, 32] in 0…1: red, green and blue times the opacity, and the opacity."""
+    """[4, 32, 32] in 0…1: red, green and blue multiplied by the opacity, and the opacity."""
     sprite = emoji.draw_sprite(name, artist, 28, angle, mirror)
     height, width, _ = sprite.shape
     top, left = (32 - height) // 2, (32 - width) // 2
@@ -351,61 +364,64 @@ def draw(name, artist, angle=0, mirror=False):
 
 
 def on_background(drawings, colors):
-    """[N, 4, 32, 32] on plain colors [N, 3, 1, 1] → pictures [N, 3, 32, 32] in −1…1."""
+    """Drawings [N, 4, 32, 32] on plain colors [N, 3, 1, 1] → images [N, 3, 32, 32] in −1…1."""
     return 2 * (drawings[:, :3] + (1 - drawings[:, 3:]) * colors) - 1
 
 
 # %% [markdown]
-# For training every thing is drawn by both artists, upright and turned a little, and mirrored:
+# For training, we render every object by both artists at five angles, each one also mirrored:
 
 # %%
 from itertools import product
 
 from tqdm.auto import tqdm
 
-ways = list(product(emoji.TRAIN_ARTISTS, (-16, -8, 0, 8, 16), (False, True)))  # artist, angle in degrees, mirrored
-drawings = torch.stack([torch.stack([draw(name, *way) for name in emoji.OBJECTS]) for way in tqdm(ways, "drawing")])
-unseen = torch.stack([draw(name, emoji.UNSEEN_ARTISTS[0]) for name in emoji.OBJECTS])
-print("to train on", list(drawings.shape), "  of the unseen artist", list(unseen.shape))
+variants = list(product(emoji.TRAIN_ARTISTS, (-16, -8, 0, 8, 16), (False, True)))  # artist, angle in degrees, mirrored
+drawings = torch.stack([torch.stack([draw(name, *v) for name in emoji.OBJECTS]) for v in tqdm(variants, "rendering")])
+held_out = torch.stack([draw(name, emoji.UNSEEN_ARTISTS[0]) for name in emoji.OBJECTS])
+print("training", list(drawings.shape), "  held-out artist", list(held_out.shape))
 
 
 # %%
-def to_show(pictures):
-    return [p.permute(1, 2, 0) / 2 + 0.5 for p in pictures]
+def for_display(images):
+    return [image.permute(1, 2, 0) / 2 + 0.5 for image in images]
 
 
-some = list(product(("owl", "carrot", "tractor", "castle"), emoji.TRAIN_ARTISTS + emoji.UNSEEN_ARTISTS))
-shown = on_background(torch.stack([draw(*pair) for pair in some]), torch.ones(12, 3, 1, 1))
-viz.image_row(to_show(shown), [", ".join(pair) for pair in some], columns=6, title="Four things by three artists")
+examples = list(product(("owl", "carrot", "tractor", "castle"), emoji.TRAIN_ARTISTS + emoji.UNSEEN_ARTISTS))
+example_images = on_background(torch.stack([draw(*example) for example in examples]), torch.ones(12, 3, 1, 1))
+titles = [", ".join(example) for example in examples]
+viz.image_row(for_display(example_images), titles, columns=6, title="Four objects by three artists")
 
 # %% [markdown]
 # ### A bag of words
 #
-# The captions are real names in a few wordings. The text encoder is the plainest there is: take the mean of the words'
-# vectors. Count each word of the vocabulary and divide by the number of words: a linear layer on these shares does
-# exactly that. The order of the words is lost: hence *bag*.
+# The captions are the names of the objects in a few phrasings. Our text encoder is as simple as it gets: it averages
+# one learned vector per word. To do that, count how often each word of the vocabulary occurs and divide by the number
+# of words in the caption. A linear layer on these frequencies computes exactly that average. The order of the words is
+# lost, which is why this is called a *bag* of words.
 
 # %%
-wordings = ["{}", "a picture of {}", "here is {}"]
-captions = [[wording.format(emoji.with_article(name)) for name in emoji.OBJECTS] for wording in wordings]
+templates = ["{}", "an image of {}", "here is {}"]
+captions = [[template.format(emoji.with_article(name)) for name in emoji.OBJECTS] for template in templates]
 vocabulary = sorted({word for row in captions for caption in row for word in caption.split()})
 
 
 def bag(captions):
-    """N texts → [N, V]: the share of each word. Words that are not in the vocabulary are left out."""
+    """N texts → [N, V]: how frequent each word is. Words outside the vocabulary are ignored."""
     counts = torch.tensor([[caption.split().count(word) for word in vocabulary] for caption in captions])
     return counts / counts.sum(1, keepdim=True)
 
 
 bags = torch.stack([bag(row) for row in captions])
-shares = {word: round(share.item(), 2) for word, share in zip(vocabulary, bags[1, 10], strict=True) if share}
-print(len(vocabulary), "words;", captions[1][10], "→", shares)
+nonzero = {word: round(f.item(), 2) for word, f in zip(vocabulary, bags[1, 10], strict=True) if f}
+print(len(vocabulary), "words;", captions[1][10], "→", nonzero)
 
 # %% [markdown]
 # ### The two encoders
 #
-# The image encoder halves the picture three times and makes one vector of what is left. (`GroupNorm` keeps the numbers
-# in range; chapter 03 is about norms.) Both end with 64 numbers.
+# The image encoder has three convolutions, each of which halves the resolution, and a linear layer that turns the
+# result into one vector. (`GroupNorm` keeps the numbers in range. Chapter 03 is about norms.) Both encoders output 64
+# numbers.
 
 # %%
 from torch import nn
@@ -419,47 +435,49 @@ text_encoder = nn.Linear(len(vocabulary), 64, bias=False)
 log_temperature = nn.Parameter(torch.tensor(1 / 0.07).log())
 
 # %% [markdown]
-# Before training, pictures and words have nothing to do with each other. Twelve things of the unseen artist:
+# Before training, image embeddings and text embeddings have nothing to do with each other. Here are twelve objects by
+# the held-out artist:
 
 # %%
-test_pictures = on_background(unseen, torch.ones(100, 3, 1, 1))
+test_images = on_background(held_out, torch.ones(100, 3, 1, 1))
 
 
-def cosines_of(pictures, counts):
+def cosines_of(images, bags):
     with torch.no_grad():
-        return clip_logits(image_encoder(pictures), text_encoder(counts), torch.tensor(0.0))
+        return clip_logits(image_encoder(images), text_encoder(bags), torch.tensor(0.0))
 
 
 twelve = slice(0, 96, 8)
-faces, words = to_show(test_pictures[twelve]), list(emoji.OBJECTS[twelve])
-viz.similarity_matrix(cosines_of(test_pictures[twelve], bags[0, twelve]), faces, words, title="Cosines before training")
+thumbnails, words = for_display(test_images[twelve]), list(emoji.OBJECTS[twelve])
+before = cosines_of(test_images[twelve], bags[0, twelve])
+viz.similarity_matrix(before, thumbnails, words, title="Cosines before training")
 
 # %% [markdown]
-# ### The loop
+# ### The training loop
 #
-# A batch: all 100 things, each drawn in one of its ways, on a background of any color, and each with one of its
-# captions; the whole batch is moved by the same few pixels.
+# A batch contains all 100 objects. Each is shown in one of its 20 variants, on a random background color, with one of
+# its three captions. The whole batch is shifted by the same few pixels.
 
 
 # %%
-def batch():
-    way, wording = torch.randint(len(ways), (100,)), torch.randint(len(wordings), (100,))
-    pictures = on_background(drawings[way, torch.arange(100)], torch.rand(100, 3, 1, 1))
+def sample_batch():
+    variant, template = torch.randint(len(variants), (100,)), torch.randint(len(templates), (100,))
+    images = on_background(drawings[variant, torch.arange(100)], torch.rand(100, 3, 1, 1))
     shift = torch.randint(-3, 4, (2,)).tolist()
-    return pictures.roll(shift, dims=(2, 3)), bags[wording, torch.arange(100)]
+    return images.roll(shift, dims=(2, 3)), bags[template, torch.arange(100)]
 
 
 # %%
 steps = 500
 weights = [*image_encoder.parameters(), *text_encoder.parameters(), log_temperature]
 optimizer = torch.optim.AdamW(weights)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)  # up, then down to nothing
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)  # up, then down to almost 0
 
 # %%
 history = []
 for _ in tqdm(range(steps), "training"):
-    pictures, counts = batch()
-    loss = clip_loss(image_encoder(pictures), text_encoder(counts), log_temperature)
+    batch_images, batch_bags = sample_batch()
+    loss = clip_loss(image_encoder(batch_images), text_encoder(batch_bags), log_temperature)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -467,39 +485,38 @@ for _ in tqdm(range(steps), "training"):
     history.append(loss.item())
 
 # %%
-print(f"the first batch {history[0]:.2f}, the last ten {np.mean(history[-10:]):.2f}")
-print(f"exp(t) was 14.3 and is {log_temperature.exp():.1f}")
+print(f"loss of the first batch {history[0]:.2f}, mean of the last ten {np.mean(history[-10:]):.2f}")
+print(f"exp(t) started at 14.3 and is now {log_temperature.exp():.1f}")
 assert np.mean(history[-10:]) < 1 < history[0]
 curves = {"loss": (range(steps), history), "guessing": (range(steps), [np.log(100)] * steps)}
-viz.lines(curves, "Training: which of these 100?", "step", "loss in nats")
+viz.lines(curves, "Training loss: which of these 100?", "step", "loss in nats")
 
 # %% [markdown]
-# The same twelve things, which this model has never seen drawn by this hand:
+# Here are the same twelve objects again. The model has never seen a drawing by this artist:
 
 # %%
-viz.similarity_matrix(
-    cosines_of(test_pictures[twelve], bags[0, twelve]), faces, words, title="Cosines after training, artist unseen"
-)
+after = cosines_of(test_images[twelve], bags[0, twelve])
+viz.similarity_matrix(after, thumbnails, words, title="Cosines after training, held-out artist")
 
 # %% [markdown]
-# ## A classifier without training one
+# ## A classifier that you never trained
 #
-# Nobody has trained a classifier with 100 outputs. But a list of classes is a list of texts, and so every such list
-# *makes* a classifier: for each picture, take the text with the largest cosine. CLIP calls this **zero-shot**
-# classification.
+# We have not trained a classifier with 100 outputs. But a list of classes is a list of texts, and so any such list *is*
+# a classifier: for each image, pick the text with the largest cosine. CLIP calls this **zero-shot** classification.
 #
-# The word misleads. It does not mean that the model has never seen such a thing: ours has seen owls, by two other artists,
-# with their word. It means that no picture of *this* test, here of this artist, was ever used for training (section 3.1
-# of the paper).
+# The term is misleading. It does not mean that the model has never seen such an object. Ours has seen owls by two other
+# artists, together with the word. It means that no image from *this* test set, here from this artist, was used in
+# training (section 3.1 of the paper).
 #
-# ## Exercise 1.4 · Zero-shot ★★☆ (8 minutes)
+# ## Exercise 1.4 · Zero-shot
 #
-# Given embeddings of N pictures and of C texts, one a class, return the number of the class of each picture.
+# You get the embeddings of N images and of C texts, one per class. Return the index of the predicted class for each
+# image.
 #
 # <details><summary>Hint</summary>
 #
-# The table of cosines, and of each row the place of the largest number: `argmax`. Which of the two norms could you leave
-# out, and which not?
+# Compute the table of cosines, then take the index of the largest value in each row with `argmax`. One of the two
+# normalizations would not change the answer. Which one?
 #
 # </details>
 
@@ -520,45 +537,50 @@ exercises.score(zero_shot, points=2, seed=1)
 
 # %%
 zero_shot = exercises.piece("zero_shot")
-own = torch.arange(100)
+targets = torch.arange(100)
+
+
+def accuracy(predictions):
+    return (predictions == targets).float().mean().item()
+
+
 with torch.no_grad():
-    images, class_texts = image_encoder(test_pictures), text_encoder(bags[1])
-guess = zero_shot(images, class_texts)
-right = (guess == own).float().mean().item()
-print(f"the unseen artist: {right:.0%} right, chance {1 / 100:.0%}")
-assert right > 0.2
+    image_embeddings, class_embeddings = image_encoder(test_images), text_encoder(bags[1])
+predictions = zero_shot(image_embeddings, class_embeddings)
+print(f"held-out artist: {accuracy(predictions):.0%} correct, chance {1 / 100:.0%}")
+assert accuracy(predictions) > 0.2
 
 # %%
-places = range(3, 100, 8)
-titles = [emoji.OBJECTS[guess[i]] + ("" if guess[i] == i else f"\n(is: {emoji.OBJECTS[i]})") for i in places]
-viz.image_row(to_show(test_pictures[3::8]), titles, columns=7, title="What the model says, artist unseen")
+shown = range(3, 100, 8)
+titles = [emoji.OBJECTS[predictions[i]] + ("" if predictions[i] == i else f"\n(is: {emoji.OBJECTS[i]})") for i in shown]
+viz.image_row(for_display(test_images[3::8]), titles, columns=7, title="Predictions, held-out artist")
 
 # %% [markdown]
-# The classifier is made of words, so it can be another one in a moment. Four classes, in a wording that training never
-# used (unknown words are left out of the bag):
+# The classifier is made of words, so you can swap it for another one in no time. Here are four classes, in a phrasing
+# that training never used. (The bag ignores unknown words.)
 
 # %%
 classes = ["cat", "octopus", "sailboat", "rainbow"]
-asked = [emoji.OBJECTS.index(name) for name in classes]
+chosen = [emoji.OBJECTS.index(name) for name in classes]
 with torch.no_grad():
-    answers = zero_shot(images[asked], text_encoder(bag([f"now look at this {name}" for name in classes])))
+    answers = zero_shot(image_embeddings[chosen], text_encoder(bag([f"now look at this {name}" for name in classes])))
 print({name: classes[answer] for name, answer in zip(classes, answers, strict=True)})
 
 # %% [markdown]
-# ## The other way: find the picture
+# ## The other direction: find the image
 #
-# *Retrieval* starts from a text and ranks the pictures. The usual number is *recall at k*: of how many texts is the right
-# picture among the first k.
+# *Retrieval* starts from a text and ranks the images. The usual metric is *recall at k*: the fraction of texts whose
+# own image is among the first k.
 #
-# ## Exercise 1.5 · Ranks ★★★ (12 minutes)
+# ## Exercise 1.5 · Ranks
 #
-# `similarity` is `[N, N]`, indexed [picture, text], and picture *j* belongs to text *j*. Return for each text the rank of
-# its own picture among all pictures: 1 if no picture is more similar, N if all others are. No loop.
+# `similarity` is `[N, N]`, indexed [image, text], and image *j* belongs to text *j*. For each text, return the rank of
+# its own image among all images: 1 if no image is more similar, N if all others are. Do not use a loop.
 #
 # <details><summary>Hint</summary>
 #
-# The rank is 1 plus the number of pictures in the column that are more similar than the own one. The own ones are
-# `similarity.diagonal()`, one a column.
+# The rank is 1 plus the number of images in the column that are more similar than the text's own image. The
+# similarities of the own images are `similarity.diagonal()`, one per column.
 #
 # </details>
 
@@ -579,7 +601,7 @@ exercises.score(retrieval_ranks, points=3, seed=1)
 
 # %%
 retrieval_ranks = exercises.piece("retrieval_ranks")
-similarity = cosines_of(test_pictures, bags[0])
+similarity = cosines_of(test_images, bags[0])
 ranks = retrieval_ranks(similarity)
 for k in (1, 5, 10):
     print(f"recall at {k:2}: {(ranks <= k).float().mean():.0%}, chance {k / 100:.0%}")
@@ -589,72 +611,71 @@ assert (ranks <= 5).float().mean() > 0.3
 # %%
 titles, found = [], []
 for j in [emoji.OBJECTS.index(name) for name in ("penguin", "pizza", "bicycle")]:
-    six = similarity[:, j].topk(6).indices.tolist()
-    titles += [f"{emoji.OBJECTS[j]}? {k}: {emoji.OBJECTS[i]}" for k, i in enumerate(six, start=1)]
-    found += six
-viz.image_row(to_show(test_pictures[found]), titles, columns=6, title="The six pictures nearest to a word")
+    top_six = similarity[:, j].topk(6).indices.tolist()
+    titles += [f"{emoji.OBJECTS[j]}? {k}: {emoji.OBJECTS[i]}" for k, i in enumerate(top_six, start=1)]
+    found += top_six
+viz.image_row(for_display(test_images[found]), titles, columns=6, title="The six images closest to a word")
 
 # %% [markdown]
-# Look at what else is found: often things of the same color or outline. Nobody told the model what is alike; it follows
-# from what helped to tell 100 things apart.
+# Look at the other results. They often have a similar color or outline. We never told the model which objects look
+# alike. It came out of learning to tell 100 objects apart.
 #
 # ## Break it: the batch axis
 #
-# The most common slip of this chapter is one character: `dim=0` for `dim=-1`. Every *column* of the batch then gets length
-# 1, and the shapes are as before. Nothing crashes.
+# The most common mistake in this chapter is one character: `dim=0` instead of `dim=-1`. Then every *column* of the
+# batch gets length 1. The shapes are the same as before, and nothing crashes.
 
 
 # %%
-def over_the_batch(x):
+def normalize_over_batch(x):
     return x / x.norm(dim=0, keepdim=True)
 
 
-def accuracy(answers):
-    return (answers == own).float().mean().item()
-
-
-directions = l2_normalize(class_texts)
-together = (over_the_batch(images) @ directions.T).argmax(1)
-alone = torch.cat([(over_the_batch(image[None]) @ directions.T).argmax(1) for image in images])
-print(f"right: {right:.0%};  broken: {accuracy(together):.0%} together, {accuracy(alone):.0%} one by one")
+directions = l2_normalize(class_embeddings)
+together = (normalize_over_batch(image_embeddings) @ directions.T).argmax(1)
+alone = torch.cat([(normalize_over_batch(image[None]) @ directions.T).argmax(1) for image in image_embeddings])
+print(f"correct: {accuracy(predictions):.0%}")
+print(f"broken:  {accuracy(together):.0%} as one batch, {accuracy(alone):.0%} one by one")
 
 # %% [markdown]
-# Together the share hardly changes, and may even rise, so a test that looks at this number would not find it. But now
-# an answer depends on which other pictures are in the batch. A picture that comes alone is divided by itself: every
-# number becomes 1 or −1, and much of what it said is gone.
+# As one batch, the accuracy hardly changes and may even go up, so a test of this number alone would not find the bug.
+# But now an answer depends on which other images are in the batch. An image that comes alone is divided by itself:
+# every value becomes 1 or −1, and much of its information is lost.
 
 # %%
-assert set(over_the_batch(images[:1]).flatten().tolist()) == {-1.0, 1.0}
+assert set(normalize_over_batch(image_embeddings[:1]).flatten().tolist()) == {-1.0, 1.0}
 assert not torch.equal(together, alone)
-repaired = torch.cat([zero_shot(image[None], class_texts) for image in images])
-assert torch.equal(repaired, guess)  # normalized by rows, a picture's answer is its own
-print(f"answers that depend on the company: {(together != alone).sum()} before, {(repaired != guess).sum()} after")
+fixed = torch.cat([zero_shot(image[None], class_embeddings) for image in image_embeddings])
+assert torch.equal(fixed, predictions)  # normalized by rows, an image gets the same answer in any batch
+print(f"answers that depend on the batch: broken {(together != alone).sum()}, fixed {(fixed != predictions).sum()}")
 
 # %% [markdown]
-# **How to find such a bug:** ask for one picture alone and in a batch. The answers must be the same.
+# **How to find such a bug:** run one image alone and as part of a batch. The answers must be the same.
 #
-# ## Break it again: the softmax, twice
+# ## Break it again: softmax twice
 #
-# `F.cross_entropy` wants logits. Who gives it probabilities takes the softmax of numbers between 0 and 1, and the best
-# there is, 1 for the right answer and 0 for all others, still costs −log(e / (e + 99)):
+# `F.cross_entropy` expects logits. If you pass probabilities, it takes the softmax of numbers between 0 and 1. Then
+# even a perfect answer, 1 for the right class and 0 for all others, still costs −log(e / (e + 99)):
 
 # %%
 with torch.no_grad():
-    pictures, counts = batch()
-    logits = clip_logits(image_encoder(pictures), text_encoder(counts), log_temperature)
-once, twice = F.cross_entropy(logits, own), F.cross_entropy(logits.softmax(1), own)
+    batch_images, batch_bags = sample_batch()
+    logits = clip_logits(image_encoder(batch_images), text_encoder(batch_bags), log_temperature)
+once, twice = F.cross_entropy(logits, targets), F.cross_entropy(logits.softmax(1), targets)
 least = np.log(1 + 99 / np.e)
-print(f"one softmax {once:.2f};  two {twice:.2f}, and never less than {least:.2f}")
+print(f"one softmax: {once:.2f};  two: {twice:.2f}, and never less than {least:.2f}")
 assert once < 1 and twice > least - 1e-4
 
 # %% [markdown]
-# A loss that stops at 3.62 where guessing costs 4.61 looks like a model that learns badly. It is a good model, badly
-# asked. Know what your loss should be at the start (near log n; ours began a little above, since a factor of 14 makes
-# even random cosines into confident choices) and at best (0), and compare.
+# A loss that gets stuck at 3.62, when guessing costs 4.61, looks like a model that hardly learns. But the model is
+# fine, and the loss is wrong. Know what your loss should be at the start and at best, and compare. At best it is 0. At
+# the start it is near log n. (Ours started above that, because a temperature of 14 turns even random cosines into
+# confident choices.)
 #
 # ## It matches
 #
-# Your pieces, or the package's, against the package and against CLIP in transformers, with random weights:
+# We compare your functions, or the package's if you skipped some, with the package and with CLIP in transformers, on
+# random weights:
 
 # %%
 import transformers
@@ -662,65 +683,66 @@ import transformers
 transformers.utils.logging.set_verbosity_error()
 torch.manual_seed(0)
 small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-text, vision = small | {"vocab_size": 60}, small | {"image_size": 8, "patch_size": 4}
-theirs = transformers.CLIPModel(
-    transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-).eval()
+text_config, vision_config = small | {"vocab_size": 60}, small | {"image_size": 8, "patch_size": 4}
+config = transformers.CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=12)
+reference = transformers.CLIPModel(config).eval()
 inputs = {"input_ids": torch.randint(3, 60, (7, 5)), "pixel_values": torch.randn(7, 3, 8, 8)}
 with torch.no_grad():
-    out = theirs(**inputs, return_loss=True)
-    x = theirs.get_image_features(inputs["pixel_values"]).pooler_output  # before they are normalized
-    y = theirs.get_text_features(inputs["input_ids"]).pooler_output
+    output = reference(**inputs, return_loss=True)
+    x = reference.get_image_features(inputs["pixel_values"]).pooler_output  # not normalized yet
+    y = reference.get_text_features(inputs["input_ids"]).pooler_output
 
 
 # %%
-def relative(ours, reference):
-    return float((ours - reference).abs().max() / reference.abs().max())
+def relative(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-t = theirs.logit_scale.detach()
+t = reference.logit_scale.detach()
 differences = {
-    "logits, transformers": relative(clip_logits(x, y, t), out.logits_per_image),
-    "loss, transformers": relative(clip_loss(x, y, t), out.loss),
+    "logits, transformers": relative(clip_logits(x, y, t), output.logits_per_image),
+    "loss, transformers": relative(clip_loss(x, y, t), output.loss),
     "loss, the package": relative(clip_loss(x, y, t), losses.clip_loss(x, y, t)),
 }
-for what, difference in differences.items():
-    print(f"{what:21} relative difference {difference:.1e}")
+for name, difference in differences.items():
+    print(f"{name:21} relative difference {difference:.1e}")
 assert max(differences.values()) < 1e-5
 
 # %% [markdown]
 # ## Recap
 #
-# * Two encoders, one space: what belongs together should lie in the same direction.
-# * Normalize, multiply, scale: logits = exp(t) · cosine, with t learned.
-# * Each picture chooses among the texts (rows) and each text among the pictures (columns): two cross-entropies, their
-#   mean, the right answers on the diagonal.
-# * n pairs bring n² − n wrong ones for free, some of which are not wrong.
-# * A list of texts is a classifier; a text is a search.
+# * Two encoders, one space: an image and a text that belong together should point in the same direction.
+# * Normalize, multiply, scale: logits = exp(t) · cosine, with a learned t.
+# * Each image chooses among the texts (rows), and each text among the images (columns). The loss is the mean of these
+#   two cross-entropies, with the right answers on the diagonal.
+# * n pairs come with n² − n wrong pairs for free, and some of those are not really wrong.
+# * A list of texts is a classifier. A single text is a search query.
 #
 # **Three questions**
 #
 # <details><summary>1. Can our model tell "a cat on a box" from "a box on a cat"?</summary>
 #
 # No. Both are the same bag of words, so they have the same embedding. CLIP's text encoder is a transformer that knows
-# the order; but what the loss does not ask for, it need not learn: wrong captions in a batch rarely differ by their
-# order alone.
+# the word order. But a model need not learn what the loss does not require, and the wrong captions in a batch rarely
+# differ in word order alone.
 #
 # </details>
 #
-# <details><summary>2. The loss is log 100 at the start of training and does not move. What do you look at first?</summary>
+# <details><summary>2. The loss starts at log 100 and does not go down. What do you check first?</summary>
 #
-# Whether rows and captions still belong together: shuffled labels give exactly this. Then whether gradients reach both
-# encoders.
-#
-# </details>
-#
-# <details><summary>3. A batch of 32,768 pairs is spread over 256 machines. Why can none of them compute its part of the
-# loss from its own 128 pairs?</summary>
-#
-# The softmax of a row divides by the sum over *all* 32,768 texts, and that of a column over all pictures. Every machine
-# needs what all others have. What that costs, and how SigLIP got rid of it, is the next chapter.
+# Whether images and captions still belong together: shuffled pairs produce exactly this. Then whether gradients reach
+# both encoders.
 #
 # </details>
 #
-# **Next:** [02 · Safe softmax and the sigmoid loss](02_sigmoid_loss.ipynb), in which exp overflows, and the softmax goes.
+# <details><summary>3. 256 machines share a batch of 32,768 pairs. Why can't a machine compute its part of the loss from
+# its own 128 pairs?</summary>
+#
+# The softmax of a row divides by the sum over *all* 32,768 texts, and the softmax of a column by the sum over all
+# images. So every machine needs the embeddings of all the others. What that costs, and how SigLIP gets around it, is
+# the next chapter.
+#
+# </details>
+#
+# **Next:** [02 · Safe softmax and the sigmoid loss](02_sigmoid_loss.ipynb), in which exp overflows and a sigmoid
+# replaces the softmax.
