@@ -317,8 +317,8 @@ viz.image_row([gray, photo], titles=[f"gray: {captions[0]}", f"photo: {captions[
 # | [02 · Safe softmax and the sigmoid loss](02_sigmoid_loss.ipynb) | Why did SigLIP replace softmax with a sigmoid? | `losses.py` | a softmax that cannot overflow, and SigLIP's loss |
 # | [03 · Patch embedding](03_patch_embedding.ipynb) | How does an image become a sequence? | `siglip.py` | the vision tower |
 # | [04 · The processor](04_processor.ipynb) | What does the model actually receive? | `processor.py` | tensors from pixels and prompts |
-# | [05 · The prefix-LM mask](05_prefix_lm_mask.ipynb) | Which token can attend to which? | `masks.py` | the attention mask |
-# | [06 · The Gemma decoder](06_gemma_decoder.ipynb) | What turns embeddings into the next token? | `gemma.py` | the language model |
+# | [05 · The prefix-LM mask](05_prefix_lm_mask.ipynb) | Which token attends to which? | `masks.py` | the attention mask |
+# | [06 · The Gemma decoder](06_gemma_decoder.ipynb) | How does the decoder turn embeddings into the next token? | `gemma.py` | the language model |
 # | [07 · The KV cache](07_kv_cache.ipynb) | Why is the second token cheap? | `cache.py` | the decoder's cache |
 # | [08 · Full PaliGemma inference](08_inference.ipynb) | How does it all answer a question about an image? | `paligemma.py`, `generation.py`, `locations.py` | the whole model, running with your own functions |
 #
