@@ -535,7 +535,7 @@ FAILURES = {
     "forbidden, hidden": (not_cached(http(errors.HfHubHTTPError, 403)), GATED),
     "absent": (http(errors.RepositoryNotFoundError, 404), ["no folder", "no public repository", "check the spelling"]),
     "no such revision": (http(errors.RevisionNotFoundError, 404), ["no revision 'v9'"]),
-    "hub down": (not_cached(http(errors.HfHubHTTPError, 503)), ["could not be fetched", "503", "network"]),
+    "hub down": (not_cached(http(errors.HfHubHTTPError, 503)), ["could not be downloaded", "503", "network"]),
     "offline mode": (not_cached(errors.OfflineModeIsEnabled("offline mode is enabled")), ["offline mode", "network"]),
     "disk full": (OSError(28, "No space left on device"), ["No space left"]),
     "timeout": (TimeoutError(), ["TimeoutError", "network"]),
@@ -561,7 +561,7 @@ def test_what_the_hub_refuses_is_one_sentence(failure, monkeypatch):
 def test_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(OSError, match="could not be fetched and is not in the local cache .*check the network"):
+    with pytest.raises(OSError, match="could not be downloaded and is not in the local cache .*check the network"):
         hub.resolve(REPO)
 
 
@@ -575,5 +575,5 @@ def test_cached_repository_opens_without_network(monkeypatch, tmp_path, folder):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert_same_weights(PaliGemma.from_pretrained(REPO, revision=commit), tiny_model())
-    with pytest.raises(OSError, match="could not be fetched"):
+    with pytest.raises(OSError, match="could not be downloaded"):
         PaliGemma.from_pretrained(REPO)  # no branch is in the cache

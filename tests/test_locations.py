@@ -223,10 +223,10 @@ def test_windows_lie_in_the_picture(name):
 # --- broken answers ------------------------------------------------------------------------------------------------
 
 BROKEN = {
-    "no places": ("cat", "0 of the 4 places"),
-    "cut after two places": ("<loc0102><loc0051>", "2 of the 4 places"),
-    "cut inside a place": ("<loc0102><loc0051><loc0870><loc05", "3 of the 4 places"),
-    "five places": (GOOD + "<loc0001> cat", "5 of the 4 places"),
+    "no places": ("cat", "a box with 0 instead of 4 location tokens"),
+    "cut after two places": ("<loc0102><loc0051>", "a box with 2 instead of 4 location tokens"),
+    "cut inside a place": ("<loc0102><loc0051><loc0870><loc05", "a box with 3 instead of 4 location tokens"),
+    "five places": (GOOD + "<loc0001> cat", "a box with 5 instead of 4 location tokens"),
     "too large": ("<loc0102><loc0051><loc0870><loc1024> cat", "not one of <loc0000>"),
     "too few digits": ("<loc12><loc0051><loc0870><loc0512> cat", "not one of <loc0000>"),
     "five digits": ("<loc00012><loc0051><loc0870><loc0512> cat", "not one of <loc0000>"),
@@ -234,8 +234,8 @@ BROKEN = {
     "negative": ("<loc-001><loc0051><loc0870><loc0512> cat", "not one of <loc0000>"),
     "upside down": ("<loc0870><loc0051><loc0102><loc0512> cat", "upside down"),
     "mirrored": ("<loc0102><loc0512><loc0870><loc0051> cat", "mirrored"),
-    "text before the places": ("see " + GOOD + " cat", "0 of the 4 places"),
-    "empty between two": (" ", "0 of the 4 places"),
+    "text before the places": ("see " + GOOD + " cat", "a box with 0 instead of 4 location tokens"),
+    "empty between two": (" ", "a box with 0 instead of 4 location tokens"),
 }
 
 
@@ -254,7 +254,7 @@ def test_broken_item_is_reported_and_the_others_are_read(name):
 def test_what_follows_a_label_is_reported_and_left_out(rest):
     parsed = parse_detections(f"{GOOD} cat {rest}", 1023, 1023)
     assert parsed.detections == [Detection("cat", (51.0, 102.0, 512.0, 870.0))]
-    assert "only the label" in parsed.problems[0]
+    assert "in its label" in parsed.problems[0]
 
 
 def test_a_name_may_be_missing():

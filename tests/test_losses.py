@@ -114,7 +114,7 @@ def test_softmax_gradients():
 @pytest.mark.parametrize("x", [torch.zeros(2, 0), torch.tensor(1.0)])
 def test_softmax_of_nothing(x):
     for function in (losses.safe_softmax, losses.log_sum_exp):
-        with pytest.raises(ValueError, match="at least one number"):
+        with pytest.raises(ValueError, match="at least one value"):
             function(x, -1)
 
 
@@ -334,7 +334,7 @@ def check_group_ring(rank, n=2):
     local = [inputs[0].detach()[mine].requires_grad_(), inputs[1].detach()[mine].requires_grad_(), *inputs[2:]]
     _, x, y, *_ = value_and_gradients(lambda *a: losses.ring_sigmoid_loss(*a, group=group), local)
     torch.testing.assert_close((x, y), (2 * dense_x[mine], 2 * dense_y[mine]), rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="one holds 1, another 2"):
+    with pytest.raises(ValueError, match="one has 1, another 2"):
         losses.ring_sigmoid_loss(*embeddings(rank), group=group)
 
 
@@ -371,7 +371,7 @@ def unchecked():
         ((3,), (3, 5), "must be"),
         ((3, 4), (2, 3, 4), "must be"),
         ((0, 4), (0, 4), "at least 1"),
-        ((3, 4), (2, 4), "3 images and 2 texts do not make pairs"),
+        ((3, 4), (2, 4), "3 images and 2 texts do not form pairs"),
     ],
 )
 def test_embeddings_that_make_no_pairs(unchecked, x, y, message):

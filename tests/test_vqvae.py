@@ -14,7 +14,7 @@ from conftest import relative_error
 from minivlm import emoji, locations, vqvae
 from minivlm.hub import EMBEDDED
 from minivlm.locations import Detection, crop_mask, paste_mask
-from minivlm.vqvae import MaskVQVAE, code_grid, find_file
+from minivlm.vqvae import MaskVQVAE, code_grid, find_npz
 
 # Every array of a file, by hand: what big_vision's decoder reads from vae-oid.npz, and the encoder beside it.
 SHAPES = {
@@ -236,7 +236,7 @@ def test_a_cell_changes_its_own_vector_most(local):
 def test_codes_out_of_range():
     vae = MaskVQVAE()
     for wrong in (128, -1, 1023):
-        with pytest.raises(ValueError, match=f"from 0 to 127; these, from {min(0, wrong)} to {max(0, wrong)}"):
+        with pytest.raises(ValueError, match=f"from 0 to 127, but these are from {min(0, wrong)} to {max(0, wrong)}"):
             vae.decode(torch.tensor([[wrong, *[0] * 15]]))
     assert vae.decode(torch.zeros(0, 16, dtype=torch.long)).shape == (0, 64, 64)
 
@@ -332,13 +332,13 @@ def test_all_that_is_wrong_with_the_arrays_is_said_at_once(arrays, tmp_path):
         MaskVQVAE.from_pretrained(write(tmp_path / "other.npz", changed))
     message = str(caught.value)
     for part in (
-        "other.npz is not the mask VQ-VAE",
+        "other.npz is not PaliGemma's mask VQ-VAE",
         "decoder.0.bias is missing",
-        "decoder.2.bias is not part of it",
-        "decoder.4.weight is (128, 128, 3, 3), not (128, 128, 4, 4)",
-        "encoder.10.bias is (), not (512,)",
-        "_vq_vae._embedding holds int64",
-        "encoder.0.bias holds <U1",
+        "decoder.2.bias is unexpected",
+        "decoder.4.weight has shape (128, 128, 3, 3) instead of (128, 128, 4, 4)",
+        "encoder.10.bias has shape () instead of (512,)",
+        "_vq_vae._embedding has dtype int64",
+        "encoder.0.bias has dtype <U1",
     ):
         assert part in message
     assert message.count(";") == 5
@@ -383,7 +383,7 @@ def test_files_that_are_none_are_refused_and_never_unpickled(arrays, tmp_path):
     for name, content in files_that_are_none(tmp_path, arrays).items():
         path = tmp_path / "vae-broken.npz"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="vae-broken.npz is no whole .npz file of plain arrays") as caught:
+        with pytest.raises(ValueError, match="vae-broken.npz is not a complete .npz file of plain arrays") as caught:
             MaskVQVAE.from_pretrained(path)
         assert "\n" not in str(caught.value), name
         assert not (tmp_path / "boom").exists(), name
@@ -393,16 +393,16 @@ def test_files_that_are_none_are_refused_and_never_unpickled(arrays, tmp_path):
 
 def test_the_one_file_of_a_folder(arrays, tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="vae-oid.npz: download it"):
+        with pytest.raises(FileNotFoundError, match="no mask VQ-VAE at .* download gs://big_vision/paligemma/vae-oid.npz"):
             MaskVQVAE.from_pretrained(place)
     path = write(tmp_path / "vae-one.npz", arrays)
     write(tmp_path / "other.npz", {})
-    assert find_file(tmp_path) == find_file(path) == path
+    assert find_npz(tmp_path) == find_npz(path) == path
     MaskVQVAE.from_pretrained(str(tmp_path))
     write(tmp_path / "vae-two.npz", arrays)
-    with pytest.raises(ValueError, match="vae-one.npz and vae-two.npz: name the file"):
+    with pytest.raises(ValueError, match="vae-one.npz and vae-two.npz: pass the path of one"):
         MaskVQVAE.from_pretrained(tmp_path)
-    assert find_file(EMBEDDED) == EMBEDDED / "vae-emoji.npz"
+    assert find_npz(EMBEDDED) == EMBEDDED / "vae-emoji.npz"
 
 
 def test_masks_are_made_with_the_pieces_that_exercises_replace(monkeypatch):

@@ -533,7 +533,7 @@ assert measured["chunks, package"][-1] < measured["whole table"][-1] / 8
 # **Chunks alone do not save much.** It is often said that cutting the sum is all; but autograd keeps every chunk's
 # logits for the backward pass, and in the end all of them are there. The package uses that the loss is one number: the
 # slope of −log σ(z · logit) in the logit is −z · σ(−z · logit), known as soon as the chunk is. So it sums the gradients
-# in the forward pass, chunk by chunk, and keeps no logits (`_BlockByBlock` in `losses.py`). The formula, checked:
+# in the forward pass, chunk by chunk, and keeps no logits (`_BlockwiseSigmoidLoss` in `losses.py`). The formula, checked:
 
 # %%
 logit = torch.linspace(-5, 5, 11, requires_grad=True)
@@ -573,7 +573,7 @@ assert torch.isclose(sum(total) / W, sigmoid_loss(x, y, log_t, bias), rtol=1e-5)
 # %%
 import inspect
 
-print(inspect.getsource(losses.pass_on))
+print(inspect.getsource(losses.ring_shift))
 
 # %% [markdown]
 # What each process will do. Everybody makes the same 512 pairs from a seed and takes its share. First the ring, counting
@@ -589,13 +589,13 @@ def make_pairs():
 
 
 def by_ring(x, y, log_t, bias):
-    sent, pass_on = [], losses.pass_on
+    sent, ring_shift = [], losses.ring_shift
 
-    def counted(parcel, *where):
-        sent.append(parcel.nbytes)
-        return pass_on(parcel, *where)
+    def counted(shard, *where):
+        sent.append(shard.nbytes)
+        return ring_shift(shard, *where)
 
-    losses.pass_on = counted
+    losses.ring_shift = counted
     loss = losses.ring_sigmoid_loss(x, y, log_t, bias)
     return loss, torch.autograd.grad(loss, (x, y, log_t, bias)), sum(sent)
 
