@@ -7,8 +7,7 @@ PaliGemma writes a box as four location tokens, followed by the label, and joins
 
 Each number is a bin from 0 to 1023 along that side of the image, round(v / side × 1023), so a box does not depend on
 how the image was resized for the model. Between box and label there can be sixteen ``<seg…>`` tokens: the codes of a
-64×64 mask of the inside of the box. This module crops masks out of an image and pastes them back; vqvae.py converts
-between masks and codes.
+64×64 mask of the inside of the box. This module crops and pastes masks; vqvae.py converts between masks and codes.
 
 Source: big_vision, configs/proj/paligemma (README and evaluators/proj/paligemma/transfers/segmentation.py).
 Units: boxes are (x0, y0, x1, y1) in pixels of the original image. x points right, y points down, 0 is the image's edge.
@@ -110,7 +109,7 @@ def paste_mask(
     return mask
 
 
-# --- detections → text ---------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def format_detections(detections: Iterable[Detection], width: Real, height: Real) -> str:
@@ -139,9 +138,6 @@ def format_detection(detection: Detection, width: Real, height: Real) -> str:
         raise ValueError(f"The mask of {label!r} must have {expected}, but has {list(codes)}.")
     bins = box_to_locations(detection.box, width, height)
     return "".join(f"<loc{i:04d}>" for i in bins) + "".join(f"<seg{i:03d}>" for i in codes) + f" {label}".rstrip()
-
-
-# --- text → detections ---------------------------------------------------------------------------------------------
 
 
 def parse_detections(text: str, width: Real, height: Real) -> ParsedDetections:

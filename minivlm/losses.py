@@ -177,9 +177,7 @@ def ring_sigmoid_loss(
     dist.all_reduce(largest_and_smallest, dist.ReduceOp.MAX, group)
     largest, smallest = largest_and_smallest.abs().tolist()
     if largest != smallest:
-        raise ValueError(
-            f"All processes must have the same number of pairs, but one has {smallest}, another {largest}."
-        )
+        raise ValueError(f"All processes must have equally many pairs, but one has {smallest}, another {largest}.")
     return _BlockwiseSigmoidLoss.apply(_ring_loss_and_grads, group, x, y, log_temperature, bias)
 
 
@@ -206,9 +204,8 @@ class _BlockwiseSigmoidLoss(torch.autograd.Function):
 def _block_loss_and_grads(x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor, offset: int) -> tuple[Tensor, ...]:
     """The summed loss over one block of logits, and its gradients with respect to x, y and bias.
 
-    The matching pairs are the entries (i, i + offset) that are inside the block. The loss of one logit is
-    softplus(−z · logit). Its derivative, −z · sigmoid(−z · logit), is the predicted probability of a match, minus 1 if
-    there is one.
+    The matching pairs are the entries (i, i + offset) inside the block. The loss of a logit is softplus(−z · logit).
+    Its derivative, −z · sigmoid(−z · logit), is the predicted probability of a match, minus 1 if there is one.
     """
     t = log_t.exp()
     logits = (x @ y.T).mul_(t).add_(bias)

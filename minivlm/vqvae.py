@@ -98,8 +98,7 @@ class MaskVQVAE(nn.Module):
             ValueError: If a code is not in the codebook.
         """
         if codes.numel() and not (0 <= codes.min() and codes.max() < CODES):
-            found = f"from {int(codes.min())} to {int(codes.max())}"
-            raise ValueError(f"Codes must be from 0 to {CODES - 1}, but these are {found}.")
+            raise ValueError(f"Codes must be from 0 to {CODES - 1}, not from {int(codes.min())} to {int(codes.max())}.")
         return self.decoder(code_grid(codes, self._vq_vae._embedding))[:, 0]
 
     @torch.no_grad()
@@ -123,10 +122,7 @@ class MaskVQVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "MaskVQVAE":
-        """Loads the weights.
-
-        Args:
-            path: A ``.npz`` file, or a folder with one file ``vae-*.npz``. If omitted, the embedded weights.
+        """Loads a ``.npz`` file, the one file ``vae-*.npz`` in a folder, or by default the embedded weights.
 
         Raises:
             FileNotFoundError: If there is no such file. big_vision's is ``vae-oid.npz``.

@@ -312,9 +312,9 @@ def write(tmp_path, content):
 
 
 BAD_FILES = {
-    "absent": (lambda d: d / "none.png", "no picture file"),
-    "a name too long for a file": (lambda d: "x" * 5000, "no picture file"),
-    "a folder": (lambda d: d, "no picture file"),
+    "absent": (lambda d: d / "none.png", "no image file"),
+    "a name too long for a file": (lambda d: "x" * 5000, "no image file"),
+    "a folder": (lambda d: d, "no image file"),
     "text": (lambda d: write(d, b"hello"), "cannot be read"),
     "empty": (lambda d: write(d, b""), "cannot be read"),
     "cut short": (lambda d: write(d, png(d).read_bytes()[:3000]), "cannot be read"),
@@ -336,7 +336,7 @@ def test_bad_files(name, small, tmp_path):
 def test_bad_pil_images(small, tmp_path):
     lazy = Image.open(write(tmp_path, png(tmp_path).read_bytes()[:3000]))
     for image, message in [
-        (lazy, "to its end"),
+        (lazy, "truncated or damaged"),
         (Image.new("RGB", (0, 5)), "empty"),
         (Image.new("F", (5, 5)), "mode F"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), "32-bit"),
@@ -352,7 +352,7 @@ def test_bad_pil_images(small, tmp_path):
         (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
         (np.zeros((3, 4, 4), np.uint8), r"\[3, 4, 4\]"),
         (np.zeros((2, 4, 4, 3), np.uint8), "as a list"),
-        (np.zeros((0, 4, 3), np.uint8), "not empty"),
+        (np.zeros((0, 4, 3), np.uint8), "non-empty"),
         (torch.zeros(4, 4, 3), "Tensor"),
         (None, "NoneType"),
         (7, "int"),
@@ -369,9 +369,9 @@ def test_bad_arrays(array, message, small):
         ({"text": ""}, "prompt is empty"),
         ({"text": " \n"}, "prompt is empty"),
         ({"text": []}, "no prompt"),
-        ({"text": ["a"], "images": []}, "1 prompts and 0 pictures"),
-        ({"text": ["a", "b"]}, "2 prompts and 1 pictures"),
-        ({"text": "a", "images": [picture()] * 2}, "1 prompts and 2 pictures"),
+        ({"text": ["a"], "images": []}, "1 prompts and 0 images"),
+        ({"text": ["a", "b"]}, "2 prompts and 1 images"),
+        ({"text": "a", "images": [picture()] * 2}, "1 prompts and 2 images"),
         ({"text": "<image>a"}, "contains <image>"),
         ({"suffix": "<image>"}, "contains <image>"),
         ({"suffix": ["a", "b"]}, "1 prompts and 2 suffixes"),
@@ -464,9 +464,9 @@ def test_sparse_folders(files, expected, small_tokenizer, tmp_path):
         ),
         ({"preprocessor_config": {"image_mean": [0.5, 0.5]}}, "one number or three"),
         ({"preprocessor_config": {"image_std": [0.5, 0.5, 0]}}, "positive"),
-        ({"preprocessor_config": {"size": {"height": 224, "width": 112}}}, "height equal"),
-        ({"preprocessor_config": {"size": {"shortest_edge": 224}}}, "height equal"),
-        ({"preprocessor_config": {"do_resize": False}}, "switches off"),
+        ({"preprocessor_config": {"size": {"height": 224, "width": 112}}}, "only square images"),
+        ({"preprocessor_config": {"size": {"shortest_edge": 224}}}, "only square images"),
+        ({"preprocessor_config": {"do_resize": False}}, "disables resizing"),
         ({"preprocessor_config": "{"}, "not valid JSON"),
         ({"config": "[]"}, "JSON object"),
         ({"tokenizer": "{}"}, "not a tokenizer"),

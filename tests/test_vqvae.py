@@ -236,7 +236,7 @@ def test_a_cell_changes_its_own_vector_most(local):
 def test_codes_out_of_range():
     vae = MaskVQVAE()
     for wrong in (128, -1, 1023):
-        with pytest.raises(ValueError, match=f"from 0 to 127, but these are from {min(0, wrong)} to {max(0, wrong)}"):
+        with pytest.raises(ValueError, match=f"from 0 to 127, not from {min(0, wrong)} to {max(0, wrong)}"):
             vae.decode(torch.tensor([[wrong, *[0] * 15]]))
     assert vae.decode(torch.zeros(0, 16, dtype=torch.long)).shape == (0, 64, 64)
 
