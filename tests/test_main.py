@@ -101,7 +101,7 @@ def test_every_command_has_help(command, capsys):
 def test_a_mistake_is_one_sentence_and_code_2():
     ran = run("generate", "--image", "absent.png", "--prompt", "caption en")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == "minivlm generate: There is no picture file at 'absent.png'; check the path.\n"
+    assert ran.stderr == "minivlm generate: There is no image file at 'absent.png': check the path.\n"
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_generate_prints_boxes_in_pixels_of_the_picture(folder, says, capsys):
     assert main(["generate", "--image", CAT, "--prompt", "detect cat ; dog", "--checkpoint", folder]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == [f"  cat, x 0 to {width}, y 0 to {height}"]
-    assert err == "Item 2 has 2 of the 4 places of a box: '<loc0000><loc0512> dog'.\n"
+    assert err == "Item 2 has a box with 2 instead of 4 location tokens: '<loc0000><loc0512> dog'.\n"
 
 
 def test_generate_answers_several_prompts_and_draws_one_picture(folder, says, capsys, tmp_path):
@@ -199,7 +199,7 @@ def test_without_a_vqvae_boxes_are_still_drawn(folder, says, capsys, tmp_path):
     assert main([*argv, "--save", str(tmp_path / "scene.png")]) == 0
     out, err = capsys.readouterr()
     assert out.count("  panda, x ") == 2 and "mask" not in out
-    assert err.startswith(f"Boxes without masks: {folder} holds no mask VQ-VAE.")
+    assert err.startswith(f"Boxes without masks: There is no mask VQ-VAE at {folder}.")
     assert err.count("no mask VQ-VAE") == 1 and "gs://big_vision/paligemma/vae-oid.npz" in err
     assert (tmp_path / "scene.png").is_file()
 
@@ -210,7 +210,7 @@ def test_a_damaged_vqvae_that_was_named_is_an_error_before_anything_is_computed(
     says(segment_answer(some_codes))
     assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(damaged)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"minivlm generate: {damaged} is no whole .npz file") and err.count("\n") == 1
+    assert out == "" and err.startswith(f"minivlm generate: {damaged} is not a complete .npz file") and err.count("\n") == 1
 
 
 def test_a_damaged_vqvae_in_the_folder_is_noted_and_the_boxes_kept(folder, says, vqvae, capsys, tmp_path):
@@ -224,7 +224,7 @@ def test_a_damaged_vqvae_in_the_folder_is_noted_and_the_boxes_kept(folder, says,
     assert main([*SEGMENT, "--checkpoint", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out.count("  panda, x ") == 1 and "mask" not in out
-    assert err.startswith("Boxes without masks: ") and "is no whole .npz file" in err
+    assert err.startswith("Boxes without masks: ") and "is not a complete .npz file" in err
 
 
 def test_a_mask_that_cannot_be_read_is_noted_and_its_box_kept(folder, says, vqvae, capsys):
@@ -238,9 +238,9 @@ def test_a_mask_that_cannot_be_read_is_noted_and_its_box_kept(folder, says, vqva
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "no such picture": (["--image", "absent.jpg"], "no picture file at 'absent.jpg'"),
-    "a folder as picture": (["--image", "."], "no picture file at '.'"),
-    "no picture at all": (["--image", __file__], "cannot be read as a picture"),
+    "no such picture": (["--image", "absent.jpg"], "no image file at 'absent.jpg'"),
+    "a folder as picture": (["--image", "."], "no image file at '.'"),
+    "no picture at all": (["--image", __file__], "cannot be read as an image"),
     "empty prompt": (["--prompt", " "], "prompt is empty"),
     "<image> in the prompt": (["--prompt", "<image> caption en"], "contains <image>"),
     "no such checkpoint": (["--checkpoint", "no such folder"], "neither a folder nor a hub id"),
@@ -248,13 +248,13 @@ MISTAKES = {
     "temperature 0": (["--sample", "--temperature", "0"], "temperature must be above 0"),
     "top-p 0": (["--sample", "--top-p", "0"], "top_p must be above 0"),
     "top-k 0": (["--sample", "--top-k", "0"], "top_k must be an integer"),
-    "temperature alone": (["--temperature", "0.5"], "--temperature changes nothing without --sample"),
+    "temperature alone": (["--temperature", "0.5"], "--temperature cannot be used without --sample"),
     "seed below 0": (["--sample", "--seed", "-1"], "--seed must be"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens must be"),
     "too many tokens": (["--max-new-tokens", "1000000000"], "--max-new-tokens must be at most"),
     "no such device": (["--device", "cuda:99"], "no device 'cuda:99' here"),
     "not a PNG": (["--save", "out.gif"], "must end in .png"),
-    "no such VQ-VAE": (["--masks", "absent.npz"], "absent.npz holds no mask VQ-VAE"),
+    "no such VQ-VAE": (["--masks", "absent.npz"], "no mask VQ-VAE at absent.npz"),
 }
 
 
@@ -278,7 +278,7 @@ def test_mistyped_options(line, capsys):
 
 
 def test_debug_shows_where_an_error_was_raised():
-    with pytest.raises(ValueError, match="no picture file"):
+    with pytest.raises(ValueError, match="no image file"):
         main(["--debug", "generate", "--image", "absent.jpg", "--prompt", "caption en"])
 
 
