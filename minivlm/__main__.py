@@ -100,7 +100,7 @@ def check_output(path: Path | None) -> None:
         raise ValueError(f"{str(path)!r} is a folder: pass the name of a file.")
 
 
-def load_masks(folder: Path):
+def load_vqvae(folder: Path):
     """Loads the mask VQ-VAE in a checkpoint's folder. If there is none, says on stderr what to do and returns None."""
     from minivlm.vqvae import MaskVQVAE
 
@@ -184,7 +184,7 @@ def run_generate(args: argparse.Namespace) -> None:
     else:
         answers = minivlm.generate(model, processor, image, args.prompt, **options)
     if vqvae is None and any("<seg" in answer for answer in answers):
-        vqvae = load_masks(folder)
+        vqvae = load_vqvae(folder)
     found = []
     for prompt, answer in zip(args.prompt, answers, strict=True):
         if len(args.prompt) > 1:
@@ -250,7 +250,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
     check_output(args.save)
     model, processor, folder = load(args)
-    vqvae = load_masks(folder)
+    vqvae = load_vqvae(folder)
     panels = []
     for split, seed in DEMO:
         scene = emoji.make_scene(seed, split)
@@ -320,7 +320,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"There is no folder {str(args.json.parent)!r} for {args.json.name}: create it first.")
     model, processor, folder = load(args)
     splits = tuple(args.split or SPLIT_DESCRIPTIONS)
-    evaluation.run(model, processor, args.scenes, splits, args.json, load_masks(folder))
+    evaluation.run(model, processor, args.scenes, splits, args.json, load_vqvae(folder))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ HUB_CHECKPOINTS = {
     "google/paligemma2-10b-mix-224": 9.66,
     "google/paligemma2-28b-mix-224": 27.65,
 }
-MEMORY_FACTOR = 1.1  # memory per byte of weights, with the cache and activations of one image and a short answer
+MEMORY_FACTOR = 1.1  # for weights plus the cache and activations of one image and a short answer, rounded up
 
 
 def report() -> str:
