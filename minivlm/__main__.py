@@ -1,7 +1,7 @@
 """The command line: ``python -m minivlm COMMAND --help``.
 
-A command imports what it needs when it runs, so that help and mistyped options are answered at once. A user's mistake
-is one sentence on stderr and exit code 2; ``--debug`` shows where it was raised.
+Each command imports what it needs when it runs, so help and errors in options appear at once. A mistake of the user is
+reported in one line on stderr, with exit code 2. ``--debug`` shows the traceback.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from minivlm import __version__
 
-ANSWER = 128  # tokens by default: four objects with their masks take about 95
-LONGEST_ANSWER = 8192  # tokens: what Gemma was trained to read and write at most
+DEFAULT_NEW_TOKENS = 128  # four objects with their masks take about 95
+CONTEXT_LENGTH = 8192  # tokens, the longest sequence that Gemma was trained on
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Runs one command and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     args = new_parser(argv).parse_args(argv)
     try:
@@ -33,14 +33,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def new_parser(argv: list[str]) -> argparse.ArgumentParser:
-    """The parser. Only the command that ``argv`` names gets its options: those of ``train`` need torch to be listed."""
+    """Builds the parser. Only the command in ``argv`` gets its options: listing those of ``train`` imports torch."""
     about = "PaliGemma, small enough to read in an evening."
     parser = argparse.ArgumentParser(prog="python -m minivlm", description=about)
     parser.add_argument("--version", action="version", version=f"minivlm {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (text, add_arguments, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    for name, (summary, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.set_defaults(run=run)
         if name in argv:
             add_arguments(command)
@@ -48,22 +48,22 @@ def new_parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def note(text: str) -> None:
-    """Says something on stderr, so that stdout holds answers alone."""
+    """Prints to stderr, so that stdout has only the answers."""
     print(text, file=sys.stderr)
 
 
-# --- what several commands share -----------------------------------------------------------------------------------
+# --- shared by several commands ------------------------------------------------------------------------------------
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="C", help="a folder or hub id; the embedded checkpoint when not given")
-    parser.add_argument("--revision", help="the hub branch, tag or commit to use")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; a CUDA GPU where there is one when not given")
-    parser.add_argument("--dtype", choices=DTYPES, help="the weights' type; as stored when not given")
+    parser.add_argument("--checkpoint", metavar="C", help="folder or hub id; default: the embedded checkpoint")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; default: a CUDA GPU if there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: that of the checkpoint")
 
 
 def load(args: argparse.Namespace) -> tuple:
-    """The model, the processor and the folder that the arguments of ``add_model_arguments`` ask for."""
+    """Loads the model and processor of ``add_model_arguments`` and returns them with the checkpoint's folder."""
     import torch
 
     import minivlm
@@ -80,28 +80,28 @@ def load(args: argparse.Namespace) -> tuple:
 
 
 def find_device(name: str | None) -> str:
-    """The device asked for, if it is there; a CUDA GPU or else the CPU when ``name`` is None."""
+    """The device ``name`` if it is available; if ``name`` is None, a CUDA GPU or else the CPU."""
     import torch
 
     gpus = torch.cuda.device_count()
-    there = {"cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))}
+    available = {"cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))}
     if torch.backends.mps.is_available():
-        there.add("mps")
-    if name is not None and name not in there:
-        raise ValueError(f"There is no device {name!r} here, only {', '.join(sorted(there))}.")
+        available.add("mps")
+    if name is not None and name not in available:
+        raise ValueError(f"There is no device {name!r} here, only {', '.join(sorted(available))}.")
     return name or ("cuda" if gpus else "cpu")
 
 
 def check_output(path: Path | None) -> None:
-    """Better to hear before a long computation that its result cannot be written."""
+    """Checks where an image will be saved, before a long computation rather than after it."""
     if path is not None and path.suffix.lower() != ".png":
-        raise ValueError(f"Pictures are written as PNG, so {str(path)!r} must end in .png.")
+        raise ValueError(f"Images are saved as PNG, so {str(path)!r} must end in .png.")
     if path is not None and path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file to write.")
+        raise ValueError(f"{str(path)!r} is a folder: pass the name of a file.")
 
 
-def load_masks(folder: Path):
-    """The mask VQ-VAE in a checkpoint's folder; None where none can be read, and then stderr is told what to do."""
+def load_vqvae(folder: Path):
+    """Loads the mask VQ-VAE in a checkpoint's folder. If there is none, says on stderr what to do and returns None."""
     from minivlm.vqvae import MaskVQVAE
 
     try:
@@ -111,7 +111,7 @@ def load_masks(folder: Path):
 
 
 def find_boxes(answer: str, size: tuple[int, int]) -> list:
-    """The detections in an answer about a picture of ``size`` pixels; says on stderr what could not be read."""
+    """The detections in an answer about an image of ``size`` pixels. Reports on stderr what could not be parsed."""
     from minivlm import locations
 
     if "<loc" not in answer:
@@ -122,8 +122,8 @@ def find_boxes(answer: str, size: tuple[int, int]) -> list:
     return parsed.detections
 
 
-def without_places(answer: str) -> str:
-    """An answer as people read it: "<loc0102><loc0051>… cat" becomes "cat", and no words at all become "(nothing)"."""
+def strip_location_tokens(answer: str) -> str:
+    """An answer for people to read: "<loc0102><loc0051>… cat" becomes "cat"; if no text is left, "(nothing)"."""
     return re.sub(r"<(loc|seg)\d+>\s*", "", answer).strip() or "(nothing)"
 
 
@@ -131,37 +131,38 @@ def without_places(answer: str) -> str:
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", required=True, type=Path, help="a picture file")
+    parser.add_argument("--image", required=True, type=Path, help="image file")
     examples = '"caption en" "answer en what is this?" "detect cat ; dog" "segment cat"'
-    parser.add_argument("--prompt", required=True, nargs="+", help=f"one or more, such as {examples}")
+    parser.add_argument("--prompt", required=True, nargs="+", help=f"one or more prompts, such as {examples}")
     add_model_arguments(parser)
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=ANSWER, metavar="N", help=f"longest answer; default {ANSWER}"
-    )
-    parser.add_argument("--sample", action="store_true", help="draw tokens at random instead of taking the likeliest")
-    parser.add_argument("--temperature", type=float, metavar="T", help="with --sample: below 1 surer, above 1 wilder")
-    parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: among the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample: among the likeliest that make up P")
-    parser.add_argument("--seed", type=int, help="with --sample: the same seed gives the same answer")
-    vqvae = "the mask VQ-VAE: a .npz file or a folder; that in the checkpoint's folder when not given"
+    length = f"maximum length of an answer in tokens; default: {DEFAULT_NEW_TOKENS}"
+    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help=length)
+    parser.add_argument("--sample", action="store_true", help="sample tokens instead of taking the most likely one")
+    temperature = "with --sample: below 1 sharpens the distribution, above 1 flattens it"
+    parser.add_argument("--temperature", type=float, metavar="T", help=temperature)
+    parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: only from the K most likely tokens")
+    top_p = "with --sample: only from the most likely tokens that together have probability P"
+    parser.add_argument("--top-p", type=float, metavar="P", help=top_p)
+    parser.add_argument("--seed", type=int, help="with --sample: makes the answer reproducible")
+    vqvae = "the mask VQ-VAE, a .npz file or a folder; default: the one in the checkpoint's folder"
     parser.add_argument("--masks", type=Path, metavar="FILE", help=vqvae)
-    out = "write the picture with its boxes, masks and answers"
+    out = "save the image with its boxes, masks and answers"
     parser.add_argument("--save", type=Path, metavar="OUT.png", help=out)
 
 
 def generation_options(args: argparse.Namespace) -> dict:
-    """The arguments as ``minivlm.generate`` wants them, checked before any model is loaded."""
+    """The options for ``minivlm.generate``, checked before a model is loaded."""
     from minivlm.generation import GenerationConfig
 
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not args.sample:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{names} changes nothing without --sample: add it, or leave {names} out.")
+        raise ValueError(f"{names} cannot be used without --sample: add it, or leave out {names}.")
     if not 0 <= given.get("seed", 0) < 2**63:
         raise ValueError(f"--seed must be an integer from 0 to 2**63 - 1, not {args.seed}.")
-    if args.max_new_tokens > LONGEST_ANSWER:
-        raise ValueError(f"--max-new-tokens must be at most {LONGEST_ANSWER}, not {args.max_new_tokens}.")
+    if args.max_new_tokens > CONTEXT_LENGTH:
+        raise ValueError(f"--max-new-tokens must be at most {CONTEXT_LENGTH}, not {args.max_new_tokens}.")
     options = given | {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
     GenerationConfig(**options)
     return options
@@ -177,29 +178,29 @@ def run_generate(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     vqvae = MaskVQVAE.from_pretrained(args.masks) if args.masks else None
     model, processor, folder = load(args)
-    if len(args.prompt) == 1:  # shown while it is written
-        answers = [minivlm.generate(model, processor, image, args.prompt[0], stream=print_piece, **options)]
+    if len(args.prompt) == 1:  # printed while it is generated
+        answers = [minivlm.generate(model, processor, image, args.prompt[0], stream=print_text, **options)]
         print()
     else:
         answers = minivlm.generate(model, processor, image, args.prompt, **options)
     if vqvae is None and any("<seg" in answer for answer in answers):
-        vqvae = load_masks(folder)
+        vqvae = load_vqvae(folder)
     found = []
     for prompt, answer in zip(args.prompt, answers, strict=True):
         if len(args.prompt) > 1:
             print(f"{prompt}: {answer}")
         found += print_boxes(answer, image.size, vqvae)
     if args.save:
-        lines = [f"{p}: {without_places(a)}" for p, a in zip(args.prompt, answers, strict=True)]
+        lines = [f"{p}: {strip_location_tokens(a)}" for p, a in zip(args.prompt, answers, strict=True)]
         save_sheet([(image, found, lines)], args.save)
 
 
-def print_piece(text: str) -> None:
+def print_text(text: str) -> None:
     print(text, end="", flush=True)
 
 
 def print_boxes(answer: str, size: tuple[int, int], vqvae, indent: str = "  ") -> list[tuple]:
-    """Prints each box and mask of an answer in pixels; returns the detections, each with its mask or None."""
+    """Prints each box and mask of an answer in pixels and returns the detections, each with its mask or None."""
     from minivlm.course.viz.boxes import in_words
 
     found = with_masks(find_boxes(answer, size), size, vqvae)
@@ -209,51 +210,51 @@ def print_boxes(answer: str, size: tuple[int, int], vqvae, indent: str = "  ") -
 
 
 def with_masks(detections: list, size: tuple[int, int], vqvae) -> list[tuple]:
-    """Each detection with its mask; with None where it has no codes, or there is no VQ-VAE to read them."""
+    """Pairs each detection with its mask, or with None if it has no codes or there is no VQ-VAE to decode them."""
     masks = vqvae.masks_from_detections(detections, *size) if vqvae else [None] * len(detections)
     return list(zip(detections, masks, strict=True))
 
 
 def save_sheet(panels: list, path: Path) -> None:
-    """Writes pictures with their boxes and masks, and their lines below them.
+    """Saves images with their boxes and masks, and lines of text below each.
 
-    ``panels`` holds (image, [(detection, mask), …], lines).
+    ``panels`` is a list of (image, [(detection, mask), …], lines).
     """
     from minivlm.course.viz import draw_boxes, draw_sheet
 
-    pictures = [draw_boxes(image, [d for d, _ in found], [m for _, m in found]) for image, found, _ in panels]
-    draw_sheet([(p, "\n".join(lines)) for p, (_, _, lines) in zip(pictures, panels, strict=True)]).save(path)
+    figures = [draw_boxes(image, [d for d, _ in found], [m for _, m in found]) for image, found, _ in panels]
+    draw_sheet([(f, "\n".join(lines)) for f, (_, _, lines) in zip(figures, panels, strict=True)]).save(path)
     note(f"Wrote {path}.")
 
 
 # --- demo ----------------------------------------------------------------------------------------------------------
 
-# Split and seed of the scenes in data/images/scenes, the first of each kind: none chosen.
+# Split and seed of the scenes in data/images/scenes: the first ones of each split, not hand-picked.
 DEMO = (("validation", 0), ("validation", 1), ("pairs", 0), ("artist", 0))
-SPLIT_MEANS = {
+SPLIT_DESCRIPTIONS = {
     "validation": "a new scene",
-    "pairs": "a new scene with two objects that training never showed together",
-    "artist": "a new scene by an artist whom training never showed",
+    "pairs": "a new scene with two objects that never appear together in training",
+    "artist": "a new scene by an artist who never appears in training",
 }
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     out = Path("out/demo.png")
-    parser.add_argument("--save", type=Path, default=out, metavar="OUT.png", help=f"picture to write; default {out}")
+    parser.add_argument("--save", type=Path, default=out, metavar="OUT.png", help=f"image to save; default: {out}")
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """All four tasks on a few scenes that training never showed, with the truth beside what is wrong."""
+    """Runs all four tasks on a few held-out scenes, and shows the truth next to wrong answers."""
     from minivlm import emoji
 
     check_output(args.save)
     model, processor, folder = load(args)
-    vqvae = load_masks(folder)
+    vqvae = load_vqvae(folder)
     panels = []
     for split, seed in DEMO:
         scene = emoji.make_scene(seed, split)
-        print(f"{SPLIT_MEANS[split]} ({split}, seed {seed})")
+        print(f"{SPLIT_DESCRIPTIONS[split]} ({split}, seed {seed})")
         panels.append(show_scene(model, processor, vqvae, scene))
         print()
     save_sheet(panels, args.save)
@@ -261,26 +262,26 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"""
 Next:
   make lab
-    opens JupyterLab on the course
+    opens the course in JupyterLab
   {python} -m minivlm generate --image YOUR.png --prompt "caption en"
-    asks about a picture of yours; this small model knows emoji, README.md says how to get one that knows photos""")
+    answers about your own image; this small model knows emoji, and README.md says how to get one that knows photos""")
 
 
 def show_scene(model, processor, vqvae, scene) -> tuple:
-    """Asks for a caption, two answers, and every object twice; prints them and returns a panel for ``save_sheet``."""
+    """Prints a caption, two answers, and all boxes and masks of a scene. Returns a panel for ``save_sheet``."""
     import minivlm
     from minivlm import emoji, hub
     from minivlm.processor import open_image
 
     image = open_image(hub.DATA / "images" / "scenes" / f"{scene.split}-{scene.seed}.png")
-    names = " ; ".join(dict.fromkeys(thing.name for thing in scene.objects))
-    asked = {"caption en": scene.captions["caption"]} | {q.prompt: q.answers for q in scene.questions[:2]}
-    prompts = [*asked, f"detect {names}", f"segment {names}"]
-    *answers, boxes, masks = minivlm.generate(model, processor, image, prompts, max_new_tokens=ANSWER)
+    names = " ; ".join(dict.fromkeys(obj.name for obj in scene.objects))
+    truth = {"caption en": scene.captions["caption"]} | {q.prompt: q.answers for q in scene.questions[:2]}
+    prompts = [*truth, f"detect {names}", f"segment {names}"]
+    *answers, boxes, masks = minivlm.generate(model, processor, image, prompts, max_new_tokens=DEFAULT_NEW_TOKENS)
     lines = []
-    for (prompt, right), answer in zip(asked.items(), answers, strict=True):
-        is_right = answer in right or emoji.same_caption(answer, right[0])
-        lines.append(f"{prompt}: {answer or '(nothing)'}" + ("" if is_right else f"  (truth: {right[0]})"))
+    for (prompt, accepted), answer in zip(truth.items(), answers, strict=True):
+        is_correct = answer in accepted or emoji.same_caption(answer, accepted[0])
+        lines.append(f"{prompt}: {answer or '(nothing)'}" + ("" if is_correct else f"  (truth: {accepted[0]})"))
         print(f"  {lines[-1]}")
     print(f"  {prompts[-2]}: {len(scene.objects)} to find")
     detected = print_boxes(boxes, image.size, vqvae, indent="    ")
@@ -289,7 +290,7 @@ def show_scene(model, processor, vqvae, scene) -> tuple:
 
 
 def print_masks(prompt: str, answer: str, size: tuple[int, int], vqvae) -> list[tuple]:
-    """Prints the sizes of an answer's masks, in one line; returns the detections that have one, with it."""
+    """Prints the sizes of an answer's masks in one line and returns the detections that have a mask, with the mask."""
     from minivlm.course.viz.boxes import area
 
     found = [(d, mask) for d, mask in with_masks(find_boxes(answer, size), size, vqvae) if mask is not None]
@@ -302,9 +303,9 @@ def print_masks(prompt: str, answer: str, size: tuple[int, int], vqvae) -> list[
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="scenes of each split; default 1000")
-    parser.add_argument("--split", nargs="+", metavar="S", help="validation, pairs, artist; all when not given")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
+    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="scenes per split; default: 1000")
+    parser.add_argument("--split", nargs="+", metavar="S", help="validation, pairs or artist; default: all")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also save the results to this file")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -313,12 +314,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}.")
     for split in args.split or ():
-        if split not in SPLIT_MEANS:
-            raise ValueError(f"There is no split {split!r} to evaluate on, only {', '.join(SPLIT_MEANS)}.")
+        if split not in SPLIT_DESCRIPTIONS:
+            raise ValueError(f"There is no split {split!r}, only {', '.join(SPLIT_DESCRIPTIONS)}.")
     if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"There is no folder {str(args.json.parent)!r} to write {args.json.name} into.")
+        raise ValueError(f"There is no folder {str(args.json.parent)!r} for {args.json.name}: create it first.")
     model, processor, folder = load(args)
-    evaluation.run(model, processor, args.scenes, tuple(args.split or SPLIT_MEANS), args.json, load_masks(folder))
+    splits = tuple(args.split or SPLIT_DESCRIPTIONS)
+    evaluation.run(model, processor, args.scenes, splits, args.json, load_vqvae(folder))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -343,29 +345,29 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 
 def add_grade_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("submissions", type=Path, help="a folder with NAME.ipynb, or with a folder for each student")
+    parser.add_argument("submissions", type=Path, help="folder with NAME.ipynb files, or with one folder per student")
     out = Path("grades.csv")
-    parser.add_argument("--out", type=Path, default=out, metavar="OUT.csv", help=f"marks to write; default {out}")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the random cases; default 1234")
-    limit = "for one notebook; a cell or an exercise may take a quarter of it; default 120"
-    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help=f"seconds {limit}")
-    parser.add_argument("--chapter", metavar="NN", help="grade this one alone, such as 05; all handed in otherwise")
+    parser.add_argument("--out", type=Path, default=out, metavar="OUT.csv", help=f"file for the grades; default: {out}")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the random cases; default: 1234")
+    limit = "seconds per notebook; a cell or an exercise can take up to a quarter of it; default: 120"
+    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help=limit)
+    parser.add_argument("--chapter", metavar="NN", help="grade only this chapter, such as 05; default: all submitted")
 
 
 def run_grade(args: argparse.Namespace) -> None:
     from minivlm.course.grading import grader
 
     grader.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter)
-    note(f"Wrote {args.out}, and {grader.messages_path(args.out)} with a sentence for every lost mark.")
+    note(f"Wrote {args.out}, and {grader.messages_path(args.out)} with the reason for every lost point.")
 
 
 COMMANDS = {
     "demo": ("show what the embedded checkpoint can do", add_demo_arguments, run_demo),
-    "generate": ("answer prompts about a picture", add_generate_arguments, run_generate),
+    "generate": ("answer prompts about an image", add_generate_arguments, run_generate),
     "evaluate": ("measure a checkpoint on held-out scenes", add_evaluate_arguments, run_evaluate),
-    "train": ("train a small PaliGemma from nothing", add_train_arguments, run_train),
-    "grade": ("grade a folder of notebooks, a row per student", add_grade_arguments, run_grade),
-    "doctor": ("say what is installed and what would run, for a bug report", lambda parser: None, run_doctor),
+    "train": ("train a small PaliGemma from scratch", add_train_arguments, run_train),
+    "grade": ("grade a folder of notebooks, with one row per student", add_grade_arguments, run_grade),
+    "doctor": ("report what is installed and which checkpoints fit into memory", lambda parser: None, run_doctor),
 }
 
 if __name__ == "__main__":

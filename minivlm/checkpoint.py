@@ -1,11 +1,11 @@
-"""Checkpoints: the hub's ``config.json`` and ``*.safetensors``, read strictly and written whole.
+"""Checkpoints: the hub's ``config.json`` and ``*.safetensors``, read strictly and written atomically.
 
-Every weight must be there, in its shape, under one of the three names it has in the wild; anything else is an error
-that lists the names. Loading leniently instead turns a file of another model into silent garbage. Pickles are never
-opened: unpickling runs whatever code the file brings along.
+Every weight must be there, with its shape, under one of the three names in use. Anything else is an error that lists
+the names: loading leniently would turn a file of another model into silent garbage. Pickles are never opened, because
+unpickling can run arbitrary code.
 
-A model is built on the meta device, where it has shapes but no memory, and then its weights are mapped from the file:
-the file's pages *are* the weights, so loading takes no second copy of them.
+A model is built on the meta device, where it has shapes but no memory. Its weights are then mapped from the file: the
+file's pages *are* the weights, so loading makes no second copy of them.
 
 Sources: the safetensors format (github.com/huggingface/safetensors); names as written by transformers 4 and 5.
 """
@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +26,14 @@ from torch.overrides import TorchFunctionMode
 from minivlm.config import PaliGemmaConfig
 from minivlm.hub import resolve
 
-# --- loading ---
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # buffers that old versions of transformers saved
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
-class Stored:
-    """A weight as a file's header describes it: where it is and what to expect, without reading it."""
+class StoredTensor:
+    """A weight as the header of its file describes it, not read yet."""
 
     file: Path
     name: str
@@ -47,49 +48,49 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A ``cls`` with the configuration and weights of a checkpoint, in eval mode.
+    """Builds a ``cls`` with the configuration and weights of a checkpoint, in eval mode.
 
-    On the CPU and in the stored type the weights are the file itself, mapped copy-on-write: memory stays within the
-    file's size, and training changes the copy, never the file. None is read before it is used, so a 6 GB file opens in
-    a fraction of a second; should one hold NaN or infinity, the first answer says so. Otherwise they are converted one
-    at a time, and looked at then.
+    On the CPU and in the stored dtype, the weights are the file itself, mapped copy-on-write: memory stays within the
+    file's size, and training changes the copy, never the file. No weight is read before it is used, so a 6 GB file
+    opens in a fraction of a second. If one contains NaN or infinity, the first generated answer reports it. On another
+    device or in another dtype, the weights are converted one at a time and checked right away.
 
     Args:
-        cls: the class to build from a ``PaliGemmaConfig``.
-        path, revision: as for ``resolve``.
-        dtype: floating-point type of the weights; what config.json says when not given, or else as stored.
+        cls: The class to build from a ``PaliGemmaConfig``.
+        path: A checkpoint (and its ``revision``), as for ``hub.resolve``.
+        dtype: Floating-point dtype of the weights. The default is the one in config.json, or else the stored one.
 
     Raises:
-        ValueError: no folder or hub id, no PaliGemma, a damaged file, or a weight that is missing, extra, misshapen, of
-            a wrong type or, where weights are converted, not finite.
-        OSError: the checkpoint cannot be had; see ``resolve``.
+        ValueError: If ``path`` is not a PaliGemma checkpoint, a file is damaged, or a weight is missing, unexpected, of
+            the wrong shape or dtype or, if it is converted, not finite.
+        OSError: If the checkpoint is not available; see ``hub.resolve``.
     """
-    if dtype not in (None, *FLOATS.values()):
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS.values()))} or None, not {dtype!r}.")
+    if dtype not in (None, *FLOAT_DTYPES.values()):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOAT_DTYPES.values()))} or None, not {dtype!r}.")
     folder = resolve(path, revision)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a PaliGemma checkpoint.")
+        raise ValueError(f"{folder} has no config.json: pass the folder of a PaliGemma checkpoint.")
     config = PaliGemmaConfig.from_json(folder / "config.json")
     with torch.device("meta"), SkipInit():
         model = cls(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = _match([entry for file in _weight_files(folder) for entry in _header(file)], shapes, folder)
-    dtype = dtype or _working_type(folder / "config.json")
-    if dtype is None and len(types := sorted({entry.dtype for entry in weights.values()})) > 1:
-        raise ValueError(f"{folder} mixes weights of types {', '.join(types)}: choose one, e.g. dtype=torch.float32.")
-    model.load_state_dict(_read(weights, dtype, device), assign=True)
+    weights = _match_names([entry for file in _weight_files(folder) for entry in _read_header(file)], shapes, folder)
+    dtype = dtype or _config_dtype(folder / "config.json")
+    if dtype is None and len(dtypes := sorted({entry.dtype for entry in weights.values()})) > 1:
+        raise ValueError(f"{folder} mixes the dtypes {', '.join(dtypes)}: pass one, such as dtype=torch.float32.")
+    model.load_state_dict(_read_tensors(weights, dtype, device), assign=True)
     return model.eval()
 
 
-def _working_type(config: Path) -> torch.dtype | None:
-    """The type that a configuration names (``dtype`` since transformers 5, ``torch_dtype`` before), if any."""
+def _config_dtype(config: Path) -> torch.dtype | None:
+    """The dtype in a config.json (``dtype`` since transformers 5, ``torch_dtype`` before), if any."""
     values = json.loads(config.read_text(encoding="utf-8"))
     name = values.get("dtype") or values.get("torch_dtype")
-    return {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}.get(str(name))
+    return {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}.get(str(name))
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves new weights undrawn. To draw numbers for tensors without memory, torch would import 70 MB in 3 seconds."""
+    """Skips random initialization, for which torch would import 70 MB in 3 seconds on the meta device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -99,46 +100,46 @@ class SkipInit(TorchFunctionMode):
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """``model.safetensors``, or the shards that ``model.safetensors.index.json`` names."""
+    """``model.safetensors``, or the shards listed in ``model.safetensors.index.json``."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise ValueError(
-            f"{folder} has no model.safetensors and no index of shards: convert the checkpoint to safetensors; "
-            "pickled weights (.bin, .pt, .ckpt) are not opened, since unpickling can run any code."
+            f"{folder} has no model.safetensors and no index of shards: convert the checkpoint to safetensors. Weights "
+            "in pickle files (.bin, .pt, .ckpt) are not opened, because unpickling can run arbitrary code."
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is no JSON with a weight_map of names to files: fetch it again.") from error
+        raise ValueError(f"{index} is not JSON with a weight_map from names to files: download it again.") from error
     for name in names:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
-            raise ValueError(f"{index} names the file {name!r}: only .safetensors files beside the index are opened.")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {_some(absent)}, which its index names: fetch the missing files.")
+            raise ValueError(f"{index} refers to {name!r}, but only .safetensors files in its own folder are opened.")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {_abbreviate(missing)}, listed in its index: download what is missing.")
     return [folder / name for name in names]
 
 
 def _open(file: Path):
-    """Maps a safetensors file."""
+    """Maps a safetensors file into memory."""
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         with file.open("rb") as content:
             is_pointer = content.read(8) == b"version "
-        remedy = "it is a Git LFS pointer, run `git lfs pull`" if is_pointer else "fetch it again"
-        raise ValueError(f"{file} is damaged, cut short or no safetensors file ({error}): {remedy}.") from error
+        remedy = "it is a Git LFS pointer, so run `git lfs pull`" if is_pointer else "download it again"
+        raise ValueError(f"{file} is damaged, truncated or not a safetensors file ({error}): {remedy}.") from error
 
 
-def _header(file: Path) -> list[Stored]:
+def _read_header(file: Path) -> list[StoredTensor]:
     opened = _open(file)
     slices = {name: opened.get_slice(name) for name in opened.keys()}
-    return [Stored(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+    return [StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
 
 
 def hub_name(name: str) -> str:
-    """The name that the hub's files give a weight, whichever of the three layouts ``name`` comes from.
+    """The name of a weight in the hub's files, from any of the three layouts.
 
     Hub files:                ``language_model.model.layers.0…``, ``vision_tower.vision_model.encoder…``
     saved by transformers 5:  ``language_model.model.layers.0…``, ``vision_tower.encoder…``
@@ -150,105 +151,91 @@ def hub_name(name: str) -> str:
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
 
 
-HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
-RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # buffers that old versions of transformers saved
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _match(entries: list[Stored], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, Stored]:
-    """Our name → stored weight, for exactly the names and shapes wanted (and the output head, where one is stored)."""
+def _match_names(entries: list[StoredTensor], shapes: dict[str, tuple], folder: Path) -> dict[str, StoredTensor]:
+    """Our name → stored weight, for exactly the names and shapes of the model (and the output head, if stored)."""
     shapes = shapes | {HEAD: shapes[EMBEDDING]}
-    found, extra = {}, []
+    found, unexpected = {}, []
     for entry in entries:
         name = hub_name(entry.name)
         if name in shapes and name not in found:
             found[name] = entry
         elif not name.endswith(RECOMPUTED):
-            extra.append(entry.name)
-    misshapen = [(entry, shapes[name]) for name, entry in found.items() if entry.shape != shapes[name]]
+            unexpected.append(entry.name)
+    misshapen = [f"{e.name} {[*e.shape]} instead of {[*shapes[n]]}" for n, e in found.items() if e.shape != shapes[n]]
     faults = {
         "missing": [name for name in shapes if name not in found and name != HEAD],
-        "extra": extra,
-        "misshapen": [f"{entry.name} {list(entry.shape)} instead of {list(shape)}" for entry, shape in misshapen],
-        f"of a type other than {', '.join(FLOATS)}": [
-            f"{e.name} {e.dtype}" for e in found.values() if e.dtype not in FLOATS
-        ],
+        "unexpected": unexpected,
+        "of the wrong shape": misshapen,
+        "of an unsupported dtype": [f"{e.name} {e.dtype}" for e in found.values() if e.dtype not in FLOAT_DTYPES],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
+        listed = "; ".join(f"{len(names)} {fault}: {_abbreviate(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"The weights in {folder} do not fit its config.json: {listed}.")
     return found
 
 
-def _read(weights: dict[str, Stored], dtype: torch.dtype | None, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors themselves; an output head must repeat the embedding and is dropped."""
-    as_stored = {FLOATS[entry.dtype] for entry in weights.values()} == {dtype} or dtype is None
-    in_place = as_stored and torch.device(device).type == "cpu"
-    # A mapping lives as long as its tensors. Weights that are converted get one each, which is gone when they are done.
-    source = functools.cache(_open) if in_place else _open
+def _read_tensors(weights: dict[str, StoredTensor], dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """Reads the weights. A stored output head must equal the embedding table and is dropped."""
+    is_stored_dtype = dtype is None or {FLOAT_DTYPES[entry.dtype] for entry in weights.values()} == {dtype}
+    is_mapped = is_stored_dtype and torch.device(device).type == "cpu"
+    # A mapping lives as long as its tensors. Each converted weight gets its own, which is released after conversion.
+    open_file = functools.cache(_open) if is_mapped else _open
+
+    def read(entry: StoredTensor) -> Tensor:
+        return open_file(entry.file).get_tensor(entry.name)
+
     if head := weights.pop(HEAD, None):
         table = weights[EMBEDDING]
-        same = head.dtype == table.dtype and torch.equal(
-            source(head.file).get_tensor(head.name), source(table.file).get_tensor(table.name)
-        )
-        if not same:
-            raise ValueError(
-                f"{head.name} in {head.file} differs from the embedding: PaliGemma's output head is its embedding."
-            )
-    tensors = {}
-    for name, entry in weights.items():
-        tensors[name] = source(entry.file).get_tensor(entry.name).to(device=device, dtype=dtype)
-    if not in_place and (fault := find_nonfinite({weights[name].name: tensor for name, tensor in tensors.items()})):
+        if head.dtype != table.dtype or not torch.equal(read(head), read(table)):
+            raise ValueError(f"{head.name} in {head.file} differs from the embedding, but PaliGemma ties the two.")
+    tensors = {name: read(entry).to(device=device, dtype=dtype) for name, entry in weights.items()}
+    if not is_mapped and (fault := find_nonfinite({weights[name].name: tensor for name, tensor in tensors.items()})):
         raise ValueError(fault)
     return tensors
 
 
 def find_nonfinite(weights: dict[str, Tensor]) -> str | None:
-    """A sentence on the weights that hold NaN or infinity, or None where there are none.
+    """A sentence that names the weights with NaN or infinity, or None if all are finite.
 
-    Both show in the smallest and the largest value, which take one pass and no memory.
+    Either shows up in the minimum or maximum, which takes one pass and no extra memory.
     """
     broken = [name for name, x in weights.items() if not all(bool(bound.isfinite()) for bound in x.aminmax())]
     if not broken:
         return None
-    what = "1 weight holds" if len(broken) == 1 else f"{len(broken)} weights hold"
-    kind = weights[broken[0]].dtype
-    return f"{what} NaN or infinity ({kind}), so no answer would be right: {_some(broken)}."
+    subject = "1 weight holds" if len(broken) == 1 else f"{len(broken)} weights hold"
+    return f"{subject} NaN or infinity ({weights[broken[0]].dtype}), so no answer can be right: {_abbreviate(broken)}."
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" … and {len(names) - most} more" if len(names) > most else "")
-
-
-# --- saving ---
+def _abbreviate(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` into the folder ``path``, with the hub's names.
+    """Saves ``config.json`` and ``model.safetensors`` into the folder ``path``, with the hub's names.
 
-    ``dtype`` is the type to store, the model's own when not given; the configuration records the model's, which is what
-    loading gives back: a float32 model stored in bfloat16 takes half the room and runs in float32.
-
-    Each file appears whole or not at all, and the configuration last: a folder that has one is complete. A model may be
+    Each file is written atomically, and the configuration last, so a folder that has one is complete. A model can be
     saved over the files that it was loaded from.
 
+    Args:
+        dtype: The dtype to store, by default the model's. The configuration always records the model's, which loading
+            restores: a float32 model stored in bfloat16 takes half the space and still runs in float32.
+
     Raises:
-        ValueError: the configuration cannot be expressed in the hub's format, or ``path`` is a file.
+        ValueError: If the configuration cannot be expressed in the hub's format, or ``path`` is a file.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder to save into.")
-    working = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = json.dumps(model.config.to_dict() | {"torch_dtype": working}, indent=2) + "\n"
+        raise ValueError(f"{folder} is a file: pass a folder to save into.")
+    model_dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = json.dumps(model.config.to_dict() | {"torch_dtype": model_dtype}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to(dtype=dtype).contiguous() for name, tensor in model.state_dict().items()}
-    _write(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    _write(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))
+    _write_atomically(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    _write_atomically(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))
 
 
-def _write(target: Path, write) -> None:
-    """``write`` fills a file beside ``target``, which then takes its place in one step."""
+def _write_atomically(target: Path, write) -> None:
+    """Has ``write`` fill a temporary file beside ``target``, which then replaces ``target`` in one step."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         write(part)

@@ -1,4 +1,4 @@
-"""What is installed here and what would run, to read or to paste into a bug report. Asks nothing of the network."""
+"""A report on what is installed and which checkpoints fit into memory, for bug reports. Makes no network requests."""
 
 import os
 import platform
@@ -10,37 +10,37 @@ import torch
 from minivlm import __version__, hub
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "jupyterlab")
-# Parameters in billions; in bfloat16 each takes two bytes.
-HUB = {
+# Parameters in billions. In bfloat16 each takes two bytes.
+HUB_CHECKPOINTS = {
     "google/paligemma-3b-mix-224": 2.923,
     "google/paligemma2-3b-mix-224": 3.03,
     "google/paligemma2-10b-mix-224": 9.66,
     "google/paligemma2-28b-mix-224": 27.65,
 }
-WORKING_ROOM = 1.1  # of the weights: cache and activations of one picture and a short answer, rounded up
+MEMORY_FACTOR = 1.1  # for weights plus the cache and activations of one image and a short answer, rounded up
 
 
 def report() -> str:
-    """The whole report as Markdown, without names of people or places."""
+    """The whole report as Markdown. It contains no user or folder names."""
     memory, gpu = cpu_memory(), find_gpu()
     lines = [
         f"- minivlm {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"- {', '.join(f'{name} {installed(name)}' for name in PACKAGES)}",
-        f"- CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()}; memory {in_gb(memory)}",
-        f"- GPU: {gpu[0]}, memory {in_gb(gpu[1])}" if gpu else "- GPU: none that torch can use",
+        f"- {', '.join(f'{name} {installed_version(name)}' for name in PACKAGES)}",
+        f"- CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()}; memory {format_gb(memory)}",
+        f"- GPU: {gpu[0]}, memory {format_gb(gpu[1])}" if gpu else "- GPU: none that torch can use",
         f"- embedded checkpoint: {try_embedded()}",
         "",
         "| checkpoint | weights in bfloat16 | CPU | GPU |",
         "|---|---|---|---|",
     ]
-    for name, billions in HUB.items():
+    for name, billions in HUB_CHECKPOINTS.items():
         need = billions * 2e9
         columns = (fits(need, memory), fits(need, gpu[1]) if gpu else "none")
         lines.append(f"| {name} | {need / 1e9:.1f} GB | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def installed(package: str) -> str:
+def installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -50,27 +50,27 @@ def installed(package: str) -> str:
 def fits(need: float, memory: float | None) -> str:
     if memory is None:
         return "unknown"
-    return "fits" if need * WORKING_ROOM <= memory else "too large"
+    return "fits" if need * MEMORY_FACTOR <= memory else "too large"
 
 
-def in_gb(memory: float | None) -> str:
+def format_gb(memory: float | None) -> str:
     return "unknown" if memory is None else f"{memory / 1e9:.1f} GB"
 
 
 def cpu_memory() -> float | None:
-    """Bytes of memory, or of what a container may use where that is less; None where the system does not say."""
+    """Bytes of memory, or the container's limit if that is lower. None if the system does not report it."""
     try:
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
     try:
         return min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one with the limit "max"
+    except (OSError, ValueError):  # not in a container, or the limit is "max"
         return memory
 
 
 def find_gpu() -> tuple[str, float | None] | None:
-    """Name and bytes of memory of the GPU that torch would use."""
+    """Name and memory in bytes of the GPU that torch would use, if any."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return properties.name, float(properties.total_memory)
@@ -80,19 +80,19 @@ def find_gpu() -> tuple[str, float | None] | None:
 
 
 def try_embedded() -> str:
-    """Loads the embedded checkpoint, and says how large it is or what is wrong with it."""
+    """Loads the embedded checkpoint and returns its size, or the error."""
     from minivlm import PaliGemma, Processor
 
     try:
         model = PaliGemma.from_pretrained()
         Processor.from_pretrained()
     except (OSError, ValueError) as error:
-        return without_places(str(error))
+        return redact_paths(str(error))
     count = sum(weight.numel() for weight in model.parameters())
     return f"loads, {count / 1e6:.2f} M parameters in {str(model.dtype).removeprefix('torch.')}"
 
 
-def without_places(text: str) -> str:
-    """A message without the folders that would tell whose machine this is."""
+def redact_paths(text: str) -> str:
+    """Shortens the paths in a message, because they can contain the user's name."""
     root = hub.EMBEDDED.parent.parent.parent
     return text.replace(str(root), ".").replace(str(Path.home()), "~")

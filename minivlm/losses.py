@@ -1,14 +1,14 @@
-"""From scores to a loss: softmax that does not overflow, and the two losses that teach pictures and texts to meet.
+"""From scores to a loss: a softmax that does not overflow, and the contrastive losses of CLIP and SigLIP.
 
-    N pictures · M texts · D width · C texts of one chunk · W processes · n pairs of one process (N = n · W)
+    N images · M texts · D embedding size · W processes · n pairs per process (N = n · W)
 
-Both losses score every picture against every text by the cosine of their embeddings: logit = temperature · x·y.
-CLIP asks "which of these texts?" of each picture, and the reverse: a softmax over a row, a softmax over a column.
-SigLIP adds a bias and asks "do these two match?" of each pair on its own: a sigmoid. So its sum over pairs may be cut
-anywhere, into chunks that fit in memory or blocks on other machines, which a softmax does not allow as simply.
+Both losses score every image against every text by the cosine of their embeddings: logit = temperature · x·y.
+CLIP asks of each image "which of these texts?" and of each text "which of these images?": a softmax over each row and
+one over each column. SigLIP adds a bias and asks of each pair "do these two match?": a sigmoid. Its sum over pairs can
+be split anywhere, into chunks that fit in memory or blocks on other machines. A softmax is not as easy to split.
 
-All losses normalize the embeddings themselves, as both papers' listings do, take the *logarithm* of the temperature,
-and compute in float32 (float64 for float64 inputs) unless autocast decides otherwise.
+All losses normalize the embeddings themselves, as the pseudocode in both papers does, take the *logarithm* of the
+temperature, and compute in float32 (float64 for float64 inputs) unless autocast decides otherwise.
 
 Sources: CLIP arXiv:2103.00020, figure 3; SigLIP arXiv:2303.15343, Algorithm 1 and figure 1.
 """
@@ -22,16 +22,16 @@ from torch.autograd.function import once_differentiable
 
 
 def softmax(x: Float[Tensor, "*S"], dim: int = -1) -> Float[Tensor, "*S"]:
-    """exp(x) / Σ exp(x), as the definition says. NaN once exp overflows: beyond 88 in float32, 11 in float16."""
+    """exp(x) / Σ exp(x), straight from the definition. NaN once exp overflows: above 88 in float32, 11 in float16."""
     e = x.exp()
     return e / e.sum(dim, keepdim=True)
 
 
 def safe_softmax(x: Float[Tensor, "*S"], dim: int = -1) -> Float[Tensor, "*S"]:
-    """The same number from x − max(x): the largest exponent is then 0, so nothing overflows and the sum is at least 1.
+    """The same values from x − max(x): the largest exponent is 0, so nothing overflows and the sum is at least 1.
 
-    A row of nothing but −inf (every choice forbidden) gives zeros, with zero gradient, where the quotient would be 0/0.
-    A +inf or NaN in a row makes the row NaN.
+    A row that is all −inf (every choice masked) becomes zeros with zero gradient, where the quotient would be 0/0.
+    A +inf or NaN in a row shows up as NaN.
     """
     e = (x - _finite_max(x, dim)).exp()
     total = e.sum(dim, keepdim=True)
@@ -39,21 +39,21 @@ def safe_softmax(x: Float[Tensor, "*S"], dim: int = -1) -> Float[Tensor, "*S"]:
 
 
 def log_sum_exp(x: Float[Tensor, "*S"], dim: int = -1) -> Float[Tensor, "*R"]:
-    """log Σ exp(x) along ``dim``, which disappears: max + log Σ exp(x − max). Its gradient is ``safe_softmax``.
+    """log Σ exp(x), reduced over ``dim``, computed as max + log Σ exp(x − max). Its gradient is ``safe_softmax``.
 
-    A row of nothing but −inf gives −inf (the logarithm of an empty sum), with zero gradient; one with +inf gives +inf.
+    A row that is all −inf becomes −inf (the log of an empty sum) with zero gradient. A row with +inf becomes +inf.
     """
     total = (x - _finite_max(x, dim)).exp().sum(dim)
     return x.detach().amax(dim) + torch.where(total == 0, 1, total).log()
 
 
 def _finite_max(x: Float[Tensor, "*S"], dim: int) -> Float[Tensor, "*R"]:
-    """The maximum along ``dim``, kept as a dimension of 1, and 0 where it is infinite, for ∞ − ∞ is no number.
+    """The maximum over ``dim`` (keepdim), or 0 where it is infinite, because ∞ − ∞ is NaN.
 
-    Detached: the shift cancels out of the result, and so out of the gradient.
+    Detached: the shift cancels out of the result, so it cancels out of the gradient too.
     """
     if x.ndim == 0 or x.shape[dim] == 0:
-        raise ValueError(f"softmax needs at least one number along dimension {dim}; the shape is {tuple(x.shape)}.")
+        raise ValueError(f"softmax needs at least one value along dim {dim}, but the shape is {tuple(x.shape)}.")
     top = x.detach().amax(dim, keepdim=True)
     return torch.where(top.isfinite(), top, 0)
 
@@ -61,11 +61,11 @@ def _finite_max(x: Float[Tensor, "*S"], dim: int) -> Float[Tensor, "*R"]:
 def l2_normalize(x: Float[Tensor, "*B D"], eps: float = 1e-12) -> Float[Tensor, "*B D"]:
     """x / ‖x‖ over the last dimension, computed in float32 or wider and cast back.
 
-    A vector no longer than ``eps`` has no direction and stays as it is: zeros remain zeros, with a finite gradient.
+    A vector whose norm is at most ``eps`` is returned unchanged, so zeros stay zeros, with a finite gradient.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide / torch.where(length > eps, length, 1)).type_as(x)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / torch.where(norm > eps, norm, 1)).type_as(x)
 
 
 def clip_loss(
@@ -73,20 +73,20 @@ def clip_loss(
     text_embeddings: Float[Tensor, "N D"],
     log_temperature: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Mean over rows and over columns of −log softmax(exp(log_temperature) · x·yᵀ) at the pair's own entry, in nats.
+    """The mean over rows and columns of −log softmax(exp(log_temperature) · x·yᵀ) at the matching entry, in nats.
 
-    Row i is picture i choosing among the texts, column j is text j choosing among the pictures; pair i is at (i, i).
-    Guessing costs log N. CLIP starts log_temperature at log(1/0.07) and keeps it at most log 100.
+    Row i is image i choosing among the texts, column j is text j choosing among the images. Pair i is at (i, i).
+    Guessing costs log N. CLIP initializes log_temperature to log(1/0.07) and clips it at log 100.
 
     Raises:
-        ValueError: the embeddings are not N pairs of one width, N ≥ 1.
+        ValueError: If the embeddings are not N ≥ 1 pairs of the same size.
     """
-    x, y = _directions(image_embeddings, text_embeddings, pairs=True)
+    x, y = _unit_pairs(image_embeddings, text_embeddings, paired=True)
     logits = log_temperature.exp() * (x @ y.T)
-    own = logits.diagonal()
-    pictures = (log_sum_exp(logits, dim=1) - own).mean()
-    texts = (log_sum_exp(logits, dim=0) - own).mean()
-    return (pictures + texts) / 2
+    matching = logits.diagonal()
+    image_loss = (log_sum_exp(logits, dim=1) - matching).mean()
+    text_loss = (log_sum_exp(logits, dim=0) - matching).mean()
+    return (image_loss + text_loss) / 2
 
 
 def sigmoid_loss(
@@ -96,35 +96,35 @@ def sigmoid_loss(
     bias: Float[Tensor, ""],
     labels: Bool[Tensor, "N M"] | None = None,
 ) -> Float[Tensor, ""]:
-    """−1/N Σ log sigmoid(z · (exp(log_temperature) · x·y + bias)) over all N·M pairs, in nats per picture.
+    """−1/N Σ log sigmoid(z · (exp(log_temperature) · x·y + bias)) over all N·M pairs, in nats per image.
 
-    z is +1 where picture and text match, −1 elsewhere. SigLIP starts log_temperature at log 10 and bias at −10, since
-    nearly every pair is a mismatch.
+    z is +1 where image and text match and −1 elsewhere. SigLIP initializes log_temperature to log 10 and bias to −10,
+    because nearly every pair is a mismatch.
 
     Args:
-        labels: True where picture i and text j match, any number to a row. ``None``: pair i stands at (i, i), M = N.
+        labels: True where image i and text j match; a row can have any number of matches. If ``None``, M = N and the
+            matches are the pairs (i, i).
 
     Raises:
-        ValueError: the shapes do not agree, there is no picture or no text, or ``labels`` are not booleans.
+        ValueError: If the shapes do not agree, there are no images or no texts, or ``labels`` is not boolean.
     """
-    x, y = _directions(image_embeddings, text_embeddings, pairs=labels is None)
+    x, y = _unit_pairs(image_embeddings, text_embeddings, paired=labels is None)
     N, M = len(x), len(y)
     if labels is None:
         labels = torch.eye(N, dtype=torch.bool, device=x.device)
     if labels.dtype != torch.bool or labels.shape != (N, M):
-        raise ValueError(f"labels must be booleans of shape {(N, M)}, not {labels.dtype} {tuple(labels.shape)}.")
+        raise ValueError(f"labels must be booleans of shape {(N, M)}, but got {labels.dtype} {tuple(labels.shape)}.")
     logits = log_temperature.exp() * (x @ y.T) + bias
     return -F.logsigmoid(torch.where(labels, logits, -logits)).sum() / N
 
 
-def _directions(images: Tensor, texts: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
-    """Both sides checked, in float32 or wider, and of length 1."""
+def _unit_pairs(images: Tensor, texts: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """Both sets of embeddings, checked and scaled to length 1, in float32 or wider."""
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1] or not len(images) or not len(texts):
-        raise ValueError(
-            f"the embeddings must be [N, D] and [M, D], N and M at least 1, not {[*images.shape]} and {[*texts.shape]}."
-        )
-    if pairs and len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} texts do not make pairs.")
+        shapes = f"{[*images.shape]} and {[*texts.shape]}"
+        raise ValueError(f"Embeddings must be [N, D] and [M, D], with N and M at least 1, but got {shapes}.")
+    if paired and len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} texts do not form pairs: pass one text per image.")
     wide = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
     return l2_normalize(images.to(wide)), l2_normalize(texts.to(wide))
 
@@ -136,17 +136,17 @@ def chunked_sigmoid_loss(
     bias: Float[Tensor, ""],
     chunk_size: int = 1024,
 ) -> Float[Tensor, ""]:
-    """``sigmoid_loss`` with no more than N × ``chunk_size`` logits in memory at a time, forward and backward alike.
+    """``sigmoid_loss`` with at most N × ``chunk_size`` logits in memory at a time, in forward and backward.
 
-    The gradient is made in the forward pass, whether asked for or not, and cannot be differentiated again.
+    The gradient is always computed in the forward pass, even if it is not needed. It cannot be differentiated again.
 
     Raises:
-        ValueError: as ``sigmoid_loss``, or ``chunk_size`` is below 1.
+        ValueError: As for ``sigmoid_loss``, or if ``chunk_size`` is below 1.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
-    x, y = _directions(image_embeddings, text_embeddings, pairs=True)
-    return _BlockByBlock.apply(_walk_chunks, chunk_size, x, y, log_temperature, bias)
+    x, y = _unit_pairs(image_embeddings, text_embeddings, paired=True)
+    return _BlockwiseSigmoidLoss.apply(_chunked_loss_and_grads, chunk_size, x, y, log_temperature, bias)
 
 
 def ring_sigmoid_loss(
@@ -156,96 +156,97 @@ def ring_sigmoid_loss(
     bias: Float[Tensor, ""],
     group: "dist.ProcessGroup | None" = None,
 ) -> Float[Tensor, ""]:
-    """This process's n pictures against the texts of all W processes, whose texts pass by one shard at a time.
+    """The loss of this process's n images against the texts of all W processes, which arrive one shard at a time.
 
-    The value is the sum over n × N logits, divided by n; its mean over processes is ``sigmoid_loss`` of all N pairs.
-    The gradients are those of the *sum* of all processes' values, in the embeddings of this process, so that averaging
-    parameter gradients over processes, as DistributedDataParallel does, gives the gradient of ``sigmoid_loss``. Every
-    process must scale its loss alike before ``backward``. No more than n × n logits are in memory at a time.
+    The value is the sum over n × N logits, divided by n. Its mean over processes is ``sigmoid_loss`` of all N pairs.
+    The gradients with respect to this process's embeddings are those of the *sum* of all processes' values. Averaging
+    parameter gradients over processes, as DistributedDataParallel does, therefore gives the gradient of
+    ``sigmoid_loss``. Every process must scale its loss by the same factor before ``backward``. At most n × n logits
+    are in memory at a time.
 
     Args:
-        group: the processes of the ring, all of which must call; ``None``: all there are.
+        group: The processes of the ring, all of which must call this function. If ``None``, all processes.
 
     Raises:
-        ValueError: as ``sigmoid_loss``, torch.distributed is not initialized, or n differs between the processes.
+        ValueError: As for ``sigmoid_loss``, or if torch.distributed is not initialized or n differs between processes.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("ring_sigmoid_loss needs torch.distributed.init_process_group to have been called.")
-    x, y = _directions(image_embeddings, text_embeddings, pairs=True)
-    most_and_least = torch.tensor([len(x), -len(x)], device=x.device)
-    dist.all_reduce(most_and_least, dist.ReduceOp.MAX, group)
-    most, least = most_and_least.abs().tolist()
-    if most != least:
-        raise ValueError(f"every process must hold equally many pairs; one holds {least}, another {most}.")
-    return _BlockByBlock.apply(_walk_ring, group, x, y, log_temperature, bias)
+        raise ValueError("ring_sigmoid_loss needs torch.distributed: call init_process_group first.")
+    x, y = _unit_pairs(image_embeddings, text_embeddings, paired=True)
+    largest_and_smallest = torch.tensor([len(x), -len(x)], device=x.device)
+    dist.all_reduce(largest_and_smallest, dist.ReduceOp.MAX, group)
+    largest, smallest = largest_and_smallest.abs().tolist()
+    if largest != smallest:
+        raise ValueError(f"All processes must have equally many pairs, but one has {smallest}, another {largest}.")
+    return _BlockwiseSigmoidLoss.apply(_ring_loss_and_grads, group, x, y, log_temperature, bias)
 
 
-class _BlockByBlock(torch.autograd.Function):
-    """A walk over the blocks of the table, returning loss and gradients at once; backward has only to scale them.
+class _BlockwiseSigmoidLoss(torch.autograd.Function):
+    """Computes loss and gradients together in the forward pass, block by block; backward only scales the gradients.
 
-    The loss being one number, a block's gradient is known, up to that scale, as soon as the block is: none is kept.
+    The loss is a scalar, so a block's gradient is known, up to that scale, once its logits are. No logits are saved.
     """
 
     @staticmethod
-    def forward(ctx, walk, how, x, y, log_t, bias):
-        loss, grad_x, grad_y, grad_bias = walk(how, x, y, log_t, bias)
-        grad_log_t = (grad_x * x).sum()  # a logit's slope in x, times x, is its slope in log t: both are t · x·y
-        ctx.pictures = len(x)
+    def forward(ctx, loss_and_grads, option, x, y, log_t, bias):
+        loss, grad_x, grad_y, grad_bias = loss_and_grads(option, x, y, log_t, bias)
+        grad_log_t = (grad_x * x).sum()  # dlogit/dx · x and dlogit/dlog_t are the same: t · x·y
+        ctx.num_images = len(x)
         ctx.save_for_backward(grad_x, grad_y, grad_log_t, grad_bias)
-        return loss / ctx.pictures
+        return loss / ctx.num_images
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return None, None, *(upstream / ctx.pictures * gradient for gradient in ctx.saved_tensors)
+        return None, None, *(upstream / ctx.num_images * grad for grad in ctx.saved_tensors)
 
 
-def _block(x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses of the table x·yᵀ, and that sum's gradient for x, y and bias.
+def _block_loss_and_grads(x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor, offset: int) -> tuple[Tensor, ...]:
+    """The summed loss over one block of logits, and its gradients with respect to x, y and bias.
 
-    The pairs are the entries (i, i + offset), as far as the table holds them. A logit's loss is softplus(−z · logit),
-    and its slope −z · sigmoid(−z · logit): how likely the model finds a match, less 1 if there is one.
+    The matching pairs are the entries (i, i + offset) inside the block. The loss of a logit is softplus(−z · logit).
+    Its derivative, −z · sigmoid(−z · logit), is the predicted probability of a match, minus 1 if there is one.
     """
     t = log_t.exp()
-    table = (x @ y.T).mul_(t).add_(bias)
-    table.diagonal(offset).neg_()  # now −z · logit
-    loss = F.softplus(table).sum()
-    slope = table.sigmoid_()
-    slope.diagonal(offset).neg_()
-    return loss, (slope @ y).mul_(t), (slope.T @ x).mul_(t), slope.sum()
+    logits = (x @ y.T).mul_(t).add_(bias)
+    logits.diagonal(offset).neg_()  # now −z · logit
+    loss = F.softplus(logits).sum()
+    grad = logits.sigmoid_()
+    grad.diagonal(offset).neg_()  # now −z · sigmoid(−z · logit)
+    return loss, (grad @ y).mul_(t), (grad.T @ x).mul_(t), grad.sum()
 
 
-def _walk_chunks(chunk_size: int, x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+def _chunked_loss_and_grads(chunk_size: int, x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     loss, grad_x, grad_y, grad_bias = 0, torch.zeros_like(x), torch.zeros_like(y), 0
-    for first in range(0, len(y), chunk_size):
-        chunk = slice(first, first + chunk_size)
-        more_loss, more_x, grad_y[chunk], more_bias = _block(x, y[chunk], log_t, bias, offset=-first)
-        loss, grad_bias = loss + more_loss, grad_bias + more_bias
-        grad_x += more_x
+    for start in range(0, len(y), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        block_loss, block_x, grad_y[chunk], block_bias = _block_loss_and_grads(x, y[chunk], log_t, bias, offset=-start)
+        loss, grad_bias = loss + block_loss, grad_bias + block_bias
+        grad_x += block_x
     return loss, grad_x, grad_y, grad_bias
 
 
-def _walk_ring(group, x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """Each shard of texts travels once around, and the gradient that the processes have for it travels along."""
+def _ring_loss_and_grads(group, x: Tensor, y: Tensor, log_t: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Each shard of texts travels once around the ring, together with the gradient accumulated for it so far."""
     rank, W, n = dist.get_rank(group), dist.get_world_size(group), len(x)
     loss, grad_x, grad_bias = 0, torch.zeros_like(x), 0
-    parcel = torch.stack((y, torch.zeros_like(y)))
+    shard = torch.stack((y, torch.zeros_like(y)))
     for step in range(W):
-        offset = step * n  # 0 at first, when the texts are one's own; then beyond the table, which holds no pair
-        more_loss, more_x, more_y, more_bias = _block(x, parcel[0], log_t, bias, offset)
-        loss, grad_bias = loss + more_loss, grad_bias + more_bias
-        grad_x += more_x
-        parcel[1] += more_y
-        parcel = pass_on(parcel, rank, W, group)
-    return loss, grad_x, parcel[1], grad_bias
+        offset = step * n  # step 0 has this process's own texts; later, the diagonal is outside the block: no matches
+        block_loss, block_x, block_y, block_bias = _block_loss_and_grads(x, shard[0], log_t, bias, offset)
+        loss, grad_bias = loss + block_loss, grad_bias + block_bias
+        grad_x += block_x
+        shard[1] += block_y
+        shard = ring_shift(shard, rank, W, group)
+    return loss, grad_x, shard[1], grad_bias
 
 
-def pass_on(parcel: Float[Tensor, "2 n D"], rank: int, W: int, group) -> Float[Tensor, "2 n D"]:
-    """Hands the parcel to the next process of the ring and returns the one from the process before."""
+def ring_shift(shard: Float[Tensor, "2 n D"], rank: int, W: int, group) -> Float[Tensor, "2 n D"]:
+    """Sends a shard, texts and their gradient, to the next process and returns the one from the previous process."""
     if W == 1:
-        return parcel
-    received = torch.empty_like(parcel)
-    send = dist.P2POp(dist.isend, parcel, group=group, group_peer=(rank + 1) % W)
+        return shard
+    received = torch.empty_like(shard)
+    send = dist.P2POp(dist.isend, shard, group=group, group_peer=(rank + 1) % W)
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % W)
     for work in dist.batch_isend_irecv([send, receive]):
         work.wait()

@@ -1,15 +1,15 @@
-"""Images and prompts → tensors: what PaliGemma sees of the world.
+"""Images and prompts → tensors: the model's whole input.
 
-A picture becomes a square of numbers in [-1, 1]; a prompt becomes token ids, with one `<image>` token for every patch
-of the picture in front of it:
+An image becomes a square of values in [-1, 1]. A prompt becomes token ids, preceded by one ``<image>`` token for every
+patch of the image:
 
     <image> <image> … <image> <bos> caption en \\n        a cat <eos>
-    └───── P of them ───────┘ └─── prefix ──────┘        └─ suffix ─┘
+    └────── P of them ──────┘ └──── prefix ────┘        └─ suffix ─┘
+
+    B batch · T sequence length · P image tokens, one per patch · H, W height and width of the square image
 
 Sources: big_vision (configs/proj/paligemma) for the layout; transformers 5.23, whose batches this file reproduces:
 ids exactly (models/paligemma/processing_paligemma.py), pixels to 1e-6 (models/siglip/image_processing_pil_siglip.py).
-
-Letters: B batch, T tokens of a sequence, P patches = image tokens, H height, W width, V vocabulary.
 """
 
 import json
@@ -31,77 +31,77 @@ from minivlm import hub
 from minivlm.tokenizer import BOS, EOS, IMAGE, MASK, PAD, UNK, add_paligemma_tokens, read_tokenizer, token_id
 
 BICUBIC = Image.Resampling.BICUBIC
-BROKEN_EXIF = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, struct.error)
-IGNORE_INDEX = -100  # the label that torch's cross entropy skips
+EXIF_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, struct.error)
+IGNORE_INDEX = -100  # the label that torch's cross-entropy skips
 
 
-# --- a picture, step by step ---------------------------------------------------------------------------------------
+# --- an image, step by step ----------------------------------------------------------------------------------------
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read a picture file: an upright RGB PIL image, 8 bits a channel.
+    """Reads an image file as an upright RGB image with 8 bits per channel.
 
-    Raises ValueError where there is no such file, or it is no picture, cut short, empty, or larger than PIL's limit
-    against decompression bombs (`Image.MAX_IMAGE_PIXELS`).
+    Raises:
+        ValueError: If there is no such file, or it is not an image, truncated, empty, or larger than PIL's limit
+            against decompression bombs (``Image.MAX_IMAGE_PIXELS``).
     """
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-        raise ValueError(f"There is no picture file at {str(path)!r}; check the path.")
+    if not os.path.isfile(path):  # unlike Path.is_file, returns False if the name is too long for a file
+        raise ValueError(f"There is no image file at {str(path)!r}: check the path.")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # PIL only warns up to twice its limit
         try:
             with Image.open(path) as image:
                 return to_rgb(image)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(f"The picture {str(path)!r} is too large to open safely: {error}") from error
+            raise ValueError(f"The image {str(path)!r} is too large to open safely: {error}") from error
         except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, EOFError and more
-            raise ValueError(f"The file {str(path)!r} cannot be read as a picture: {error}") from error
+            raise ValueError(f"The file {str(path)!r} cannot be read as an image: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image → RGB, 8 bits a channel, upright.
+    """Converts any PIL image to upright RGB with 8 bits per channel.
 
-    Turned as its EXIF tag says; 16-bit gray scaled to 8 bits; transparency laid over white, as transformers 5.23 does
-    (image_transforms.convert_to_rgb). Raises ValueError for an empty or unreadable image, and for the modes F and I
-    where the range of the values is unknown.
+    Applies the EXIF orientation, scales 16-bit gray to 8 bits, and composites transparency over white, as transformers
+    5.23 does (image_transforms.convert_to_rgb).
+
+    Raises:
+        ValueError: If the image is empty or damaged, or its mode (F or I) leaves the range of its values unknown.
     """
     if min(image.size) == 0:
-        raise ValueError(
-            f"The picture is empty ({image.width}×{image.height} pixels); give one with at least one pixel."
-        )
+        raise ValueError(f"The image is empty ({image.width}×{image.height} pixels): it needs at least one pixel.")
     try:
-        image.load()  # PIL reads lazily: a file cut short shows only here
+        image.load()  # PIL reads lazily: only this shows that a file is truncated
     except Exception as error:
-        raise ValueError(f"The picture cannot be read to its end: {error}") from error
-    image = gray16_to_grey8(upright(image))
+        raise ValueError(f"The image is truncated or damaged: {error}") from error
+    image = gray16_to_gray8(apply_exif_orientation(image))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn or mirror the image as the camera's EXIF orientation tag asks; without a readable tag, leave it."""
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """Rotates or mirrors an image as its EXIF orientation tag says. Without a readable tag, it stays as it is."""
     try:
         return ImageOps.exif_transpose(image)
-    except BROKEN_EXIF:  # says nothing about the pixels, which are fine
+    except EXIF_ERRORS:  # a broken tag does not mean broken pixels
         return image
 
 
-def gray16_to_grey8(image: Image.Image) -> Image.Image:
-    """16-bit gray (modes I;16 and I) → 8-bit: 65535 becomes 255. PIL's own conversion clips all above 255 to white."""
+def gray16_to_gray8(image: Image.Image) -> Image.Image:
+    """16-bit gray (modes I;16 and I) → 8-bit: 65535 becomes 255. PIL's own conversion clips everything above 255."""
     if image.mode == "F":
-        raise ValueError("The picture holds floats (mode F), whose range is unknown; convert it to 8 bits first.")
+        raise ValueError("The image has floating-point values (mode F) of unknown range: convert it to 8 bits first.")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError("The picture holds 32-bit values beyond 0…65535; scale it to 8 bits first.")
+        raise ValueError("The image has 32-bit values outside 0…65535: scale it to 8 bits first.")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def resize(image: Image.Image, size: int, resample: int = BICUBIC) -> UInt8[np.ndarray, "H W 3"]:
-    """Squash an RGB image to size × size, whatever its shape: the model sees the whole picture, not its proportions."""
+    """Resizes an RGB image to size × size. The model gets the whole image, but not its aspect ratio."""
     if image.size != (size, size):
         image = image.resize((size, size), resample)
     return np.asarray(image)
@@ -115,12 +115,12 @@ def rescale(pixels: UInt8[Tensor, "*B H W 3"]) -> Float[Tensor, "*B H W 3"]:
 def normalize(
     pixels: Float[Tensor, "*B H W 3"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "*B H W 3"]:
-    """(x − mean) / std in each channel; with 0.5 and 0.5, [0, 1] becomes [-1, 1]."""
+    """(x − mean) / std in each channel. With 0.5 and 0.5, [0, 1] becomes [-1, 1]."""
     return (pixels - torch.tensor(mean)) / torch.tensor(std)
 
 
 def channels_first(pixels: Float[Tensor, "*B H W 3"]) -> Float[Tensor, "*B 3 H W"]:
-    """The color axis moves from last, where files have it, to first, where torch's convolutions want it."""
+    """Moves the channels from the last axis, where image files have them, to where torch's convolutions expect them."""
     return pixels.movedim(-1, -3).contiguous()
 
 
@@ -128,32 +128,32 @@ def channels_first(pixels: Float[Tensor, "*B H W 3"]) -> Float[Tensor, "*B 3 H W
 
 
 def build_prompt(prefix: str, bos_token: str = BOS, image_token: str = IMAGE, num_image_tokens: int = 256) -> str:
-    """`<image>`×P + `<bos>` + prefix + newline. The newline tells the model that the question ends here."""
+    """P times ``<image>``, then ``<bos>``, prefix and newline. The newline marks the end of the prompt."""
     return image_token * num_image_tokens + bos_token + prefix + "\n"
 
 
 def build_suffix(suffix: str, eos_token: str = EOS) -> str:
-    """The answer to learn, and the token that ends it."""
+    """The target answer and the token that ends it."""
     return suffix + eos_token
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Int64[np.ndarray, "B T"]:
-    """Rows of different lengths → one array, filled with `value` on the given side, "left" or "right"."""
+    """Rows of different lengths → one array, padded with ``value`` on the given side, "left" or "right"."""
     longest = max(map(len, rows))
     padded = np.full((len(rows), longest), value, dtype=np.int64)
-    for line, row in zip(padded, rows, strict=True):
+    for target, row in zip(padded, rows, strict=True):
         start = 0 if side == "right" else longest - len(row)
-        line[start : start + len(row)] = row
+        target[start : start + len(row)] = row
     return padded
 
 
 def assemble(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int, side: str
 ) -> tuple[Int64[np.ndarray, "B T"], Int64[np.ndarray, "B T"], Int64[np.ndarray, "B T"], Int64[np.ndarray, "B T"]]:
-    """Ids of prompts and answers, row by row → input_ids, attention_mask, token_type_ids and labels.
+    """Builds input_ids, attention_mask, token_type_ids and labels from the ids of prompts and answers.
 
-    attention_mask: 1 on tokens, 0 on padding. token_type_ids: 1 on the answer, 0 elsewhere. labels: the answer's own
-    ids, -100 elsewhere; the loss does the shift by one.
+    attention_mask is 1 on tokens and 0 on padding. token_type_ids is 1 on the answer and 0 elsewhere. labels has the
+    ids of the answer, and -100 elsewhere. It is not shifted by one: the loss does that.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     types = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -161,14 +161,13 @@ def assemble(
     return ids, pad([[1] * len(row) for row in rows], 0, side), types, np.where(types == 1, ids, IGNORE_INDEX)
 
 
-# --- both together -------------------------------------------------------------------------------------------------
-
-
 class Processor:
-    """A tokenizer, and how pictures are prepared for one model.
+    """A tokenizer and the image preprocessing of one model.
 
-    `image_size` is the side of the square in pixels; `num_image_tokens` is P, the number of patches the tower makes of
-    it. `<loc…>`, `<seg…>` and `<image>` are added to a tokenizer that lacks them, in the hub's order.
+    Args:
+        tokenizer: From the Gemma family. Missing ``<loc…>``, ``<seg…>`` and ``<image>`` are added in the hub's order.
+        image_size: Side of the square image in pixels.
+        num_image_tokens: P, the number of patches that the vision tower makes of it.
     """
 
     def __init__(
@@ -190,24 +189,28 @@ class Processor:
         self.image_token, self.resample = image_token, int(resample)
         self.mean, self.std = check_channels("mean", mean), check_channels("std", std)
         if min(self.std) <= 0:
-            raise ValueError(f"The std of the channels is {std}; it must be positive.")
+            raise ValueError(f"std must be positive, not {std}.")
         self.padding_side = check_padding_side(padding_side)
         self.pad_token_id, self.eos_token_id, self.bos_token_id, self.image_token_id = (
             token_id(tokenizer, token) for token in (PAD, EOS, BOS, image_token)
         )
 
     def __call__(self, text, images, suffix=None, padding_side: str | None = None) -> dict[str, Tensor]:
-        """Prompts and pictures, one to one, → the tensors that the model takes.
+        """Turns prompts and images, one image per prompt, into the tensors that the model takes.
 
-        text: a prompt or a list of B prompts, without `<image>`.
-        images: one picture or a list of B: a PIL image, a path, or a uint8 array [H, W, 3] in RGB.
-        suffix: for training, the answer or a list of B answers; "" asks for `<eos>` alone.
-        padding_side: "left" or "right"; the tokenizer's own where not given (Gemma's: left, so that every
-        row ends with its last token and generation can go on from the last column).
+        Args:
+            text: A prompt or a list of B prompts, without ``<image>``.
+            images: An image or a list of B. Each is a PIL image, a path, or a uint8 array [H, W, 3] in RGB.
+            suffix: For training: the answer or a list of B answers. "" is the answer that is only ``<eos>``.
+            padding_side: "left" or "right". The default is the tokenizer's: for Gemma left, so that every row ends with
+                its last token and generation can continue in the next column.
 
-        Returns input_ids, attention_mask (1 = a real token) and token_type_ids (0 = image, prefix and padding,
-        1 = suffix), all int64 [B, T]; pixel_values float32 [B, 3, H, W]; and, where a suffix is given, labels [B, T]:
-        the ids of the suffix, -100 elsewhere. Raises ValueError for anything that does not fit together.
+        Returns:
+            input_ids, attention_mask (1 on tokens, 0 on padding), token_type_ids (1 on the suffix, 0 elsewhere) and, if
+            there is a suffix, labels (its ids, -100 elsewhere), all int64 [B, T]; pixel_values, float32 [B, 3, H, W].
+
+        Raises:
+            ValueError: If an argument is invalid, or the arguments do not fit together.
         """
         prefixes, images, suffixes = check_batch(text, images, suffix, self.image_token)
         batch = self.tokenize(prefixes, suffixes, check_padding_side(padding_side or self.padding_side))
@@ -215,8 +218,8 @@ class Processor:
         return batch
 
     def tokenize(self, prefixes: list[str], suffixes: list[str] | None, padding_side: str) -> dict[str, Tensor]:
-        """Checked prompts, and answers or None → everything of the batch but the pixels."""
-        # The tokenizer would cut each <image> out of the prompt first: P copies of its id say the same, much faster.
+        """Checked prompts, with answers or None → the batch without the pixels."""
+        # Prepending P copies of the id is much faster than having the tokenizer split P <image> off the prompt.
         image = [self.image_token_id] * self.num_image_tokens
         prompts = [image + text for text in self.encode([build_prompt(p, BOS, self.image_token, 0) for p in prefixes])]
         answers = [[]] * len(prompts) if suffixes is None else self.encode([build_suffix(s, EOS) for s in suffixes])
@@ -225,12 +228,12 @@ class Processor:
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=False)}
 
     def preprocess_images(self, images: list) -> Float[Tensor, "B 3 H W"]:
-        """Pictures of any shapes → one float32 tensor, by the five steps above."""
-        squares = [self.load_and_resize(image) for image in images]
-        return channels_first(normalize(rescale(torch.from_numpy(np.stack(squares))), self.mean, self.std))
+        """Images of any size → one float32 tensor, by the five steps above."""
+        pixels = torch.from_numpy(np.stack([self.load_and_resize(image) for image in images]))
+        return channels_first(normalize(rescale(pixels), self.mean, self.std))
 
     def load_and_resize(self, image) -> UInt8[np.ndarray, "H W 3"]:
-        """One picture in any accepted form → size × size RGB bytes. An array that already is that passes untouched."""
+        """One image in any accepted form → size × size RGB bytes. An array of that size is returned as it is."""
         if isinstance(image, (str, Path)):
             image = open_image(image)
         elif isinstance(image, Image.Image):
@@ -243,14 +246,14 @@ class Processor:
         return resize(image, self.image_size, self.resample)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Texts → token ids, with no token added before or after."""
+        """Texts → token ids, without adding special tokens."""
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        """Token ids (a list or a tensor [T]) → text. `<loc…>` and `<seg…>` are not special: they stay."""
+        """Token ids (a list or a tensor [T]) → text. ``<loc…>`` and ``<seg…>`` are not special, so they stay."""
         ids = [int(i) for i in ids]
         if any(i < 0 for i in ids):
-            raise ValueError("Token ids must not be negative; leave out the labels of -100 before decoding.")
+            raise ValueError(f"Token ids must not be negative: remove labels of {IGNORE_INDEX} before decoding.")
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, rows, skip_special_tokens: bool = True) -> list[str]:
@@ -259,132 +262,110 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, revision: str | None = None) -> "Processor":
-        """From a folder in the hub's format, a hub id (at a revision), or nothing (the embedded checkpoint).
+        """Loads a folder in the hub's format, a hub id (at a revision), or by default the embedded checkpoint.
 
         Reads tokenizer.json, tokenizer_config.json (padding_side), preprocessor_config.json or the "image_processor"
-        part of processor_config.json, and config.json; only the first must be there. Raises ValueError where these
-        contradict each other.
+        part of processor_config.json, and config.json. Only the first is required.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or one of its files is invalid or contradicts another.
         """
         folder = hub.resolve(path, revision, weights=False)
-        settings = image_settings(folder)
+        settings = read_image_settings(folder)
         padding_side = read_json(folder / "tokenizer_config.json").get("padding_side", "left")
         processor = cls(read_tokenizer(folder / "tokenizer.json"), padding_side=padding_side, **settings)
         config = read_json(folder / "config.json")
         expected = config.get("image_token_id", config.get("image_token_index"))
         if expected not in (None, processor.image_token_id):
-            raise ValueError(
-                f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, but config.json "
-                f"says {expected}; tokenizer.json belongs to another model."
-            )
+            ids = f"has id {processor.image_token_id} in tokenizer.json but {expected} in config.json"
+            raise ValueError(f"{processor.image_token} {ids}: tokenizer.json belongs to another model.")
         return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files that `from_pretrained`, and transformers' AutoProcessor, read back."""
+        """Saves the files that ``from_pretrained``, and transformers' AutoProcessor, can load."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
-        tokenizer_config = {
-            "tokenizer_class": "GemmaTokenizer",
-            "processor_class": "PaliGemmaProcessor",
-            "padding_side": self.padding_side,
-            "pad_token": PAD,
-            "eos_token": EOS,
-            "bos_token": BOS,
-            "unk_token": UNK,
-            "mask_token": MASK,
-            "additional_special_tokens": [self.image_token],
-        }
-        preprocessor_config = {
-            "image_processor_type": "SiglipImageProcessor",
-            "processor_class": "PaliGemmaProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": self.image_size, "width": self.image_size},
-            "resample": self.resample,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": self.mean,
-            "image_std": self.std,
-            "image_seq_length": self.num_image_tokens,
-        }
-        write_json(folder / "tokenizer_config.json", tokenizer_config)
-        write_json(folder / "preprocessor_config.json", preprocessor_config)
+        config = {"tokenizer_class": "GemmaTokenizer", "processor_class": "PaliGemmaProcessor"}
+        config |= {"padding_side": self.padding_side, "additional_special_tokens": [self.image_token]}
+        config |= {"pad_token": PAD, "eos_token": EOS, "bos_token": BOS, "unk_token": UNK, "mask_token": MASK}
+        write_json(folder / "tokenizer_config.json", config)
+        config = {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor"}
+        config |= dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
+        config |= {"size": {"height": self.image_size, "width": self.image_size}, "resample": self.resample}
+        config |= {"rescale_factor": 1 / 255, "image_mean": self.mean, "image_std": self.std}
+        write_json(folder / "preprocessor_config.json", config | {"image_seq_length": self.num_image_tokens})
 
 
-# --- what must hold before anything is computed --------------------------------------------------------------------
+# --- checks --------------------------------------------------------------------------------------------------------
 
 
 def check_batch(text, images, suffix, image_token: str) -> tuple[list[str], list, list[str] | None]:
-    """One or many of each → lists of equal length; ValueError says what does not fit."""
-    prefixes = check_texts("prompt", text, image_token)
-    for prefix in prefixes:
-        if not prefix.strip():
-            raise ValueError("A prompt is empty; write what the model shall do, for example 'caption en'.")
+    """One or several prompts, images and suffixes (or ``None``) → lists of equal length."""
+    prefixes = check_prompts(text, image_token)
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if len(images) != len(prefixes):
-        raise ValueError(f"There are {len(prefixes)} prompts and {len(images)} pictures; give one picture per prompt.")
-    if suffix is None:
-        return prefixes, images, None
-    suffixes = check_texts("suffix", suffix, image_token)
-    if len(suffixes) != len(prefixes):
-        raise ValueError(f"There are {len(prefixes)} prompts and {len(suffixes)} suffixes; give one suffix per prompt.")
+        raise ValueError(f"There are {len(prefixes)} prompts and {len(images)} images: pass one image per prompt.")
+    suffixes = None if suffix is None else check_texts("suffix", suffix, image_token)
+    if suffixes is not None and len(suffixes) != len(prefixes):
+        raise ValueError(f"There are {len(prefixes)} prompts and {len(suffixes)} suffixes: pass one suffix per prompt.")
     return prefixes, images, suffixes
 
 
+def check_prompts(text, image_token: str) -> list[str]:
+    """A prompt or a list of prompts → a list of prompts, none of them empty."""
+    prompts = check_texts("prompt", text, image_token)
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("A prompt is empty: say what the model should do, for example 'caption en'.")
+    return prompts
+
+
 def check_texts(name: str, texts, image_token: str) -> list[str]:
-    """A string or a list of strings → a list, not empty, that a tokenizer can take."""
+    """A string or a list of strings → a list of at least one string that a tokenizer can encode."""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"The {name} must be a string or a list of strings.")
     if not texts:
-        raise ValueError(f"The list holds no {name}; give at least one.")
+        raise ValueError(f"The list contains no {name}: pass at least one.")
     for text in texts:
         if image_token in text:
-            raise ValueError(f"A {name} contains {image_token}; leave it out, the processor puts it in.")
+            raise ValueError(f"A {name} contains {image_token}: leave it out, the processor adds it.")
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"A {name} contains half a surrogate pair, which is no character; decode the text again.")
+            raise ValueError(f"A {name} contains a lone surrogate, which is not a character: decode the text again.")
     return list(texts)
 
 
 def check_array(image) -> None:
-    """Arrays must be RGB bytes: floats leave open whether 1 or 255 is white."""
+    """Arrays must be RGB bytes: with floats, white could be 1 or 255."""
     is_array = isinstance(image, np.ndarray)
     if not is_array or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         found = f"an array of {image.dtype} with shape {list(image.shape)}" if is_array else f"a {type(image).__name__}"
-        raise ValueError(
-            f"A picture is {found}; it must be a PIL image, a path, or a uint8 array [H, W, 3] that is not empty. "
-            "Give several pictures as a list."
-        )
+        expected = "a PIL image, a path, or a non-empty uint8 array [H, W, 3]"
+        raise ValueError(f"An image must be {expected}, but got {found}. Pass several images as a list.")
 
 
 def check_channels(name: str, value) -> list[float]:
-    """One number for all channels, or one for each → three floats."""
+    """One number for all channels, or one per channel → three floats."""
     values = [float(v) for v in np.broadcast_to(value, 3)] if np.size(value) in (1, 3) else []
     if len(values) != 3 or not np.isfinite(values).all():
-        raise ValueError(f"The {name} of the channels is {value}; it must be one number or three.")
+        raise ValueError(f"{name} must be one number or three, one per channel, not {value}.")
     return values
 
 
 def check_padding_side(side: str) -> str:
     if side not in ("left", "right"):
-        raise ValueError(f"padding_side is {side!r}; it must be 'left' or 'right'.")
+        raise ValueError(f"padding_side must be 'left' or 'right', not {side!r}.")
     return side
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict:
-    """A JSON object, or {} where the file is absent."""
-    if not path.is_file():
-        return {}
+    """The JSON object in a file, or {} if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"The file {str(path)!r} is not valid JSON: {error}") from error
     if type(content) is not dict:
-        raise ValueError(f"The file {str(path)!r} must hold a JSON object.")
+        raise ValueError(f"The file {str(path)!r} must contain a JSON object.")
     return content
 
 
@@ -392,32 +373,25 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def image_settings(folder: Path) -> dict:
-    """How a hub folder wants its pictures; what its files leave out comes from config.json, then from PaliGemma."""
-    nested = read_json(folder / "processor_config.json").get("image_processor") or {}  # where transformers 5 puts it
+def read_image_settings(folder: Path) -> dict:
+    """The arguments of ``Processor`` for images. Sizes that the preprocessor's files omit come from config.json."""
+    nested = read_json(folder / "processor_config.json").get("image_processor") or {}  # the layout of transformers 5
     found = {**read_json(folder / "preprocessor_config.json"), **nested}
     found = {name: value for name, value in found.items() if value is not None}
     vision = read_json(folder / "config.json").get("vision_config") or {}
     size = found.get("size", vision.get("image_size", 224))
     height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
     if height != width or not isinstance(height, int):
-        raise ValueError(
-            f"{str(folder)!r} asks for pictures of size {size}; only a height equal to the width is known."
-        )
-    if vision.get("image_size", height) != height:
-        raise ValueError(
-            f"{str(folder)!r} prepares {height}-pixel pictures for a tower of {vision['image_size']} pixels."
-        )
+        raise ValueError(f"{str(folder)!r} has images of size {size}, but only square images are supported.")
+    expected = vision.get("image_size", height)
+    if expected != height:
+        raise ValueError(f"{str(folder)!r} resizes images to {height} pixels, but its vision tower expects {expected}.")
     patches = (height // vision.get("patch_size", 14)) ** 2
     num_image_tokens = found.get("image_seq_length", patches)
     if vision and num_image_tokens != patches:
-        raise ValueError(f"{str(folder)!r} sets {num_image_tokens} image tokens for a tower of {patches} patches.")
+        raise ValueError(f"{str(folder)!r} has {num_image_tokens} image tokens for a tower with {patches} patches.")
     if not all(found.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize")):
-        raise ValueError(f"{str(folder)!r} switches off resizing, rescaling or normalizing, which is not supported.")
-    return {
-        "image_size": height,
-        "num_image_tokens": num_image_tokens,
-        "resample": found.get("resample", BICUBIC),
-        "mean": found.get("image_mean", 0.5),
-        "std": found.get("image_std", 0.5),
-    }
+        raise ValueError(f"{str(folder)!r} disables resizing, rescaling or normalizing, which is not supported.")
+    names = {"resample": "resample", "image_mean": "mean", "image_std": "std"}
+    settings = {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
+    return settings | {"image_size": height, "num_image_tokens": num_image_tokens}

@@ -1,11 +1,12 @@
-"""Masks ↔ sixteen words: the VQ-VAE behind PaliGemma's `<seg…>` tokens.
+"""Masks ↔ sixteen tokens: the VQ-VAE behind PaliGemma's ``<seg…>`` tokens.
 
-    B masks · 64 × 64 values of a mask, as seen in its box · 16 codes = 4 × 4, row by row · 128 vectors of width 512
+    B masks · 64 × 64 values of a mask, relative to its box · 16 codes = 4 × 4, row by row · C = 128 vectors · D = 512
 
-The encoder halves a mask four times, 64 → 4, and gives each of the 16 places a vector; the quantizer replaces each by
-the nearest of the 128 vectors of its codebook, and that vector's number is the code; the decoder goes the way back.
+The encoder halves the resolution of a mask four times, 64 → 4, and produces one vector for each of the 16 cells. The
+quantizer replaces each vector by the nearest one in its codebook of 128 vectors. The index of that one is the code. The
+decoder turns codes into a mask again.
 
-Architecture and parameter names are those of the released weights, `vae-oid.npz`, so that they load here. Sources:
+Architecture and parameter names are those of the released weights, ``vae-oid.npz``, so that they load here. Sources:
 big_vision, pp/proj/paligemma/segmentation.py (encoder) and evaluators/proj/paligemma/transfers/segmentation.py
 (decoder); the paper behind both, arXiv:2301.02229; VQ-VAE arXiv:1711.00937, with the moving averages of its appendix.
 """
@@ -24,22 +25,20 @@ from torch import Tensor, nn
 from minivlm import hub, locations
 from minivlm.locations import CODES, Box, Detection
 
-WIDTH = 512  # of a codebook vector
-GRID = 4  # codes along each side of a mask
-TRAINING_ONLY = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # of a file; only the training that wrote it needs them
+CODE_DIM = 512  # size of a codebook vector
+GRID_SIZE = 4  # codes along each side of a mask
+TRAINING_ONLY = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # arrays of a file that only training needs
 
 
 class ResidualBlock(nn.Module):
-    """x + 1×1(ReLU(3×3(ReLU(3×3(x))))), all of one width."""
+    """x + 1×1(ReLU(3×3(ReLU(3×3(x))))), with the same number of channels throughout."""
 
-    def __init__(self, width: int):
+    def __init__(self, channels: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
+            *(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()),
+            nn.Conv2d(channels, channels, 1),
         )
 
     def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
@@ -47,25 +46,25 @@ class ResidualBlock(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """The codebook: 128 vectors, the nearest of which stands for any other."""
+    """The codebook: 128 vectors, the nearest of which replaces any other vector."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("_embedding", torch.zeros(CODES, WIDTH))  # training moves it by averages, not by gradients
+        self.register_buffer("_embedding", torch.zeros(CODES, CODE_DIM))  # trained by moving averages, not gradients
 
     def nearest(self, grid: Float[Tensor, "B D 4 4"]) -> Int[Tensor, "B 16"]:
-        """argmin over the codebook of ‖v − e‖² = ‖v‖² − 2 v·e + ‖e‖², of which ‖v‖² changes nothing."""
+        """The code of each vector: argmin of ‖v − e‖² = ‖v‖² − 2 v·e + ‖e‖², where ‖v‖² is the same for every code."""
         vectors = grid.flatten(2).mT  # [B, 16, D], row by row
         return (self._embedding.square().sum(1) - 2 * vectors @ self._embedding.T).argmin(2)
 
 
 def code_grid(codes: Int[Tensor, "B 16"], codebook: Float[Tensor, "C D"]) -> Float[Tensor, "B D 4 4"]:
-    """The vector of each code at its place: 16 codes fill the 4 × 4 grid row by row; the width in front, for a conv."""
-    return codebook[codes].mT.unflatten(2, (GRID, GRID))
+    """The vector of each code. The 16 codes fill the 4 × 4 grid row by row; channels come first, as a conv expects."""
+    return codebook[codes].mT.unflatten(2, (GRID_SIZE, GRID_SIZE))
 
 
 class MaskVQVAE(nn.Module):
-    """Masks of 64×64 → 16 codes, and back."""
+    """Encodes 64×64 masks as 16 codes each, and decodes them."""
 
     def __init__(self):
         super().__init__()
@@ -75,11 +74,11 @@ class MaskVQVAE(nn.Module):
             *(nn.Conv2d(32, 64, 4, 2, padding=1), nn.ReLU()),  # → 8
             *(nn.Conv2d(64, 128, 4, 2, padding=1), nn.ReLU()),  # → 4
             *(ResidualBlock(128), ResidualBlock(128)),
-            nn.Conv2d(128, WIDTH, 1),
+            nn.Conv2d(128, CODE_DIM, 1),
         )
         self._vq_vae = VectorQuantizer()
         self.decoder = nn.Sequential(
-            *(nn.Conv2d(WIDTH, 128, 1), nn.ReLU()),
+            *(nn.Conv2d(CODE_DIM, 128, 1), nn.ReLU()),
             *(ResidualBlock(128), ResidualBlock(128)),
             *(nn.ConvTranspose2d(128, 128, 4, 2, padding=1), nn.ReLU()),  # 4 → 8
             *(nn.ConvTranspose2d(128, 64, 4, 2, padding=1), nn.ReLU()),  # → 16
@@ -89,82 +88,77 @@ class MaskVQVAE(nn.Module):
         )
 
     def encode(self, masks: Float[Tensor, "B 64 64"]) -> Int[Tensor, "B 16"]:
-        """Masks with values in [0, 1] → codes 0…127, row by row."""
+        """Masks with values in [0, 1] → codes, row by row."""
         return self._vq_vae.nearest(self.encoder(2 * masks[:, None] - 1))
 
     def decode(self, codes: Int[Tensor, "B 16"]) -> Float[Tensor, "B 64 64"]:
-        """Codes → masks with values in about [-1, 1]: above 0 is inside.
+        """Codes → masks with values in about [-1, 1], where above 0 is inside.
 
         Raises:
-            ValueError: a code is not one of 0…127.
+            ValueError: If a code is not in the codebook.
         """
         if codes.numel() and not (0 <= codes.min() and codes.max() < CODES):
-            raise ValueError(f"Codes go from 0 to {CODES - 1}; these, from {int(codes.min())} to {int(codes.max())}.")
+            raise ValueError(f"Codes must be from 0 to {CODES - 1}, not from {int(codes.min())} to {int(codes.max())}.")
         return self.decoder(code_grid(codes, self._vq_vae._embedding))[:, 0]
-
-    # --- masks of pictures ---
 
     @torch.no_grad()
     def codes_from_masks(self, masks: Sequence[Bool[np.ndarray, "H W"]], boxes: Sequence[Box]) -> list[tuple[int, ...]]:
-        """Masks of a picture, each with its box in pixels → the 16 codes of each, as `Detection` holds them."""
+        """Masks of an image, each with its box in pixels → the 16 codes of each, as in ``Detection.codes``."""
         if not masks:
             return []
-        cut = np.stack([locations.crop_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)])
-        return [tuple(codes) for codes in self.encode(torch.from_numpy(cut)).tolist()]
+        crops = np.stack([locations.crop_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)])
+        return [tuple(codes) for codes in self.encode(torch.from_numpy(crops)).tolist()]
 
     @torch.no_grad()
     def masks_from_detections(
         self, detections: Sequence[Detection], width: int, height: int
     ) -> list[Bool[np.ndarray, "H W"] | None]:
-        """What was detected in a picture of width × height pixels → the mask of each; None where it has no codes."""
-        coded = [detection for detection in detections if detection.codes]
-        if not coded:
+        """Detections in an image of width × height pixels → the mask of each, or None if it has no codes."""
+        codes = [detection.codes for detection in detections if detection.codes]
+        if not codes:
             return [None] * len(detections)
-        values = iter(self.decode(torch.tensor([detection.codes for detection in coded])).numpy())
+        values = iter(self.decode(torch.tensor(codes)).numpy())
         return [locations.paste_mask(next(values), d.box, width, height) if d.codes else None for d in detections]
-
-    # --- files ---
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "MaskVQVAE":
-        """The weights in a `.npz` file, or in the one file `vae-*.npz` of a folder; the embedded ones without a path.
+        """Loads a ``.npz`` file, the one file ``vae-*.npz`` in a folder, or by default the embedded weights.
 
         Raises:
-            FileNotFoundError: there is no such file; big_vision's is `vae-oid.npz`.
-            ValueError: it is damaged, holds pickled objects, or its arrays are not those of this architecture.
+            FileNotFoundError: If there is no such file. big_vision's is ``vae-oid.npz``.
+            ValueError: If the file is damaged, contains pickled objects, or does not fit this architecture.
         """
-        path = find_file(Path(path or hub.EMBEDDED))
-        model = cls()
-        arrays = read_arrays(path)
+        path, model = find_npz(Path(path or hub.EMBEDDED)), cls()
+        arrays = read_npz_arrays(path)
         check_arrays(path, arrays, {name: tuple(value.shape) for name, value in model.state_dict().items()})
         model.load_state_dict({name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()})
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, name: str = "vae-emoji.npz") -> None:
-        """Writes `folder/name` in float16, half the size, with the names of big_vision's `vae-oid.npz`."""
+        """Saves ``folder/name`` in float16, half the size, with the names of big_vision's ``vae-oid.npz``."""
         arrays = {key: value.cpu().numpy().astype(np.float16) for key, value in self.state_dict().items()}
         np.savez_compressed(Path(folder) / name, **arrays)
 
 
-def find_file(path: Path) -> Path:
-    """The file itself, or the `vae-*.npz` in a folder."""
+def find_npz(path: Path) -> Path:
+    """The file itself, or the ``vae-*.npz`` in a folder."""
     if path.is_file():
         return path
     found = sorted(path.glob("vae-*.npz"))
     if len(found) > 1:
-        raise ValueError(f"{path} holds {' and '.join(file.name for file in found)}: name the file you mean.")
+        raise ValueError(f"{path} contains {' and '.join(file.name for file in found)}: pass the path of one of them.")
     if not found:
         raise FileNotFoundError(
-            f"{path} holds no mask VQ-VAE. That of Google's models is gs://big_vision/paligemma/vae-oid.npz: "
-            "download it, and name the file, or put it into the checkpoint's folder."
+            f"There is no mask VQ-VAE at {path}. For Google's models, download "
+            "gs://big_vision/paligemma/vae-oid.npz and pass its path, or put it into the checkpoint's folder."
         )
     return found[0]
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz` file but those that only training needs. Nothing is ever unpickled.
+def read_npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of a ``.npz`` file except those that only training needs. Nothing is unpickled.
 
-    A `.npz` file is a zip of `.npy` files. Each is read to its end, where zip compares a checksum.
+    A ``.npz`` file is a zip of ``.npy`` files. Each is read to its end, so that zip verifies its checksum.
     """
     arrays = {}
     try:
@@ -174,18 +168,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 if name not in TRAINING_ONLY:
                     arrays[name] = np.lib.format.read_array(io.BytesIO(file.read(entry)), allow_pickle=False)
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no whole .npz file of plain arrays ({error}): download it again.") from error
+        raise ValueError(f"{path} is not a complete .npz file of plain arrays ({error}): download it again.") from error
     return arrays
 
 
 def check_arrays(path: Path, arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Every name there, none besides, each of its shape and of floating type; or one ValueError that lists them all."""
+    """Checks names, shapes and floating dtypes. One ValueError lists everything that is wrong."""
     problems = [f"{name} is missing" for name in shapes if name not in arrays]
-    problems += [f"{name} is not part of it" for name in arrays if name not in shapes]
+    problems += [f"{name} is unexpected" for name in arrays if name not in shapes]
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
-            problems.append(f"{name} is {arrays[name].shape}, not {shape}")
+            problems.append(f"{name} has shape {arrays[name].shape} instead of {shape}")
         elif name in arrays and not np.issubdtype(arrays[name].dtype, np.floating):
-            problems.append(f"{name} holds {arrays[name].dtype}, not floating-point numbers")
+            problems.append(f"{name} has dtype {arrays[name].dtype}, which is not floating point")
     if problems:
-        raise ValueError(f"{path} is not the mask VQ-VAE of PaliGemma: {'; '.join(problems)}.")
+        raise ValueError(f"{path} is not PaliGemma's mask VQ-VAE: {'; '.join(problems)}.")

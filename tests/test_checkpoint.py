@@ -1,4 +1,4 @@
-"""Checkpoints: every layout in the wild opens, what is written opens in transformers, and nothing is read leniently."""
+"""Checkpoints: every known layout loads, transformers loads what we save, and nothing is read leniently."""
 
 import json
 import os
@@ -44,26 +44,26 @@ def tiny_model(kind: str = "gemma") -> PaliGemma:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint to spoil."""
+    """A checkpoint for tests to damage."""
     tiny_model().save_pretrained(tmp_path / "ok")
     return tmp_path / "ok"
 
 
 def rewrite(folder: Path, change) -> None:
-    """Passes the weights of ``folder`` through ``change``, a function of the dict that edits it or returns another."""
+    """Applies ``change`` to the weights of ``folder``: a function that edits the dict or returns another."""
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights) or weights, folder / "changed", metadata={"format": "pt"})
-    os.replace(folder / "changed", folder / "model.safetensors")  # the old one may still be mapped
+    os.replace(folder / "changed", folder / "model.safetensors")  # the old file can still be mapped
 
 
-def state_type(folder: Path, **entries) -> None:
-    """Makes ``entries`` all that ``config.json`` says about the type of the weights."""
+def set_config_dtype(folder: Path, **entries) -> None:
+    """Replaces everything that ``config.json`` says about the dtype by ``entries``."""
     values = json.loads((folder / "config.json").read_text())
     values.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(values | entries))
 
 
-def refusal(folder, **arguments) -> str:
+def load_error(folder, **arguments) -> str:
     with pytest.raises(ValueError) as caught:
         PaliGemma.from_pretrained(folder, **arguments)
     assert "\n" not in str(caught.value)
@@ -89,7 +89,7 @@ def inputs(dtype) -> dict:
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_opens_what_we_write_and_we_what_it_writes(kind, dtype, tmp_path):
+def test_transformers_loads_what_we_save_and_we_load_what_it_saves(kind, dtype, tmp_path):
     from transformers import PaliGemmaForConditionalGeneration
 
     ours = tiny_model(kind).to(dtype)
@@ -142,7 +142,7 @@ def test_name_layouts(layout, folder):
     assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
 
 
-def test_hub_names_are_what_is_written(folder):
+def test_saved_names_are_hub_names(folder):
     names = set(load_file(folder / "model.safetensors"))
     some = {EMBED, "multi_modal_projector.linear.bias", "vision_tower.vision_model.encoder.layers.1.mlp.fc2.bias"}
     assert some | {"language_model.model.layers.2.self_attn.q_proj.weight"} <= names
@@ -155,11 +155,11 @@ def test_output_head_must_be_the_embedding(name, folder):
     rewrite(folder, lambda weights: weights | {name: weights[EMBED].clone()})
     assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
     rewrite(folder, lambda weights: weights | {name: weights[EMBED] + 1e-3})
-    message = refusal(folder)
+    message = load_error(folder)
     assert name in message and "embedding" in message
-    assert name in refusal(folder, dtype=torch.bfloat16)
+    assert name in load_error(folder, dtype=torch.bfloat16)
     rewrite(folder, lambda weights: weights | {name: weights[EMBED].bfloat16()})
-    assert name in refusal(folder, dtype=torch.bfloat16)
+    assert name in load_error(folder, dtype=torch.bfloat16)
 
 
 def test_buffers_of_old_files_are_ignored(folder):
@@ -172,33 +172,34 @@ def test_buffers_of_old_files_are_ignored(folder):
 # --- strictness ---
 
 
-def test_all_faults_are_in_one_error(folder):
-    gone, wide, whole = "multi_modal_projector.linear.bias", NORM, "language_model.model.layers.1.mlp.up_proj.weight"
+def test_one_error_lists_all_faults(folder):
+    missing, misshapen = "multi_modal_projector.linear.bias", NORM
+    integer = "language_model.model.layers.1.mlp.up_proj.weight"
 
-    def spoil(weights):
-        del weights[gone]
-        weights[wide] = torch.zeros(49)
-        weights[whole] = weights[whole].to(torch.int8)
+    def damage(weights):
+        del weights[missing]
+        weights[misshapen] = torch.zeros(49)
+        weights[integer] = weights[integer].to(torch.int8)
         weights["language_model.model.layers.7.input_layernorm.weight"] = torch.zeros(48)
         weights["vision_tower.vision_model.head.probe"] = torch.zeros(1, 1, 32)
 
-    rewrite(folder, spoil)
-    message = refusal(folder)
-    assert f"1 missing: {gone};" in message
-    assert "2 extra: " in message and "layers.7.input_layernorm" in message and "head.probe" in message
-    assert f"1 misshapen: {wide} [49] instead of [48];" in message
-    assert f"{whole} I8" in message
+    rewrite(folder, damage)
+    message = load_error(folder)
+    assert f"1 missing: {missing};" in message
+    assert "2 unexpected: " in message and "layers.7.input_layernorm" in message and "head.probe" in message
+    assert f"1 of the wrong shape: {misshapen} [49] instead of [48];" in message
+    assert f"1 of an unsupported dtype: {integer} I8" in message
 
 
-def test_long_lists_are_cut(folder):
+def test_long_lists_are_abbreviated(folder):
     rewrite(folder, lambda weights: {EMBED: weights[EMBED]})
-    message = refusal(folder)
+    message = load_error(folder)
     assert " missing: " in message and "… and " in message and message.count("weight,") <= 8 and len(message) < 900
 
 
 def test_one_weight_under_two_names(folder):
     rewrite(folder, lambda weights: weights | {"model.language_model.norm.weight": weights[NORM] + 1})
-    assert "1 extra: " in refusal(folder)
+    assert "1 unexpected: " in load_error(folder)
 
 
 def test_gemma2_file_with_gemma_config(tmp_path):
@@ -206,19 +207,19 @@ def test_gemma2_file_with_gemma_config(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["model_type"] = "gemma"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "pre_feedforward_layernorm" in refusal(tmp_path)
+    assert "pre_feedforward_layernorm" in load_error(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite(value, folder):
-    """Found when they are converted; weights that are the file itself, when they first answer (test_generation.py)."""
+    """Detected on conversion. For mapped weights, the first answer detects them (test_generation.py)."""
 
-    def spoil(weights):
+    def damage(weights):
         weights[EMBED][7, 3] = value
         weights[NORM][-1] = value
 
-    rewrite(folder, spoil)
-    message = refusal(folder, dtype=torch.bfloat16)
+    rewrite(folder, damage)
+    message = load_error(folder, dtype=torch.bfloat16)
     assert message.startswith("2 weights hold NaN or infinity") and EMBED in message and NORM in message
     assert not PaliGemma.from_pretrained(folder).get_parameter(NORM).isfinite().all()
 
@@ -226,21 +227,21 @@ def test_weights_that_are_not_finite(value, folder):
 def test_overflow_on_conversion(folder):
     rewrite(folder, lambda weights: weights | {NORM: weights[NORM] + 1e5})
     PaliGemma.from_pretrained(folder)
-    message = refusal(folder, dtype=torch.float16)
+    message = load_error(folder, dtype=torch.float16)
     assert NORM in message and "float16" in message
 
 
-def test_mixed_types_need_a_choice(folder):
+def test_mixed_dtypes_need_a_choice(folder):
     rewrite(folder, lambda weights: weights | {NORM: weights[NORM].bfloat16()})
-    assert {p.dtype for p in PaliGemma.from_pretrained(folder).parameters()} == {torch.float32}  # config.json chose
-    state_type(folder)
-    assert "dtype=torch.float32" in refusal(folder)
+    assert {p.dtype for p in PaliGemma.from_pretrained(folder).parameters()} == {torch.float32}  # as in config.json
+    set_config_dtype(folder)
+    assert "dtype=torch.float32" in load_error(folder)
     assert {p.dtype for p in PaliGemma.from_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_types_that_cannot_be_asked_for(dtype, folder):
-    assert "torch.bfloat16" in refusal(folder, dtype=dtype)
+def test_unsupported_dtypes(dtype, folder):
+    assert "torch.bfloat16" in load_error(folder, dtype=dtype)
 
 
 # --- damaged folders ---
@@ -248,20 +249,21 @@ def test_types_that_cannot_be_asked_for(dtype, folder):
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    assert "has no config.json" in refusal(folder)
+    assert "has no config.json" in load_error(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_truncated_file(keep, folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    message = refusal(folder)
-    assert "model.safetensors is damaged, cut short or no safetensors file" in message and "fetch it again" in message
+    message = load_error(folder)
+    assert "model.safetensors is damaged, truncated or not a safetensors file" in message
+    assert "download it again" in message
 
 
 def test_lfs_pointer(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "git lfs pull" in refusal(folder)
+    assert "git lfs pull" in load_error(folder)
 
 
 class Bomb:
@@ -276,16 +278,16 @@ def test_pickles_are_not_opened(folder, tmp_path):
     os.replace(folder / "model.safetensors", tmp_path / "aside")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     shutil.copy(folder / "pytorch_model.bin", folder / "model.pt")
-    message = refusal(folder)
+    message = load_error(folder)
     assert "safetensors" in message and "pickle" in message
     assert not (tmp_path / "exploded").exists()
-    shutil.copy(folder / "model.pt", folder / "model.safetensors")  # nor under another name
-    assert "damaged" in refusal(folder)
+    shutil.copy(folder / "model.pt", folder / "model.safetensors")  # not under another name either
+    assert "damaged" in load_error(folder)
     assert not (tmp_path / "exploded").exists()
 
 
 def shard(folder: Path) -> dict:
-    """Splits the weights of ``folder`` by hand; returns the index."""
+    """Splits the weights of ``folder`` into shards by hand and returns the index."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {}}
@@ -305,32 +307,32 @@ def test_shards(folder):
     index = shard(folder)
     assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model())
     (folder / "model-1.safetensors").rename(folder / "aside")
-    assert "lacks model-1.safetensors" in refusal(folder)
+    assert "lacks model-1.safetensors" in load_error(folder)
     lost = [name for name, file in index["weight_map"].items() if file == "model-1.safetensors"]
-    index["weight_map"] |= dict.fromkeys(lost, "model-2.safetensors")  # an index that promises too much
+    index["weight_map"] |= dict.fromkeys(lost, "model-2.safetensors")  # an index that lists too much
     write_index(folder, index)
-    assert f"{len(lost)} missing: " in refusal(folder)
+    assert f"{len(lost)} missing: " in load_error(folder)
 
 
 @pytest.mark.parametrize("name", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../b.safetensors",
                                   "..\\b.safetensors", "C:b.safetensors", "model.bin", "..", 5])  # fmt: skip
-def test_index_that_leaves_its_folder(name, folder):
+def test_index_that_refers_outside_its_folder(name, folder):
     index = shard(folder)
     shutil.copy(folder / "model-1.safetensors", folder.parent / "stolen.safetensors")
     index["weight_map"][NORM] = name
     write_index(folder, index)
-    message = refusal(folder)
-    assert ("names the file" in message and repr(name) in message) or (name == 5 and "weight_map" in message)
+    message = load_error(folder)
+    assert ("refers to" in message and repr(name) in message) or (name == 5 and "weight_map" in message)
 
 
 @pytest.mark.parametrize("index", ["<html>", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}'])
-def test_index_that_is_none(index, folder):
+def test_invalid_index(index, folder):
     shard(folder)
     write_index(folder, index)
-    assert "index.json is no JSON with a weight_map" in refusal(folder)
+    assert "index.json is not JSON with a weight_map" in load_error(folder)
 
 
-# --- what loading gives ---
+# --- what loading returns ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -350,13 +352,13 @@ def test_conversion(dtype, folder):
         ({"dtype": None, "torch_dtype": ["?"]}, torch.float32),
     ],
 )
-def test_type_is_what_config_says_or_as_stored(entries, expected, folder):
-    state_type(folder, **entries)
+def test_dtype_is_that_of_the_config_or_as_stored(entries, expected, folder):
+    set_config_dtype(folder, **entries)
     assert_same_weights(PaliGemma.from_pretrained(folder), tiny_model().to(expected))
     assert_same_weights(PaliGemma.from_pretrained(folder, dtype=torch.float64), tiny_model().double())
 
 
-def test_stored_in_half_the_room(folder, tmp_path):
+def test_stored_in_half_the_space(folder, tmp_path):
     """bfloat16 in the file, float32 in memory, here and in transformers."""
     from transformers import PaliGemmaForConditionalGeneration
 
@@ -376,7 +378,7 @@ def test_training_never_touches_the_file(folder):
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert (folder / "model.safetensors").read_bytes() == before
     assert not torch.equal(model.state_dict()[EMBED], tiny_model().state_dict()[EMBED])
-    model.save_pretrained(folder)  # over the very file that the weights are mapped from
+    model.save_pretrained(folder)  # over the file that the weights are mapped from
     assert_same_weights(PaliGemma.from_pretrained(folder), model)
 
 
@@ -392,7 +394,7 @@ model = PaliGemma.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2],
 print((memory("VmHWM") - before) / size)
 assert find_nonfinite(model.state_dict()) is None
 print((memory("VmHWM") - before) / size)
-assert not {"huggingface_hub", "transformers"} & set(sys.modules), "imported for nothing"
+assert not {"huggingface_hub", "transformers"} & set(sys.modules), "unnecessary imports"
 """
 
 
@@ -413,7 +415,7 @@ def big(tmp_path_factory):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("dtype, loaded, read", [("None", (0, 0.1), (0.9, 1.1)), ("bfloat16", (0.4, 1.1), (0.4, 1.1))])
 def test_peak_memory_of_loading(dtype, loaded, read, big):
-    """Over the file's size. Weights in their stored type take no memory before they are read, and then the file's."""
+    """In multiples of the file's size. Mapped weights take no memory until they are read, then as much as the file."""
     command = [sys.executable, "-c", MEASURE, str(big), dtype]
     root = Path(checkpoint.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
@@ -459,7 +461,7 @@ def test_saving_into_a_file_or_an_impossible_config(folder, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-# --- where checkpoints are found ---
+# --- finding checkpoints ---
 
 
 def test_embedded_checkpoint_is_the_default(folder, monkeypatch, tmp_path):
@@ -482,12 +484,12 @@ def test_a_folder_is_never_a_hub_id(folder, monkeypatch):
                                   "https://huggingface.co/google/paligemma-3b-pt-224", Path("owner/name")])  # fmt: skip
 def test_neither_folder_nor_hub_id(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("contacted the hub"))
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         hub.resolve(path)
 
 
-def test_a_file_is_no_checkpoint(folder):
+def test_a_file_is_not_a_checkpoint(folder):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         hub.resolve(folder / "model.safetensors")
 
@@ -535,7 +537,7 @@ FAILURES = {
     "forbidden, hidden": (not_cached(http(errors.HfHubHTTPError, 403)), GATED),
     "absent": (http(errors.RepositoryNotFoundError, 404), ["no folder", "no public repository", "check the spelling"]),
     "no such revision": (http(errors.RevisionNotFoundError, 404), ["no revision 'v9'"]),
-    "hub down": (not_cached(http(errors.HfHubHTTPError, 503)), ["could not be fetched", "503", "network"]),
+    "hub down": (not_cached(http(errors.HfHubHTTPError, 503)), ["could not be downloaded", "503", "network"]),
     "offline mode": (not_cached(errors.OfflineModeIsEnabled("offline mode is enabled")), ["offline mode", "network"]),
     "disk full": (OSError(28, "No space left on device"), ["No space left"]),
     "timeout": (TimeoutError(), ["TimeoutError", "network"]),
@@ -543,7 +545,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_the_hub_refuses_is_one_sentence(failure, monkeypatch):
+def test_failed_downloads_are_explained_in_one_line(failure, monkeypatch):
     error, expected = FAILURES[failure]
 
     def download(*args, **kwargs):
@@ -560,8 +562,8 @@ def test_what_the_hub_refuses_is_one_sentence(failure, monkeypatch):
 
 def test_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(OSError, match="could not be fetched and is not in the local cache .*check the network"):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
+    with pytest.raises(OSError, match="could not be downloaded and is not in the local cache .*check the network"):
         hub.resolve(REPO)
 
 
@@ -569,11 +571,11 @@ def test_cached_repository_opens_without_network(monkeypatch, tmp_path, folder):
     repo, commit = tmp_path / "models--google--paligemma-3b-pt-224", "35e4f46485b4d07967e7e9935bc3786aad50687c"
     (repo / "blobs").mkdir(parents=True)
     (repo / "snapshots" / commit).mkdir(parents=True)
-    for i, file in enumerate(folder.iterdir()):  # the cache's own way: links to blobs outside the snapshot
+    for i, file in enumerate(folder.iterdir()):  # as in the hub's cache: links to blobs outside the snapshot
         shutil.copy(file, repo / "blobs" / str(i))
         (repo / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / str(i))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert_same_weights(PaliGemma.from_pretrained(REPO, revision=commit), tiny_model())
-    with pytest.raises(OSError, match="could not be fetched"):
+    with pytest.raises(OSError, match="could not be downloaded"):
         PaliGemma.from_pretrained(REPO)  # no branch is in the cache

@@ -397,7 +397,7 @@ def test_logits_beyond_all_numbers_are_no_fault_of_the_weights():
 def test_batches_that_do_not_fit(talker, tiny_processor):
     with pytest.raises(ValueError, match="padded on the right"):
         generate_ids(talker, tiny_processor(text=PROMPTS, images=PICTURES, padding_side="right"))
-    with pytest.raises(ValueError, match="2 prompts and 3 pictures"):
+    with pytest.raises(ValueError, match="2 prompts and 3 images"):
         generate(talker, tiny_processor, PICTURES, PROMPTS[:2])
     with pytest.raises(ValueError, match="prompt"):
         generate(talker, tiny_processor, PICTURES[0], [])

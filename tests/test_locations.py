@@ -1,4 +1,4 @@
-"""locations.py: exact to the bin both ways, and no text, however broken, may stop it."""
+"""locations.py: exact to the bin in both directions, and robust to any malformed text."""
 
 import re
 
@@ -33,7 +33,7 @@ codes = st.one_of(st.just(()), st.lists(st.integers(0, 127), min_size=16, max_si
 
 @st.composite
 def scenes(draw):
-    """A picture's width and height, and the label, box and codes of some things in it."""
+    """Width and height of an image, with label, box and codes of up to four objects."""
     width, height = draw(sides), draw(sides)
     found = []
     for _ in range(draw(st.integers(0, 4))):
@@ -42,7 +42,7 @@ def scenes(draw):
     return width, height, found
 
 
-# --- there and back ------------------------------------------------------------------------------------------------
+# --- round trips ---------------------------------------------------------------------------------------------------
 
 
 def test_by_hand():
@@ -63,7 +63,7 @@ def test_order_is_y_before_x():
 
 
 @pytest.mark.parametrize("side", [1, 7, 224, 1023, 1024, 4000.5])
-def test_every_bin_survives(side):
+def test_every_bin_round_trips(side):
     assert [to_bin(from_bin(i, side), side) for i in range(1024)] == list(range(1024))
 
 
@@ -74,7 +74,7 @@ def test_round_trip(scene):
     found = [Detection(*fields) for fields in found]
     text = format_detections(found, width, height)
     parsed = parse_detections(text, width, height)
-    # boxes that share their four bins, label and codes are one to a reader of the text
+    # boxes with the same four bins, label and codes cannot be told apart in the text
     items = list(dict.fromkeys(text.split(" ; "))) if found else []
     assert len(parsed.detections) == len(items)
     assert format_detections(parsed.detections, width, height) == " ; ".join(items)  # exact to the bin
@@ -86,7 +86,7 @@ def test_round_trip(scene):
                 assert abs(v - w) <= side / 1023 / 2 * (1 + 1e-9)  # half a bin
 
 
-def test_codes_of_a_mask_are_kept_aside():
+def test_codes_of_a_mask_are_parsed():
     codes = tuple(range(100, 116))
     text = GOOD + "".join(f"<seg{code:03d}>" for code in codes) + " cat"
     parsed = parse_detections(text, 1023, 1023)
@@ -95,7 +95,7 @@ def test_codes_of_a_mask_are_kept_aside():
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n"])
-def test_nothing_found_is_no_problem(text):
+def test_an_empty_answer_is_no_problem(text):
     parsed = parse_detections(text, 10, 10)
     assert (parsed.detections, parsed.problems) == ([], [])
 
@@ -104,9 +104,9 @@ def test_nothing_found_is_no_problem(text):
 
 
 def triangle(size: int, new: int) -> np.ndarray:
-    """[new, size]: each new pixel as a mean of old ones, whose weights fall in a straight line from its center.
+    """[new, size]: weights that make each new pixel a mean of old ones, decreasing linearly from its center.
 
-    They reach nothing at the distance of one pixel, an old or a new one, whichever is larger.
+    They are 0 at a distance of one pixel, old or new, whichever is larger.
     """
     reach = max(size / new, 1.0)
     centers = (np.arange(new) + 0.5) * size / new
@@ -115,7 +115,7 @@ def triangle(size: int, new: int) -> np.ndarray:
 
 
 def blob(width: int, height: int, seed: int) -> np.ndarray:
-    """A mask with a smooth outline: where random numbers on a coarse grid, drawn smoothly, are the higher half."""
+    """A mask with a smooth outline: coarse random values, upsampled smoothly and thresholded at the median."""
     coarse = np.random.default_rng(seed).random((4, 4)).astype(np.float32)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     return smooth > np.median(smooth)
@@ -125,12 +125,12 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
 
 
-def test_masks_in_boxes_of_their_own_size_come_back_exactly():
+def test_masks_in_boxes_of_64_pixels_round_trip_exactly():
     mask = np.random.default_rng(0).random((90, 110)) < 0.5
     box = (30, 11, 94, 75)  # 64 × 64 pixels
-    cut = crop_mask(mask, box)
-    assert cut.dtype == np.float32 and np.array_equal(cut, mask[11:75, 30:94])
-    pasted = paste_mask(2 * cut - 1, box, 110, 90)
+    crop = crop_mask(mask, box)
+    assert crop.dtype == np.float32 and np.array_equal(crop, mask[11:75, 30:94])
+    pasted = paste_mask(2 * crop - 1, box, 110, 90)
     inside = np.zeros_like(mask)
     inside[11:75, 30:94] = True
     assert np.array_equal(pasted, mask & inside)
@@ -139,8 +139,8 @@ def test_masks_in_boxes_of_their_own_size_come_back_exactly():
 def test_rows_are_y_and_columns_x():
     mask = np.zeros((40, 80), bool)
     mask[:10, 20:60] = True  # the upper half of the box below
-    cut = crop_mask(mask, (20, 0, 60, 20))
-    assert (cut[:30] == 1).all() and (cut[34:] == 0).all()
+    crop = crop_mask(mask, (20, 0, 60, 20))
+    assert (crop[:30] == 1).all() and (crop[34:] == 0).all()
     values = np.full((64, 64), -1, np.float32)
     values[:, 32:] = 1
     pasted = paste_mask(values, (20, 0, 60, 20), 80, 40)
@@ -148,8 +148,8 @@ def test_rows_are_y_and_columns_x():
 
 
 @pytest.mark.parametrize("box", [(3, 5, 17, 9), (0, 0, 200, 130), (20, 30, 84, 94), (10, 0, 190, 11), (7, 7, 8, 8)])
-def test_cut_and_paste_equal_weighted_means(box):
-    """As antialiased bilinear resizing is defined, by a product of matrices: columns, then rows."""
+def test_crop_and_paste_equal_weighted_means(box):
+    """The definition of antialiased bilinear resizing: a matrix product over columns, then rows."""
     x0, y0, x1, y1 = box
     rng = np.random.default_rng(1)
     mask = rng.random((130, 200)) < 0.5
@@ -164,8 +164,8 @@ def test_cut_and_paste_equal_weighted_means(box):
     assert not pasted.any()
 
 
-def test_a_thin_line_is_a_grey_one_in_a_small_cut():
-    """Antialiasing: of 128 rows two make one, so a line one pixel thick gives the two or three cells it touches."""
+def test_a_thin_line_becomes_gray_in_a_small_crop():
+    """Antialiasing: two of 128 rows become one, so a line of one pixel spreads over two or three cells."""
     mask = np.zeros((128, 128), bool)
     mask[50] = True
     column = crop_mask(mask, (0, 0, 128, 128))[:, 7]
@@ -175,7 +175,7 @@ def test_a_thin_line_is_a_grey_one_in_a_small_cut():
 
 @settings(max_examples=100)
 @given(st.integers(8, 300), st.integers(8, 300), st.integers(0, 2**32 - 1))
-def test_smooth_masks_survive_cutting_and_pasting(width, height, seed):
+def test_smooth_masks_survive_cropping_and_pasting(width, height, seed):
     mask = blob(width, height, seed)
     box = mask_box(mask)
     assert overlap(paste_mask(2 * crop_mask(mask, box) - 1, box, width, height), mask) >= 0.9
@@ -184,7 +184,7 @@ def test_smooth_masks_survive_cutting_and_pasting(width, height, seed):
 @settings(max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1), st.data())
 def test_masks_survive_the_text(width, height, seed, data):
-    """The box of a thing in whole pixels, written as bins and read again, means the same pixels."""
+    """A box with integer pixels, written as bins and parsed again, covers the same pixels."""
     x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = (x0, y0, data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height)))
     (read,) = parse_detections(format_detections([Detection("cat", box)], width, height), width, height).detections
@@ -194,10 +194,10 @@ def test_masks_survive_the_text(width, height, seed, data):
 
 
 WINDOWS = {
-    "whole picture": ((0, 0, 30, 20), (0, 0, 30, 20)),
+    "whole image": ((0, 0, 30, 20), (0, 0, 30, 20)),
     "at the border": ((25, 12, 30, 20), (25, 12, 30, 20)),
     "one pixel": ((29, 19, 30, 20), (29, 19, 30, 20)),
-    "parts of pixels": ((3.4, 3.6, 8.6, 9.4), (3, 4, 9, 9)),
+    "fractional pixels": ((3.4, 3.6, 8.6, 9.4), (3, 4, 9, 9)),
     "no width": ((7, 3, 7, 9), (7, 3, 8, 9)),
     "no area, in the last corner": ((30, 20, 30, 20), (29, 19, 30, 20)),
     "half outside": ((-10, -5, 12, 8), (0, 0, 12, 8)),
@@ -208,7 +208,7 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_windows_lie_in_the_picture(name):
+def test_pixel_boxes_are_inside_the_image(name):
     box, window = WINDOWS[name]
     assert pixel_box(box, 30, 20) == window
     full = paste_mask(np.ones((64, 64), np.float32), box, 30, 20)
@@ -217,16 +217,16 @@ def test_windows_lie_in_the_picture(name):
     assert full.sum() == (x1 - x0) * (y1 - y0)
     np.testing.assert_allclose(crop_mask(full, box), 1, rtol=1e-6)
     assert not crop_mask(~full, box).any()
-    assert not paste_mask(np.zeros((64, 64), np.float32), box, 30, 20).any()  # 0 is outside: above it is inside
+    assert not paste_mask(np.zeros((64, 64), np.float32), box, 30, 20).any()  # 0 is outside, above 0 is inside
 
 
-# --- broken answers ------------------------------------------------------------------------------------------------
+# --- malformed answers ---------------------------------------------------------------------------------------------
 
 BROKEN = {
-    "no places": ("cat", "0 of the 4 places"),
-    "cut after two places": ("<loc0102><loc0051>", "2 of the 4 places"),
-    "cut inside a place": ("<loc0102><loc0051><loc0870><loc05", "3 of the 4 places"),
-    "five places": (GOOD + "<loc0001> cat", "5 of the 4 places"),
+    "no location tokens": ("cat", "a box with 0 instead of 4 location tokens"),
+    "cut after two location tokens": ("<loc0102><loc0051>", "a box with 2 instead of 4 location tokens"),
+    "cut inside a location token": ("<loc0102><loc0051><loc0870><loc05", "a box with 3 instead of 4 location tokens"),
+    "five location tokens": (GOOD + "<loc0001> cat", "a box with 5 instead of 4 location tokens"),
     "too large": ("<loc0102><loc0051><loc0870><loc1024> cat", "not one of <loc0000>"),
     "too few digits": ("<loc12><loc0051><loc0870><loc0512> cat", "not one of <loc0000>"),
     "five digits": ("<loc00012><loc0051><loc0870><loc0512> cat", "not one of <loc0000>"),
@@ -234,13 +234,13 @@ BROKEN = {
     "negative": ("<loc-001><loc0051><loc0870><loc0512> cat", "not one of <loc0000>"),
     "upside down": ("<loc0870><loc0051><loc0102><loc0512> cat", "upside down"),
     "mirrored": ("<loc0102><loc0512><loc0870><loc0051> cat", "mirrored"),
-    "text before the places": ("see " + GOOD + " cat", "0 of the 4 places"),
-    "empty between two": (" ", "0 of the 4 places"),
+    "text before the location tokens": ("see " + GOOD + " cat", "a box with 0 instead of 4 location tokens"),
+    "empty item": (" ", "a box with 0 instead of 4 location tokens"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_item_is_reported_and_the_others_are_read(name):
+def test_a_malformed_item_is_reported_and_the_others_are_parsed(name):
     item, message = BROKEN[name]
     parsed = parse_detections(
         f"<loc0000><loc0000><loc0001><loc0001> owl ; {item} ; <loc0000><loc0000><loc0001><loc0002> fox", 64, 48
@@ -251,13 +251,13 @@ def test_broken_item_is_reported_and_the_others_are_read(name):
 
 
 @pytest.mark.parametrize("rest", [GOOD + " dog", "<lo", ">", "<seg001> ; <loc0001>"])
-def test_what_follows_a_label_is_reported_and_left_out(rest):
+def test_tokens_after_a_label_are_reported_and_dropped(rest):
     parsed = parse_detections(f"{GOOD} cat {rest}", 1023, 1023)
     assert parsed.detections == [Detection("cat", (51.0, 102.0, 512.0, 870.0))]
-    assert "only the label" in parsed.problems[0]
+    assert "in its label" in parsed.problems[0]
 
 
-def test_a_name_may_be_missing():
+def test_a_label_can_be_missing():
     codes = "".join(f"<seg{i:03d}>" for i in range(16))
     parsed = parse_detections(f"{GOOD}{codes} ; {GOOD}", 1023, 1023)
     box = (51.0, 102.0, 512.0, 870.0)
@@ -265,21 +265,21 @@ def test_a_name_may_be_missing():
     assert format_detections(parsed.detections, 1023, 1023) == f"{GOOD}{codes} ; {GOOD}"
 
 
-def test_repeated_item_counts_once():
+def test_a_repeated_item_is_included_once():
     parsed = parse_detections(f"{GOOD} cat ; {GOOD} dog ; {GOOD} cat ; {GOOD} cat", 64, 48)
     assert [d.label for d in parsed.detections] == ["cat", "dog"]
     assert ["repeats" in p for p in parsed.problems] == [True, True]
 
 
 @pytest.mark.parametrize("segs", ["<seg001>" * 15, "<seg001>" * 17, "<seg128>" * 16, "<seg1>" * 16])
-def test_broken_mask_keeps_its_box(segs):
+def test_a_malformed_mask_keeps_its_box(segs):
     parsed = parse_detections(f"{GOOD}{segs} cat", 64, 48)
     (found,) = parsed.detections
     assert found.label == "cat" and found.codes == () and "mask" in parsed.problems[0]
 
 
-def test_an_answer_cut_off_anywhere_keeps_what_was_whole(vae):
-    """Items before the cut are untouched; the one that is cut has its box as soon as that is complete."""
+def test_a_truncated_answer_keeps_its_complete_items(vae):
+    """Items before the cut are unaffected. The one that is cut has a box once its location tokens are complete."""
     found = [
         Detection("red cat", (0.0, 0.0, 40.0, 30.0), tuple(range(16))),
         Detection("dog", (10.0, 5.0, 20.0, 25.0)),
@@ -289,7 +289,7 @@ def test_an_answer_cut_off_anywhere_keeps_what_was_whole(vae):
     whole = parse_detections(text, 64, 48).detections
     for end in range(len(text) + 1):
         parsed = parse_detections(text[:end], 64, 48)
-        finished = text[:end].count(";")  # items before the one that was cut off
+        finished = text[:end].count(";")  # items before the one that was cut
         last = text[:end].split(";")[-1]
         assert parsed.detections[:finished] == whole[:finished]
         assert len(parsed.detections) - finished == (len(re.findall(r"<loc\d{4}>", last)) == 4)
@@ -297,9 +297,9 @@ def test_an_answer_cut_off_anywhere_keeps_what_was_whole(vae):
             assert cut.box == whole[finished].box and whole[finished].label.startswith(cut.label)
             written = re.findall(r"<seg\d{3}>", last)
             assert cut.codes == (whole[finished].codes if len(written) == 16 else ())
-            half = "<" in re.sub(r"<(loc|seg)\d+>", "", last)  # a token
+            half = "<" in re.sub(r"<(loc|seg)\d+>", "", last)  # half a token
             assert bool(parsed.problems) == (half or len(written) not in (0, 16))
-    (kept,) = parse_detections(text[: text.index("<seg009>")] + " cat", 64, 48).detections  # nine codes, then the name
+    (kept,) = parse_detections(text[: text.index("<seg009>")] + " cat", 64, 48).detections  # nine codes, then the label
     assert kept.box == whole[0].box and vae.masks_from_detections([kept], 64, 48) == [None]
 
 
@@ -334,14 +334,14 @@ malformed = st.one_of(st.text(), st.lists(pieces, max_size=25).map("".join), st.
 @given(malformed, sides, sides)
 def test_no_text_raises(text, width, height):
     parsed = parse_detections(text, width, height)
-    for found in parsed.detections:  # what is returned can be trusted …
+    for found in parsed.detections:  # what is returned is valid …
         x0, y0, x1, y1 = found.box
         assert 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height
         assert len(found.codes) in (0, 16)
-    again = parse_detections(format_detections(parsed.detections, width, height), width, height)  # … and written again
+    again = parse_detections(format_detections(parsed.detections, width, height), width, height)  # … and round-trips
     assert again.detections == parsed.detections and again.problems == []
     items = len(text.split(";")) if text.strip() else 0
-    assert len(parsed.detections) + len(parsed.problems) >= items  # … and nothing is dropped in silence
+    assert len(parsed.detections) + len(parsed.problems) >= items  # … and nothing is dropped silently
 
 
 @pytest.fixture(scope="module")
@@ -355,10 +355,10 @@ def tokens(kind: str, digits: int, numbers: list[int]) -> str:
 
 
 bins = st.integers(0, 1023)
-good_places = st.tuples(bins, bins, bins, bins).map(
+good_bins = st.tuples(bins, bins, bins, bins).map(
     lambda b: [min(b[0], b[2]), min(b[1], b[3]), max(b[::2]), max(b[1::2])]
 )
-bad_places = st.one_of(
+bad_bins = st.one_of(
     st.tuples(bins, bins).map(lambda b: [min(b) + 1, 0, min(b), b[1]]),  # upside down
     st.tuples(bins, bins).map(lambda b: [0, min(b) + 1, b[1], min(b)]),  # mirrored
     st.lists(bins, max_size=3),
@@ -371,39 +371,39 @@ bad_codes = st.one_of(
     st.lists(st.integers(0, 127), min_size=17, max_size=40),
     st.lists(st.integers(128, 9_999), min_size=16, max_size=16),
 )
-names = st.text(max_size=20).filter(lambda t: not set(t) & set(";<>")).map(str.strip).filter(bool)
-bad_names = st.sampled_from(
+any_labels = st.text(max_size=20).filter(lambda t: not set(t) & set(";<>")).map(str.strip).filter(bool)
+bad_labels = st.sampled_from(
     ["a cat <loc", "a cat <seg001>", "a cat <loc0001> ", "a cat>t", "a cat<eos>", "a cat <loc٠١٢٣> cat"]
 )
 
 
 @st.composite
 def items(draw):
-    """The text of an item; whether its box can be read, and whether its mask, both of which the item may lack."""
-    kind = draw(st.sampled_from(["whole", "whole", "mask", "places", "name"]))
-    places = draw(bad_places if kind == "places" else good_places)
-    numbers = draw(bad_codes if kind == "mask" else good_codes)
-    name = draw(bad_names if kind == "name" else names)
-    text = tokens("loc", 4, places) + tokens("seg", 3, numbers) + " " + name
-    return text, kind, places, tuple(numbers), name
+    """The text of an item, the part of it that is malformed (or "whole"), and its bins, codes and label."""
+    kind = draw(st.sampled_from(["whole", "whole", "mask", "box", "label"]))
+    box = draw(bad_bins if kind == "box" else good_bins)
+    codes = draw(bad_codes if kind == "mask" else good_codes)
+    label = draw(bad_labels if kind == "label" else any_labels)
+    text = tokens("loc", 4, box) + tokens("seg", 3, codes) + " " + label
+    return text, kind, box, tuple(codes), label
 
 
 @settings(max_examples=200)
 @given(st.lists(items(), min_size=1, max_size=4), st.integers(1, 300), st.integers(1, 300))
-def test_of_a_broken_answer_all_that_can_be_read_is_read(vae, written, width, height):
-    expected, complaints = [], 0
-    for _, kind, (*places,), numbers, name in written:
-        found = ("a cat" if kind == "name" else name, tuple(places), () if kind == "mask" else numbers)
-        readable = kind != "places" and found not in expected
-        expected += [found] if readable else []
-        complaints += not (readable and kind == "whole")
+def test_every_readable_part_of_a_malformed_answer_is_parsed(vae, written, width, height):
+    expected, num_problems = [], 0
+    for _, kind, (*box,), numbers, label in written:
+        found = ("a cat" if kind == "label" else label, tuple(box), () if kind == "mask" else numbers)
+        is_readable = kind != "box" and found not in expected
+        expected += [found] if is_readable else []
+        num_problems += not (is_readable and kind == "whole")
     parsed = parse_detections(" ; ".join(text for text, *_ in written), width, height)
     boxes = [(x0, y0, x1, y1) for _, (y0, x0, y1, x1), _ in expected]
-    assert [(d.label, d.codes) for d in parsed.detections] == [(name, numbers) for name, _, numbers in expected]
+    assert [(d.label, d.codes) for d in parsed.detections] == [(label, numbers) for label, _, numbers in expected]
     for detection, box in zip(parsed.detections, boxes, strict=True):
         x, y = width / 1023, height / 1023
         assert detection.box == pytest.approx(np.multiply(box, (x, y, x, y)), rel=1e-9)
-    assert len(parsed.problems) == complaints
+    assert len(parsed.problems) == num_problems
     masks = vae.masks_from_detections(parsed.detections, width, height)
     assert [mask is None for mask in masks] == [not d.codes for d in parsed.detections]
     for detection, mask in zip(parsed.detections, masks, strict=True):
@@ -414,18 +414,18 @@ def test_of_a_broken_answer_all_that_can_be_read_is_read(vae, written, width, he
 
 @settings(max_examples=300)
 @given(st.one_of(malformed, st.lists(items(), max_size=4).map(lambda i: " ; ".join(t for t, *_ in i))), st.data())
-def test_no_text_shuffled_repeated_or_cut_stops_the_masks(vae, text, data):
-    """The answer in pieces, in any order, some of them twice, cut at any byte."""
+def test_shuffled_repeated_or_cut_text_never_breaks_the_masks(vae, text, data):
+    """Parts of an answer in any order, some of them repeated, cut at any byte."""
     parts = data.draw(st.lists(st.sampled_from(text.split("<")), max_size=60)) if text else []
     mixed = "<".join(parts).encode("utf-8", "surrogatepass")
     mixed = mixed[: data.draw(st.integers(0, len(mixed)))].decode("utf-8", "replace")
     parsed = parse_detections(mixed, 60, 40)
     assert len(vae.masks_from_detections(parsed.detections, 60, 40)) == len(parsed.detections)
-    pieces = len(mixed.split(";")) if mixed.strip() else 0
-    assert len(parsed.detections) + len(parsed.problems) >= pieces
+    num_items = len(mixed.split(";")) if mixed.strip() else 0
+    assert len(parsed.detections) + len(parsed.problems) >= num_items
 
 
-def test_long_nonsense_is_read_fast(vae):
+def test_long_nonsense_is_parsed_fast(vae):
     for segs in ("<seg001>" * 50_000, "<seg999>" * 50_000):
         parsed = parse_detections(GOOD + segs + " cat", 64, 48)
         assert vae.masks_from_detections(parsed.detections, 64, 48) == [None] and len(parsed.problems) == 1

@@ -1,4 +1,4 @@
-"""losses.py against definitions written differently: torch's own losses, loops over pairs, finite differences."""
+"""losses.py against independent definitions: torch's own losses, loops over pairs, finite differences."""
 
 import gc
 import json
@@ -23,21 +23,21 @@ LOG_T, BIAS = math.log(10.0), -10.0
 
 
 def embeddings(N, M=None, D=12, dtype=torch.float64, seed=0):
-    """Two tables of random vectors, the temperature and the bias, all of which want a gradient."""
+    """Random image and text embeddings, log temperature and bias, all requiring gradients."""
     g = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(N, D, generator=g, dtype=torch.float64)
     y = x[:M] + torch.randn(M or N, D, generator=g, dtype=torch.float64)
-    numbers = torch.tensor(LOG_T), torch.tensor(BIAS)
-    return [tensor.to(dtype).requires_grad_() for tensor in (x, y, *numbers)]
+    scalars = torch.tensor(LOG_T), torch.tensor(BIAS)
+    return [tensor.to(dtype).requires_grad_() for tensor in (x, y, *scalars)]
 
 
 def value_and_gradients(loss, inputs):
     value = loss(*inputs)
-    return [value.detach(), *torch.autograd.grad(3 * value, inputs)]  # 3: what comes from above must be passed on
+    return [value.detach(), *torch.autograd.grad(3 * value, inputs)]  # 3: the upstream gradient must be used
 
 
 def rows(lowest, highest, width):
-    """Tables of numbers within the width's range; now and then a −inf."""
+    """Matrices of floats of this bit width within the range, with an occasional −inf."""
     number = st.one_of(st.floats(lowest, highest, width=width), st.just(-INF))
     return st.integers(1, 6).flatmap(
         lambda n: st.lists(st.lists(number, min_size=n, max_size=n), min_size=1, max_size=4)
@@ -47,7 +47,7 @@ def rows(lowest, highest, width):
 # --- softmax --------------------------------------------------------------------------------------------------------
 
 
-def test_naive_softmax_is_right_until_it_overflows():
+def test_naive_softmax_is_correct_until_it_overflows():
     x = torch.tensor([[1.0, 2.0, 3.0], [0.0, 80.0, -80.0]])
     for dim in (0, 1, -1):
         torch.testing.assert_close(losses.softmax(x, dim), x.softmax(dim))
@@ -57,7 +57,7 @@ def test_naive_softmax_is_right_until_it_overflows():
 
 @settings(deadline=None, max_examples=100)
 @given(rows(-(2.0**126), 2.0**126, 32))
-def test_softmax_and_log_sum_exp_are_torchs_at_any_size(table):
+def test_softmax_and_log_sum_exp_equal_torch_at_any_magnitude(table):
     x = torch.tensor(table)
     x64 = x.double()
     for dim in (0, 1):
@@ -87,7 +87,7 @@ def test_a_shift_changes_nothing(table, shift):
     torch.testing.assert_close(losses.log_sum_exp(x + shift), losses.log_sum_exp(x) + shift, atol=1e-10, rtol=0)
 
 
-def test_a_row_without_a_choice():
+def test_a_row_of_minus_infinity():
     x = torch.full((2, 3), -INF)
     x[1, 0] = 5.0
     x.requires_grad_()
@@ -98,7 +98,7 @@ def test_a_row_without_a_choice():
         assert torch.autograd.grad(loss, x)[0][0].tolist() == [0, 0, 0]
 
 
-def test_not_a_number_stays_visible():
+def test_nan_is_propagated():
     x = torch.tensor([[math.nan, 0.0], [INF, 0.0]])
     assert losses.safe_softmax(x)[:, 0].isnan().all()
     assert losses.log_sum_exp(x)[0].isnan()
@@ -112,9 +112,9 @@ def test_softmax_gradients():
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 0), torch.tensor(1.0)])
-def test_softmax_of_nothing(x):
+def test_softmax_of_an_empty_dimension(x):
     for function in (losses.safe_softmax, losses.log_sum_exp):
-        with pytest.raises(ValueError, match="at least one number"):
+        with pytest.raises(ValueError, match="at least one value"):
             function(x, -1)
 
 
@@ -125,12 +125,12 @@ def test_normalize():
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(losses.l2_normalize(x), F.normalize(x, dim=-1))
     assert torch.autograd.gradcheck(losses.l2_normalize, (x,))
-    half = torch.full((4,), 60000.0, dtype=torch.float16)  # whose length is beyond float16
+    half = torch.full((4,), 60000.0, dtype=torch.float16)  # its norm overflows float16
     assert losses.l2_normalize(half).tolist() == [0.5] * 4
     assert losses.l2_normalize(torch.full((4,), 1e-7, dtype=torch.float16)).tolist() == [0.5] * 4
 
 
-def test_a_vector_without_a_direction():
+def test_normalizing_zeros():
     x = torch.zeros(2, 3, requires_grad=True)
     y = losses.l2_normalize(x)
     y.sum().backward()
@@ -141,7 +141,7 @@ def test_a_vector_without_a_direction():
 
 
 @pytest.mark.parametrize("N", [1, 2, 7])
-def test_clip_is_two_cross_entropies(N):
+def test_clip_equals_two_cross_entropies(N):
     *inputs, _ = embeddings(N)
 
     def reference(x, y, log_t):
@@ -156,7 +156,7 @@ def test_clip_is_two_cross_entropies(N):
 
 
 def test_clip_by_hand():
-    """Two pictures, two texts, all at right angles but the pairs: each choice has e^t against 1."""
+    """Two images and two texts, orthogonal except for the pairs: each softmax compares e^t with 1."""
     x, log_t = torch.eye(2), torch.tensor(0.0)
     assert losses.clip_loss(x, x, log_t).item() == pytest.approx(math.log(1 + math.exp(-1)))
     assert losses.clip_loss(x, x.flip(0), log_t).item() == pytest.approx(math.log(1 + math.exp(1)))
@@ -168,7 +168,7 @@ def test_clip_by_hand():
 
 
 @pytest.mark.parametrize("N, M, given_labels", [(1, 1, False), (5, 5, False), (5, 5, True), (4, 3, True), (1, 6, True)])
-def test_sigmoid_is_a_loop_over_pairs(N, M, given_labels):
+def test_sigmoid_equals_a_loop_over_pairs(N, M, given_labels):
     inputs = embeddings(max(N, M), M)
     inputs[0] = inputs[0].detach()[:N].requires_grad_()
     labels = torch.rand(N, M, generator=torch.Generator().manual_seed(1)) < 0.4 if given_labels else None
@@ -191,8 +191,8 @@ def test_sigmoid_is_a_loop_over_pairs(N, M, given_labels):
     assert torch.autograd.gradcheck(ours, inputs)
 
 
-def test_sigmoid_survives_extremes():
-    """A hot temperature and a far bias: the loss is large, not infinite."""
+def test_sigmoid_is_finite_at_extremes():
+    """With an extreme temperature and bias, the loss is large but not infinite."""
     x, y, *_ = embeddings(4, dtype=torch.float32)
     for bias in (-1e4, 1e4):
         for loss in (losses.sigmoid_loss, losses.chunked_sigmoid_loss):
@@ -216,7 +216,7 @@ def test_half_precision_embeddings_are_computed_in_float32():
 
 
 @pytest.mark.parametrize("N, chunk_size", [(1, 1), (7, 3), (8, 4), (37, 10), (37, 36), (37, 37), (37, 1000)])
-def test_chunked_is_dense(N, chunk_size):
+def test_chunked_equals_dense(N, chunk_size):
     def chunked(*inputs):
         return losses.chunked_sigmoid_loss(*inputs, chunk_size)
 
@@ -244,7 +244,7 @@ def test_chunked_under_autocast_and_with_a_frozen_tower():
 
 
 def peak_bytes(loss, inputs, path):
-    """The most memory that torch's allocator handed out at a time, in forward and backward, beyond what was there."""
+    """Peak memory that torch's allocator has in use during forward and backward, beyond what it had before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         loss(*inputs).backward()
@@ -257,12 +257,12 @@ def peak_bytes(loss, inputs, path):
     return peak
 
 
-def test_chunks_keep_memory_small(tmp_path):
-    N, chunk_size = 2048, 64  # the 32 chunks of N = 32768, chunk_size = 1024
-    inputs = embeddings(N, D=48, dtype=torch.float32)  # and its D / N
+def test_chunks_reduce_peak_memory(tmp_path):
+    N, chunk_size = 2048, 64  # 32 chunks, as with N = 32768 and chunk_size = 1024
+    inputs = embeddings(N, D=48, dtype=torch.float32)  # and the same D / N
     dense = peak_bytes(losses.sigmoid_loss, inputs, tmp_path / "dense.json")
     chunked = peak_bytes(lambda *a: losses.chunked_sigmoid_loss(*a, chunk_size), inputs, tmp_path / "chunked.json")
-    assert dense >= 3 * 4 * N * N  # so the measure measures
+    assert dense >= 3 * 4 * N * N  # the measurement itself works
     assert chunked <= dense / 16
 
 
@@ -270,7 +270,7 @@ def test_chunks_keep_memory_small(tmp_path):
 
 
 class Towers(nn.Module):
-    """Two linear towers and the two numbers of the loss."""
+    """Two linear towers with the two scalars of the loss."""
 
     def __init__(self, loss):
         super().__init__()
@@ -288,12 +288,13 @@ def towers_and_data(loss, N):
 
 
 def ring_process(rank, world, store, pairs):
-    """One process of the ring test: in DistributedDataParallel, and in a group of two.
+    """One process of the ring test, in DistributedDataParallel and in a group of two.
 
-    A group's threads must end with it: one that still frees tensors when the interpreter ends brings SIGABRT. So
-    nothing may hold the group beyond destroy_process_group. The functions of torch.distributed.nn would, for good, if
-    DistributedDataParallel were the first to import it; and so would DistributedDataParallel itself, which is part of a
-    cycle and, freed after the group, waits for the threads with the lock that they wait for.
+    The group's threads must end with the group: a thread still freeing tensors when the interpreter exits causes
+    SIGABRT. So nothing may hold a reference to the group after destroy_process_group. The functions of
+    torch.distributed.nn would hold one forever if DistributedDataParallel were the first to import that module.
+    DistributedDataParallel itself is part of a reference cycle. If it is freed after the group, it waits for the
+    threads while holding the lock that they wait for.
     """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
@@ -302,12 +303,12 @@ def ring_process(rank, world, store, pairs):
     finally:
         gc.collect()
         dist.destroy_process_group()
-    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}  # none but on Linux
+    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}  # empty except on Linux
     assert not any("gloo" in name for name in threads), threads
 
 
 def check_data_parallel_ring(rank, world, pairs):
-    """DistributedDataParallel around the ring loss, against the dense loss of all."""
+    """Compares DistributedDataParallel around the ring loss with the dense loss over all pairs."""
     dense, images, texts = towers_and_data(losses.sigmoid_loss, world * pairs)
     expected = dense(images, texts)
     expected.backward()
@@ -324,7 +325,7 @@ def check_data_parallel_ring(rank, world, pairs):
 
 
 def check_group_ring(rank, n=2):
-    """Embedding gradients of a ring of two: those of the sum of both values, twice the dense ones."""
+    """In a ring of two, embedding gradients are those of the sum of both values: twice the dense ones."""
     group = dist.new_group([1, 2])  # ranks within a group differ from ranks in the world
     if rank == 0:
         return
@@ -334,11 +335,11 @@ def check_group_ring(rank, n=2):
     local = [inputs[0].detach()[mine].requires_grad_(), inputs[1].detach()[mine].requires_grad_(), *inputs[2:]]
     _, x, y, *_ = value_and_gradients(lambda *a: losses.ring_sigmoid_loss(*a, group=group), local)
     torch.testing.assert_close((x, y), (2 * dense_x[mine], 2 * dense_y[mine]), rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match="one holds 1, another 2"):
+    with pytest.raises(ValueError, match="one has 1, another 2"):
         losses.ring_sigmoid_loss(*embeddings(rank), group=group)
 
 
-def test_ring_is_dense(tmp_path):
+def test_ring_equals_dense(tmp_path):
     torch.multiprocessing.spawn(ring_process, (3, tmp_path / "store", 4), nprocs=3)
 
 
@@ -357,7 +358,7 @@ def test_ring_of_one(tmp_path):
 
 @pytest.fixture
 def unchecked():
-    """Without the runtime type checker, as users run the package."""
+    """Turns the runtime type checker off, as for users of the package."""
     was = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -371,10 +372,10 @@ def unchecked():
         ((3,), (3, 5), "must be"),
         ((3, 4), (2, 3, 4), "must be"),
         ((0, 4), (0, 4), "at least 1"),
-        ((3, 4), (2, 4), "3 images and 2 texts do not make pairs"),
+        ((3, 4), (2, 4), "3 images and 2 texts do not form pairs"),
     ],
 )
-def test_embeddings_that_make_no_pairs(unchecked, x, y, message):
+def test_embeddings_that_do_not_form_pairs(unchecked, x, y, message):
     x, y, log_t, bias = torch.ones(x), torch.ones(y), torch.tensor(LOG_T), torch.tensor(BIAS)
     with pytest.raises(ValueError, match=message):
         losses.clip_loss(x, y, log_t)
@@ -384,12 +385,12 @@ def test_embeddings_that_make_no_pairs(unchecked, x, y, message):
 
 
 @pytest.mark.parametrize("labels", [torch.ones(3, 2), torch.ones(2, 3, dtype=torch.bool)])
-def test_labels_of_the_wrong_kind(unchecked, labels):
+def test_labels_with_wrong_dtype_or_shape(unchecked, labels):
     with pytest.raises(ValueError, match="labels must be booleans of shape"):
         losses.sigmoid_loss(torch.ones(3, 4), torch.ones(2, 4), torch.tensor(LOG_T), torch.tensor(BIAS), labels)
 
 
-def test_chunk_size_and_missing_processes():
+def test_bad_chunk_size_and_missing_process_group():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
         losses.chunked_sigmoid_loss(*embeddings(2), chunk_size=0)
     with pytest.raises(ValueError, match="init_process_group"):

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and how it answers a user's mistakes."""
+"""The command line: what it prints, what it saves, and how it reports a user's mistakes."""
 
 import argparse
 import json
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CAT = str(ROOT / "data" / "images" / "cat.jpg")
 SCENE = str(ROOT / "data" / "images" / "scenes" / "validation-0.png")
 SEGMENT = ["generate", "--image", SCENE, "--prompt", "segment panda ; shoe"]
-embedded = pytest.mark.skipif(not hub.EMBEDDED.is_dir(), reason="there is no embedded checkpoint yet")
+embedded = pytest.mark.skipif(not hub.EMBEDDED.is_dir(), reason="there is no embedded checkpoint")
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_processor, tmp_path_factory) -> str:
-    """A checkpoint with random weights, which says nonsense in words that it knows."""
+    """A checkpoint with random weights, which generates nonsense from its vocabulary."""
     path = tmp_path_factory.mktemp("tiny")
     model = tiny_model(1, vocab_size=tiny_processor.tokenizer.get_vocab_size())
     model.config.image_token_index = tiny_processor.image_token_id
@@ -50,7 +50,7 @@ def vqvae(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def says(monkeypatch):
-    """``says("two cats")`` makes every model answer that."""
+    """``says("two cats")`` makes every model answer "two cats"."""
 
     def fix(*answers: str) -> None:
         def generate(model, processor, image, prompt, stream=None, **options):
@@ -65,15 +65,15 @@ def says(monkeypatch):
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:
-    """``python -m minivlm`` as a user starts it."""
+    """Runs ``python -m minivlm`` as a user would."""
     command = [sys.executable, "-m", "minivlm", *args]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, **options)
 
 
-# --- as a user starts it -------------------------------------------------------------------------------------------
+# --- in a new process ----------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_command_without_loading_torch():
+def test_help_lists_every_command_without_importing_torch():
     code = "import sys, minivlm.__main__ as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
@@ -98,16 +98,16 @@ def test_every_command_has_help(command, capsys):
     assert COMMANDS[command][0][1:] in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_mistake_is_one_sentence_and_code_2():
+def test_a_mistake_is_one_line_and_exit_code_2():
     ran = run("generate", "--image", "absent.png", "--prompt", "caption en")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == "minivlm generate: There is no picture file at 'absent.png'; check the path.\n"
+    assert ran.stderr == "minivlm generate: There is no image file at 'absent.png': check the path.\n"
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
 
 
-def test_generate_prints_what_the_package_says(folder, capsys):
+def test_generate_prints_what_the_package_returns(folder, capsys):
     assert main(["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder]) == 0
     model, processor = minivlm.PaliGemma.from_pretrained(folder), minivlm.Processor.from_pretrained(folder)
     expected = minivlm.generate(model, processor, CAT, "caption en", max_new_tokens=128)
@@ -122,16 +122,16 @@ def test_generate_samples_the_same_with_the_same_seed(folder, capsys):
     assert said[0] == said[1] != said[2]
 
 
-def test_generate_prints_boxes_in_pixels_of_the_picture(folder, says, capsys):
+def test_generate_prints_boxes_in_pixels_of_the_image(folder, says, capsys):
     width, height = Image.open(CAT).size
     says("<loc0000><loc0000><loc1023><loc1023> cat ; <loc0000><loc0512> dog")
     assert main(["generate", "--image", CAT, "--prompt", "detect cat ; dog", "--checkpoint", folder]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == [f"  cat, x 0 to {width}, y 0 to {height}"]
-    assert err == "Item 2 has 2 of the 4 places of a box: '<loc0000><loc0512> dog'.\n"
+    assert err == "Item 2 has a box with 2 instead of 4 location tokens: '<loc0000><loc0512> dog'.\n"
 
 
-def test_generate_answers_several_prompts_and_draws_one_picture(folder, says, capsys, tmp_path):
+def test_generate_answers_several_prompts_and_saves_one_figure(folder, says, capsys, tmp_path):
     says("a cat", "<loc0100><loc0100><loc0900><loc0900> cat")
     saved = tmp_path / "new" / "cat.png"
     argv = ["generate", "--image", CAT, "--prompt", "caption en", "detect cat", "--checkpoint", folder]
@@ -139,12 +139,12 @@ def test_generate_answers_several_prompts_and_draws_one_picture(folder, says, ca
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "caption en: a cat"
     assert err == f"Wrote {saved}.\n"
-    with Image.open(saved) as picture:
-        assert "1 box: cat" in picture.info["Description"] and "caption en: a cat" in picture.info["Description"]
+    with Image.open(saved) as image:
+        assert "1 box: cat" in image.info["Description"] and "caption en: a cat" in image.info["Description"]
 
 
 def segment_answer(codes_from_masks) -> str:
-    """What `segment panda ; shoe` should be answered about SCENE."""
+    """The correct answer to ``segment panda ; shoe`` about SCENE."""
     scene = emoji.make_scene(0, "validation")
     return emoji.segment_target(scene.objects, ["panda", "shoe"], scene.size, codes_from_masks)
 
@@ -168,13 +168,13 @@ def test_generate_decodes_and_draws_masks(folder, says, vqvae, capsys, tmp_path)
     assert lines[1] == f"  panda, x {x0} to {x1}, y {y0} to {y1}, mask of {counts[0]} pixels"
     assert lines[2].startswith("  shoe, x ") and lines[2].endswith(f", mask of {counts[1]} pixels")
     assert err == f"Wrote {saved}.\n"
-    with Image.open(saved) as picture:
-        alt = picture.info["Description"]
+    with Image.open(saved) as image:
+        alt = image.info["Description"]
         assert "2 boxes and 2 masks: panda" in alt and f"mask of {counts[1]} pixels" in alt
         assert "segment panda ; shoe: panda ; shoe" in alt and "<seg" not in alt
 
 
-def test_generate_finds_the_masks_of_the_checkpoint_in_its_folder(folder, says, vqvae, capsys, tmp_path):
+def test_generate_uses_the_vqvae_in_the_checkpoints_folder(folder, says, vqvae, capsys, tmp_path):
     for file in (*Path(folder).iterdir(), vqvae):
         (tmp_path / file.name).symlink_to(file)
     says(segment_answer(some_codes))
@@ -184,9 +184,9 @@ def test_generate_finds_the_masks_of_the_checkpoint_in_its_folder(folder, says, 
     assert from_folder == capsys.readouterr() and from_folder.out.count("mask of") == 2
 
 
-def test_the_embedded_vqvae_reads_what_it_wrote(says, capsys):
+def test_the_embedded_vqvae_decodes_what_it_encoded(says, capsys):
     scene = emoji.make_scene(0, "validation")
-    size = {thing.name: int(thing.mask.sum()) for thing in scene.objects}
+    size = {obj.name: int(obj.mask.sum()) for obj in scene.objects}
     says(segment_answer(MaskVQVAE.from_pretrained().codes_from_masks))
     assert main(SEGMENT) == 0
     sizes = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[1:]]
@@ -199,35 +199,36 @@ def test_without_a_vqvae_boxes_are_still_drawn(folder, says, capsys, tmp_path):
     assert main([*argv, "--save", str(tmp_path / "scene.png")]) == 0
     out, err = capsys.readouterr()
     assert out.count("  panda, x ") == 2 and "mask" not in out
-    assert err.startswith(f"Boxes without masks: {folder} holds no mask VQ-VAE.")
+    assert err.startswith(f"Boxes without masks: There is no mask VQ-VAE at {folder}.")
     assert err.count("no mask VQ-VAE") == 1 and "gs://big_vision/paligemma/vae-oid.npz" in err
     assert (tmp_path / "scene.png").is_file()
 
 
-def test_a_damaged_vqvae_that_was_named_is_an_error_before_anything_is_computed(folder, says, vqvae, capsys, tmp_path):
+def test_a_damaged_vqvae_on_the_command_line_is_an_error_before_any_computation(folder, says, vqvae, capsys, tmp_path):
     damaged = tmp_path / "vae-damaged.npz"
     damaged.write_bytes(vqvae.read_bytes()[:-100])
     says(segment_answer(some_codes))
     assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(damaged)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"minivlm generate: {damaged} is no whole .npz file") and err.count("\n") == 1
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"minivlm generate: {damaged} is not a complete .npz file")
 
 
-def test_a_damaged_vqvae_in_the_folder_is_noted_and_the_boxes_kept(folder, says, vqvae, capsys, tmp_path):
+def test_a_damaged_vqvae_in_the_folder_is_reported_and_boxes_are_shown(folder, says, vqvae, capsys, tmp_path):
     for file in Path(folder).iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / vqvae.name).write_bytes(vqvae.read_bytes()[:-100])
     says("<loc0100><loc0100><loc0900><loc0900> panda")
     assert main([*SEGMENT, "--checkpoint", str(tmp_path)]) == 0
-    assert capsys.readouterr().err == ""  # without codes it is not read
+    assert capsys.readouterr().err == ""  # without codes, it is not loaded
     says(segment_answer(some_codes))
     assert main([*SEGMENT, "--checkpoint", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out.count("  panda, x ") == 1 and "mask" not in out
-    assert err.startswith("Boxes without masks: ") and "is no whole .npz file" in err
+    assert err.startswith("Boxes without masks: ") and "is not a complete .npz file" in err
 
 
-def test_a_mask_that_cannot_be_read_is_noted_and_its_box_kept(folder, says, vqvae, capsys):
+def test_a_malformed_mask_is_reported_and_its_box_is_shown(folder, says, vqvae, capsys):
     says("<loc0100><loc0100><loc0900><loc0900><seg001> panda")
     assert main([*SEGMENT, "--checkpoint", folder, "--masks", str(vqvae)]) == 0
     out, err = capsys.readouterr()
@@ -238,9 +239,9 @@ def test_a_mask_that_cannot_be_read_is_noted_and_its_box_kept(folder, says, vqva
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "no such picture": (["--image", "absent.jpg"], "no picture file at 'absent.jpg'"),
-    "a folder as picture": (["--image", "."], "no picture file at '.'"),
-    "no picture at all": (["--image", __file__], "cannot be read as a picture"),
+    "no such image": (["--image", "absent.jpg"], "no image file at 'absent.jpg'"),
+    "a folder as image": (["--image", "."], "no image file at '.'"),
+    "not an image": (["--image", __file__], "cannot be read as an image"),
     "empty prompt": (["--prompt", " "], "prompt is empty"),
     "<image> in the prompt": (["--prompt", "<image> caption en"], "contains <image>"),
     "no such checkpoint": (["--checkpoint", "no such folder"], "neither a folder nor a hub id"),
@@ -248,20 +249,20 @@ MISTAKES = {
     "temperature 0": (["--sample", "--temperature", "0"], "temperature must be above 0"),
     "top-p 0": (["--sample", "--top-p", "0"], "top_p must be above 0"),
     "top-k 0": (["--sample", "--top-k", "0"], "top_k must be an integer"),
-    "temperature alone": (["--temperature", "0.5"], "--temperature changes nothing without --sample"),
+    "temperature alone": (["--temperature", "0.5"], "--temperature cannot be used without --sample"),
     "seed below 0": (["--sample", "--seed", "-1"], "--seed must be"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens must be"),
     "too many tokens": (["--max-new-tokens", "1000000000"], "--max-new-tokens must be at most"),
     "no such device": (["--device", "cuda:99"], "no device 'cuda:99' here"),
     "not a PNG": (["--save", "out.gif"], "must end in .png"),
-    "no such VQ-VAE": (["--masks", "absent.npz"], "absent.npz holds no mask VQ-VAE"),
+    "no such VQ-VAE": (["--masks", "absent.npz"], "no mask VQ-VAE at absent.npz"),
 }
 
 
 @pytest.mark.parametrize("options, message", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_users_mistake(options, message, folder, capsys):
     good = ["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder]
-    assert main(good + options) == 2  # of an option given twice, the last counts
+    assert main(good + options) == 2  # if an option is repeated, the last one is used
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err and err.count("\n") == 1 and err.startswith("minivlm generate: ")
@@ -278,7 +279,7 @@ def test_mistyped_options(line, capsys):
 
 
 def test_debug_shows_where_an_error_was_raised():
-    with pytest.raises(ValueError, match="no picture file"):
+    with pytest.raises(ValueError, match="no image file"):
         main(["--debug", "generate", "--image", "absent.jpg", "--prompt", "caption en"])
 
 
@@ -290,7 +291,7 @@ def test_other_mistakes(capsys):
     assert capsys.readouterr().err.count("\n") == 4
 
 
-def test_interrupting_is_no_error(monkeypatch):
+def test_interrupting_is_not_an_error(monkeypatch):
     def interrupt(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
@@ -298,7 +299,7 @@ def test_interrupting_is_no_error(monkeypatch):
     assert main(["doctor"]) == 130
 
 
-def test_find_device_takes_what_is_there():
+def test_find_device_uses_what_is_available():
     assert find_device("cpu") == "cpu"
     assert find_device(None) in ("cpu", "cuda")
 
@@ -306,7 +307,7 @@ def test_find_device_takes_what_is_there():
 # --- demo ----------------------------------------------------------------------------------------------------------
 
 
-def test_demo_says_what_is_true_where_an_answer_is_wrong(folder, says, capsys, tmp_path, monkeypatch):
+def test_demo_prints_the_truth_next_to_wrong_answers(folder, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     says("a unicorn")
     assert main(["demo", "--checkpoint", folder]) == 0
@@ -314,12 +315,12 @@ def test_demo_says_what_is_true_where_an_answer_is_wrong(folder, says, capsys, t
     assert out.count("caption en: a unicorn  (truth: ") == len(cli.DEMO)
     assert out.count("  segment ") == len(cli.DEMO) == out.count(": (nothing)\n")
     assert "make lab" in out
-    with Image.open("out/demo.png") as picture:
-        assert np.asarray(picture).std() > 10
-        assert picture.info["Description"].count("A picture of 112×112 pixels") == len(cli.DEMO)
+    with Image.open("out/demo.png") as image:
+        assert np.asarray(image).std() > 10
+        assert image.info["Description"].count("A picture of 112×112 pixels") == len(cli.DEMO)
 
 
-def test_demo_draws_the_masks_of_segment_and_else_the_boxes_of_detect(folder, vqvae, capsys, tmp_path, monkeypatch):
+def test_demo_shows_masks_if_there_are_any_and_otherwise_boxes(folder, vqvae, capsys, tmp_path, monkeypatch):
     def generate(model, processor, image, prompts, **options):
         names = prompts[-1].removeprefix("segment ").split(" ; ")
         boxes = [locations.Detection(name, (10, 10, 60, 60)) for name in names]
@@ -334,15 +335,15 @@ def test_demo_draws_the_masks_of_segment_and_else_the_boxes_of_detect(folder, vq
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert "segment octopus: (nothing)" in out and err.count("no mask VQ-VAE") == 1
-    with Image.open(tmp_path / "demo.png") as picture:
-        assert "1 box: octopus, x 10 to 60, y 10 to 60." in picture.info["Description"]
+    with Image.open(tmp_path / "demo.png") as image:
+        assert "1 box: octopus, x 10 to 60, y 10 to 60." in image.info["Description"]
     (tmp_path / vqvae.name).symlink_to(vqvae)
     assert main(argv) == 0
     out, err = capsys.readouterr()
     line = next(line for line in out.splitlines() if line.startswith("  segment octopus: octopus, "))
-    with Image.open(tmp_path / "demo.png") as picture:
+    with Image.open(tmp_path / "demo.png") as image:
         mask = line.removeprefix("  segment octopus: octopus, ")
-        alt = picture.info["Description"]
+        alt = image.info["Description"]
         assert f"1 box and 1 mask: octopus, x 20 to 70, y 20 to 70, mask of {mask}." in alt
 
 
@@ -353,7 +354,7 @@ def test_the_embedded_checkpoint_knows_the_demo(tmp_path):
     captions = [line for line in ran.stdout.splitlines() if line.startswith("  caption en: ")]
     assert len(captions) == len(cli.DEMO)
     assert sum("truth" not in line for line in captions[:2]) >= 1
-    assert ran.stdout.count(" pixels") >= 5  # masks, of eight objects
+    assert ran.stdout.count(" pixels") >= 5  # the masks of eight objects
     assert ran.stdout.count("\n  detect ") == ran.stdout.count("\n  segment ") == len(cli.DEMO)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
@@ -361,7 +362,7 @@ def test_the_embedded_checkpoint_knows_the_demo(tmp_path):
 # --- doctor --------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_reports_without_places_or_names(folder, monkeypatch, capsys):
+def test_doctor_report_has_no_paths_or_user_names(folder, monkeypatch, capsys):
     elsewhere = Path.home() / "secret" / "minivlm" / "data" / "checkpoints" / "absent"
     monkeypatch.setattr(hub, "EMBEDDED", elsewhere)
     assert main(["doctor"]) == 0
@@ -387,15 +388,15 @@ def test_doctor_says_which_weights_fit(monkeypatch):
 
 
 @embedded
-def test_doctor_asks_nothing_of_the_network():
+def test_doctor_makes_no_network_requests():
     ran = run("doctor", env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"})
     assert ran.returncode == 0 and "loads" in ran.stdout
 
 
-# --- train and evaluate hand over their arguments --------------------------------------------------------------------
+# --- train and evaluate pass on their arguments ----------------------------------------------------------------------
 
 
-def test_train_and_evaluate_hand_over_their_arguments(monkeypatch, folder, tmp_path):
+def test_train_and_evaluate_pass_on_their_arguments(monkeypatch, folder, tmp_path):
     from minivlm.emoji import evaluation, recipe
 
     calls = []

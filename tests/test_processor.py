@@ -1,6 +1,6 @@
 """processor.py against transformers' PaliGemmaProcessor, and against bad input.
 
-The comparison with the real Gemma tokenizer needs its tokenizer.json beside the repository, and is skipped without it.
+The comparison with the real Gemma tokenizer needs its tokenizer.json next to the repository and is skipped without it.
 """
 
 import json
@@ -22,7 +22,7 @@ from minivlm.processor import Processor, open_image, to_rgb
 from minivlm.tokenizer import IMAGE, LOC_TOKENS, SEG_TOKENS, train_tokenizer
 
 GEMMA = Path(__file__).resolve().parents[2] / "shared" / "gemma_tokenizer" / "tokenizer.json"
-P = 4  # image tokens, few, so that a failing comparison can be read
+P = 4  # few image tokens, so that a failing comparison stays readable
 
 TEXTS = [
     "a cat and two dogs",
@@ -42,7 +42,7 @@ WORDS = sorted({word for text in TEXTS[:6] for word in text.replace("?", " ").re
 @pytest.fixture(scope="module")
 def gemma_path():
     if not GEMMA.is_file():
-        pytest.skip("the real Gemma tokenizer is not beside this repository")
+        pytest.skip("the real Gemma tokenizer is not next to this repository")
     return GEMMA
 
 
@@ -61,7 +61,7 @@ def theirs(gemma_path):
 
 
 def siglip(size):
-    """transformers' preparation of pictures, in PIL."""
+    """transformers' image preprocessing, with PIL."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     reference = SiglipImageProcessorPil(size={"height": size, "width": size})
@@ -80,13 +80,13 @@ def small(small_tokenizer):
 
 
 def noise(mode, size=(37, 23), seed=0):
-    """A random picture of the given PIL mode, smooth enough to have edges that bicubic overshoots."""
+    """A random image of the given PIL mode, whose edges make bicubic interpolation overshoot."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
     return Image.merge(mode, [Image.fromarray(values[:, :, c]) for c in range(channels)])
 
 
-def picture(seed=0):
+def random_image(seed=0):
     return noise("RGB", seed=seed)
 
 
@@ -125,7 +125,7 @@ SUFFIXES = [
 @pytest.mark.parametrize("side", ["left", "right", None])
 @pytest.mark.parametrize("with_suffix", [True, False])
 def test_batch_equals_transformers(ours, theirs, side, with_suffix):
-    images = [picture(seed) for seed in range(len(PROMPTS))]
+    images = [random_image(seed) for seed in range(len(PROMPTS))]
     more = {"suffix": SUFFIXES} if with_suffix else {}
     expected = theirs(
         text=PROMPTS,
@@ -143,13 +143,13 @@ def test_batch_equals_transformers(ours, theirs, side, with_suffix):
 
 @pytest.mark.parametrize("prompt, suffix", [*zip(PROMPTS, SUFFIXES, strict=True)])
 def test_single_prompt_equals_transformers(ours, theirs, prompt, suffix):
-    expected = theirs(text=prompt, images=picture(), suffix=suffix, return_tensors="pt")
-    batch = ours(text=prompt, images=picture(), suffix=suffix)
+    expected = theirs(text=prompt, images=random_image(), suffix=suffix, return_tensors="pt")
+    batch = ours(text=prompt, images=random_image(), suffix=suffix)
     assert_same_batch(batch, expected, ["input_ids", "attention_mask", "token_type_ids", "labels"])
 
 
 def test_known_ids(ours):
-    batch = ours("caption en", picture())
+    batch = ours("caption en", random_image())
     assert batch["input_ids"].tolist() == [[257152] * P + [2, 21209, 659, 108]]
     assert [ours.tokenizer.token_to_id(t) for t in ("<loc0000>", "<loc1023>", "<seg000>", "<seg127>")] == [
         256000,
@@ -160,24 +160,24 @@ def test_known_ids(ours):
 
 
 def test_whole_prompt_tokenizes_to_the_same_ids(ours):
-    """The processor spares the tokenizer the image tokens; the string of the course, taken whole, must say the same."""
+    """The processor adds the ids of <image> itself. Tokenizing the whole string must give the same ids."""
     prompt = module.build_prompt("caption en", num_image_tokens=P)
     assert prompt == "<image><image><image><image><bos>caption en\n"
-    assert ours.encode([prompt]) == ours("caption en", picture())["input_ids"].tolist()
+    assert ours.encode([prompt]) == ours("caption en", random_image())["input_ids"].tolist()
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_decode_equals_transformers(ours, theirs, skip):
-    ids = ours(PROMPTS, [picture()] * len(PROMPTS), suffix=SUFFIXES)["input_ids"]
+    ids = ours(PROMPTS, [random_image()] * len(PROMPTS), suffix=SUFFIXES)["input_ids"]
     assert ours.batch_decode(ids, skip) == theirs.batch_decode(ids, skip_special_tokens=skip)
     assert ours.decode(ids[2].tolist(), skip) == theirs.decode(ids[2], skip_special_tokens=skip)
 
 
-def test_decode_keeps_places_and_drops_specials(small):
+def test_decode_keeps_location_tokens_and_drops_special_tokens(small):
     text = TEXTS[6]
-    ids = small("caption en", picture(), suffix=text)["input_ids"][0]
+    ids = small("caption en", random_image(), suffix=text)["input_ids"][0]
     assert small.decode(ids) == "caption en\n" + text
-    assert small.decode([10_000_000, 5]) == "\n"  # an id of the padded table that no token has
+    assert small.decode([10_000_000, 5]) == "\n"  # an id of the padded embedding table without a token
     with pytest.raises(ValueError, match="negative"):
         small.decode([-100, 5])
 
@@ -225,7 +225,7 @@ def test_transparent_is_white():
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_sixteen_bits_are_scaled_not_clipped(small, tmp_path):
+def test_16_bit_gray_is_scaled_not_clipped(small, tmp_path):
     values = np.array([[0, 257, 32896], [65535, 128, 129]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     assert Image.open(tmp_path / "deep.png").mode == "I;16"
@@ -237,11 +237,11 @@ def test_sixteen_bits_are_scaled_not_clipped(small, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_picture_upright(orientation, tmp_path):
+def test_exif_orientation_is_applied(orientation, tmp_path):
     upright = np.zeros((4, 6, 3), np.uint8)
     upright[0, 0], upright[0, -1], upright[-1, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    # what a camera stores so that the tag's turn or mirroring gives the upright picture back
-    turned = {
+    # what a camera stores: rotating or mirroring it as the tag says restores the upright image
+    rotated = {
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -253,14 +253,14 @@ def test_exif_turns_the_picture_upright(orientation, tmp_path):
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png")), upright)
-    assert np.array_equal(np.asarray(to_rgb(Image.open(tmp_path / "turned.png"))), upright)
+    Image.fromarray(np.ascontiguousarray(rotated)).save(tmp_path / "rotated.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "rotated.png")), upright)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(tmp_path / "rotated.png"))), upright)
 
 
-def test_broken_exif_leaves_the_picture(tmp_path):
-    picture().save(tmp_path / "a.png", exif=b"Exif\x00\x00nonsense")
-    assert open_image(tmp_path / "a.png").tobytes() == picture().tobytes()
+def test_broken_exif_is_ignored(tmp_path):
+    random_image().save(tmp_path / "a.png", exif=b"Exif\x00\x00nonsense")
+    assert open_image(tmp_path / "a.png").tobytes() == random_image().tobytes()
 
 
 def test_path_image_and_array_agree(small, tmp_path):
@@ -276,18 +276,18 @@ def test_path_image_and_array_agree(small, tmp_path):
 
 
 def test_the_steps_can_be_patched(small, monkeypatch):
-    before = small.preprocess_images([picture()])
-    monkeypatch.setattr(module, "rescale", lambda pixels: pixels.float())  # the classic: forgetting / 255
-    assert small.preprocess_images([picture()]).max() > 100 > before.max()
-    monkeypatch.setattr(module, "build_prompt", lambda prefix, *_, **__: "<bos>" + prefix)  # … and the newline
-    assert small("caption en", picture())["input_ids"][0, -1] == small.tokenizer.token_to_id("▁en")
+    before = small.preprocess_images([random_image()])
+    monkeypatch.setattr(module, "rescale", lambda pixels: pixels.float())  # the classic bug: no / 255
+    assert small.preprocess_images([random_image()]).max() > 100 > before.max()
+    monkeypatch.setattr(module, "build_prompt", lambda prefix, *_, **__: "<bos>" + prefix)  # … and no newline
+    assert small("caption en", random_image())["input_ids"][0, -1] == small.tokenizer.token_to_id("▁en")
 
 
-# --- bad input: one clear sentence ---------------------------------------------------------------------------------
+# --- bad input: one clear message ----------------------------------------------------------------------------------
 
 
 def png(tmp_path, image=None):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     (image or noise("RGB", (64, 64))).save(path)
     return path
 
@@ -312,15 +312,15 @@ def write(tmp_path, content):
 
 
 BAD_FILES = {
-    "absent": (lambda d: d / "none.png", "no picture file"),
-    "a name too long for a file": (lambda d: "x" * 5000, "no picture file"),
-    "a folder": (lambda d: d, "no picture file"),
+    "missing": (lambda d: d / "none.png", "no image file"),
+    "a name too long for a file": (lambda d: "x" * 5000, "no image file"),
+    "a folder": (lambda d: d, "no image file"),
     "text": (lambda d: write(d, b"hello"), "cannot be read"),
     "empty": (lambda d: write(d, b""), "cannot be read"),
-    "cut short": (lambda d: write(d, png(d).read_bytes()[:3000]), "cannot be read"),
-    "cut in its header": (lambda d: write(d, png(d).read_bytes()[:20]), "cannot be read"),
+    "truncated": (lambda d: write(d, png(d).read_bytes()[:3000]), "cannot be read"),
+    "truncated in its header": (lambda d: write(d, png(d).read_bytes()[:20]), "cannot be read"),
     "bomb": (lambda d: bomb(d, 60000), "too large"),
-    "half a bomb": (lambda d: bomb(d, 11000), "too large"),  # where PIL itself only warns
+    "half a bomb": (lambda d: bomb(d, 11000), "too large"),  # for which PIL only warns
 }
 
 
@@ -336,7 +336,7 @@ def test_bad_files(name, small, tmp_path):
 def test_bad_pil_images(small, tmp_path):
     lazy = Image.open(write(tmp_path, png(tmp_path).read_bytes()[:3000]))
     for image, message in [
-        (lazy, "to its end"),
+        (lazy, "truncated or damaged"),
         (Image.new("RGB", (0, 5)), "empty"),
         (Image.new("F", (5, 5)), "mode F"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), "32-bit"),
@@ -352,7 +352,7 @@ def test_bad_pil_images(small, tmp_path):
         (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
         (np.zeros((3, 4, 4), np.uint8), r"\[3, 4, 4\]"),
         (np.zeros((2, 4, 4, 3), np.uint8), "as a list"),
-        (np.zeros((0, 4, 3), np.uint8), "not empty"),
+        (np.zeros((0, 4, 3), np.uint8), "non-empty"),
         (torch.zeros(4, 4, 3), "Tensor"),
         (None, "NoneType"),
         (7, "int"),
@@ -369,9 +369,9 @@ def test_bad_arrays(array, message, small):
         ({"text": ""}, "prompt is empty"),
         ({"text": " \n"}, "prompt is empty"),
         ({"text": []}, "no prompt"),
-        ({"text": ["a"], "images": []}, "1 prompts and 0 pictures"),
-        ({"text": ["a", "b"]}, "2 prompts and 1 pictures"),
-        ({"text": "a", "images": [picture()] * 2}, "1 prompts and 2 pictures"),
+        ({"text": ["a"], "images": []}, "1 prompts and 0 images"),
+        ({"text": ["a", "b"]}, "2 prompts and 1 images"),
+        ({"text": "a", "images": [random_image()] * 2}, "1 prompts and 2 images"),
         ({"text": "<image>a"}, "contains <image>"),
         ({"suffix": "<image>"}, "contains <image>"),
         ({"suffix": ["a", "b"]}, "1 prompts and 2 suffixes"),
@@ -385,14 +385,14 @@ def test_bad_arrays(array, message, small):
 )
 def test_bad_batches(arguments, message, small):
     with pytest.raises(ValueError, match=message):
-        small(**({"text": "caption en", "images": picture()} | arguments))
+        small(**({"text": "caption en", "images": random_image()} | arguments))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_transformers_opens_what_we_save(side, small_tokenizer, tmp_path):
+def test_transformers_loads_what_we_save(side, small_tokenizer, tmp_path):
     from transformers import PaliGemmaProcessor
 
     saved = Processor(
@@ -400,10 +400,10 @@ def test_transformers_opens_what_we_save(side, small_tokenizer, tmp_path):
     )
     saved.save_pretrained(tmp_path)
     theirs = PaliGemmaProcessor.from_pretrained(tmp_path)
-    arguments = {"text": TEXTS[1:], "images": [picture()] * 6, "suffix": TEXTS[:-1]}
+    arguments = {"text": TEXTS[1:], "images": [random_image()] * 6, "suffix": TEXTS[:-1]}
     expected = theirs(**arguments, padding=True, return_tensors="pt")
     names = ["input_ids", "attention_mask", "token_type_ids", "labels"]
-    assert len(theirs.tokenizer) == small_tokenizer.get_vocab_size()  # nothing was added behind <image>
+    assert len(theirs.tokenizer) == small_tokenizer.get_vocab_size()  # no token was added after <image>
     assert_same_batch(saved(**arguments), expected, names)
     assert_same_batch(Processor.from_pretrained(tmp_path)(**arguments), expected, names)
     ids = expected["input_ids"]
@@ -415,10 +415,10 @@ def test_auto_processor_and_what_transformers_saves(small, tmp_path):
 
     small.save_pretrained(tmp_path / "ours")
     AutoProcessor.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    assert not (tmp_path / "theirs" / "preprocessor_config.json").exists()  # 5.x nests it in processor_config.json
+    assert not (tmp_path / "theirs" / "preprocessor_config.json").exists()  # 5.x nests it in the other file
     back = Processor.from_pretrained(tmp_path / "theirs")
     assert (back.image_size, back.num_image_tokens, back.padding_side) == (32, P, "left")
-    one, two = small(TEXTS[:6], [picture()] * 6, TEXTS[1:]), back(TEXTS[:6], [picture()] * 6, TEXTS[1:])
+    one, two = small(TEXTS[:6], [random_image()] * 6, TEXTS[1:]), back(TEXTS[:6], [random_image()] * 6, TEXTS[1:])
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -464,9 +464,9 @@ def test_sparse_folders(files, expected, small_tokenizer, tmp_path):
         ),
         ({"preprocessor_config": {"image_mean": [0.5, 0.5]}}, "one number or three"),
         ({"preprocessor_config": {"image_std": [0.5, 0.5, 0]}}, "positive"),
-        ({"preprocessor_config": {"size": {"height": 224, "width": 112}}}, "height equal"),
-        ({"preprocessor_config": {"size": {"shortest_edge": 224}}}, "height equal"),
-        ({"preprocessor_config": {"do_resize": False}}, "switches off"),
+        ({"preprocessor_config": {"size": {"height": 224, "width": 112}}}, "only square images"),
+        ({"preprocessor_config": {"size": {"shortest_edge": 224}}}, "only square images"),
+        ({"preprocessor_config": {"do_resize": False}}, "disables resizing"),
         ({"preprocessor_config": "{"}, "not valid JSON"),
         ({"config": "[]"}, "JSON object"),
         ({"tokenizer": "{}"}, "not a tokenizer"),
@@ -486,7 +486,7 @@ def test_folder_without_tokenizer(tmp_path):
 # --- the small tokenizer -------------------------------------------------------------------------------------------
 
 
-def test_layout_of_the_small_tokenizer(small_tokenizer):
+def test_ids_of_the_small_tokenizer(small_tokenizer):
     size, find = small_tokenizer.get_vocab_size(), small_tokenizer.token_to_id
     assert [find(t) for t in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n", "<0x00>", "<0xFF>")] == [
         *(0, 1, 2, 3, 4, 5, 6, 261),
@@ -512,8 +512,8 @@ def test_training_a_tokenizer_is_deterministic():
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")))
-def test_any_text_survives(small_tokenizer, text):
-    """ "▁" stands for a space and comes back as one, as with Gemma; all else comes back as it was."""
+def test_any_text_round_trips(small_tokenizer, text):
+    """ "▁" means a space and is decoded as one, as in Gemma. All other text is unchanged."""
     ids = small_tokenizer.encode(text, add_special_tokens=False).ids
     assert small_tokenizer.decode(ids, skip_special_tokens=False) == text
     assert 3 not in ids or "<unk>" in text

@@ -1,4 +1,4 @@
-"""vqvae.py: equal to the same layers written down a second time, and no file, however broken, does any harm."""
+"""vqvae.py: equal to an independent implementation of the same layers, and safe with any broken file."""
 
 import io
 import pickle
@@ -14,9 +14,9 @@ from conftest import relative_error
 from minivlm import emoji, locations, vqvae
 from minivlm.hub import EMBEDDED
 from minivlm.locations import Detection, crop_mask, paste_mask
-from minivlm.vqvae import MaskVQVAE, code_grid, find_file
+from minivlm.vqvae import MaskVQVAE, code_grid, find_npz
 
-# Every array of a file, by hand: what big_vision's decoder reads from vae-oid.npz, and the encoder beside it.
+# Every array of a file, written by hand: what big_vision's decoder reads from vae-oid.npz, and the encoder.
 SHAPES = {
     "encoder.0.weight": (16, 1, 4, 4),
     "encoder.0.bias": (16,),
@@ -55,7 +55,7 @@ SHAPES = {
     "decoder.3.net.2.bias": (128,),
     "decoder.3.net.4.weight": (128, 128, 1, 1),
     "decoder.3.net.4.bias": (128,),
-    "decoder.4.weight": (128, 128, 4, 4),  # of a transposed convolution: from, to, height, width
+    "decoder.4.weight": (128, 128, 4, 4),  # transposed convolution: in, out, height, width
     "decoder.4.bias": (128,),
     "decoder.6.weight": (128, 64, 4, 4),
     "decoder.6.bias": (64,),
@@ -69,7 +69,7 @@ SHAPES = {
 
 
 def random_arrays(seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights that keep numbers of about the same size from layer to layer."""
+    """Random weights that keep the magnitude of activations about the same from layer to layer."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for name, shape in SHAPES.items():
@@ -96,7 +96,7 @@ def vae(arrays, tmp_path_factory) -> MaskVQVAE:
 
 @pytest.fixture(scope="module")
 def local(arrays, tmp_path_factory) -> MaskVQVAE:
-    """Its residual blocks, each of which looks far around in a grid of 4 × 4, add nothing."""
+    """The same without its residual blocks, whose receptive field covers most of a 4 × 4 grid: they add zero."""
     silent = {name: np.zeros_like(array) if ".net.4." in name else array for name, array in arrays.items()}
     return MaskVQVAE.from_pretrained(write(tmp_path_factory.mktemp("vae") / "vae-local.npz", silent))
 
@@ -106,11 +106,11 @@ def embedded() -> MaskVQVAE:
     return MaskVQVAE.from_pretrained()
 
 
-# --- the same layers a second time ------------------------------------------------------------------------------------
+# --- reference implementation -----------------------------------------------------------------------------------------
 
 
 class Reference:
-    """The facts about the released file, in functions of torch, from the arrays by their names."""
+    """The architecture of the released file in torch functions, straight from the named arrays."""
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -159,7 +159,7 @@ def test_names_and_shapes():
 
 
 @torch.no_grad()
-def test_encoder_and_decoder_equal_the_same_layers_written_out(vae, arrays):
+def test_encoder_and_decoder_equal_the_reference(vae, arrays):
     reference, g = Reference(arrays), torch.Generator().manual_seed(0)
     masks = torch.rand(3, 64, 64, generator=g)
     assert relative_error(vae.encoder(2 * masks[:, None] - 1), reference.grid(masks)) < 1e-5
@@ -170,10 +170,10 @@ def test_encoder_and_decoder_equal_the_same_layers_written_out(vae, arrays):
 
 
 @torch.no_grad()
-def test_the_embedded_weights_say_the_same(embedded):
+def test_embedded_weights_equal_the_reference(embedded):
     with np.load(EMBEDDED / "vae-emoji.npz", allow_pickle=False) as file:
         reference = Reference({name: file[name].astype(np.float32) for name in file.files})
-    masks = torch.stack([torch.tensor(cut) for cut, *_ in held_out(6)])
+    masks = torch.stack([torch.tensor(crop) for crop, *_ in held_out(6)])
     codes = embedded.encode(masks)
     assert relative_error(embedded.encoder(2 * masks[:, None] - 1), reference.grid(masks)) < 1e-5
     assert torch.equal(codes, reference.codes(masks))
@@ -189,7 +189,7 @@ def test_codes_are_the_nearest_vectors(vae):
     assert torch.equal(vae._vq_vae.nearest(code_grid(codes, vae._vq_vae._embedding)), codes)
 
 
-# --- which code stands where --------------------------------------------------------------------------------------
+# --- which code is which cell -------------------------------------------------------------------------------------
 
 
 def cells(change: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ def test_grid_is_filled_row_by_row():
 @pytest.mark.parametrize("weights", ["local", "embedded"])
 @torch.no_grad()
 def test_a_code_changes_its_own_cell_most(weights, request):
-    """Code k of 16 is row k // 4, column k % 4 of the mask: there, and not at row k % 4, the decoded mask changes."""
+    """Code k of 16 changes the decoded mask at row k // 4, column k % 4, not at row k % 4."""
     vae, g = request.getfixturevalue(weights), torch.Generator().manual_seed(0)
     before = torch.randint(0, 128, (8, 16), generator=g)
     drawn = vae.decode(before)
@@ -236,27 +236,27 @@ def test_a_cell_changes_its_own_vector_most(local):
 def test_codes_out_of_range():
     vae = MaskVQVAE()
     for wrong in (128, -1, 1023):
-        with pytest.raises(ValueError, match=f"from 0 to 127; these, from {min(0, wrong)} to {max(0, wrong)}"):
+        with pytest.raises(ValueError, match=f"from 0 to 127, not from {min(0, wrong)} to {max(0, wrong)}"):
             vae.decode(torch.tensor([[wrong, *[0] * 15]]))
     assert vae.decode(torch.zeros(0, 16, dtype=torch.long)).shape == (0, 64, 64)
 
 
-# --- masks of pictures ----------------------------------------------------------------------------------------------
+# --- masks of images ------------------------------------------------------------------------------------------------
 
 
 def held_out(count: int) -> list[tuple]:
-    """(mask as seen in its box, the picture's mask, box) of things that training never showed."""
-    things = [thing for seed in range(count) for thing in emoji.make_scene(seed, "validation").objects]
-    return [(crop_mask(thing.mask, thing.box), thing.mask, thing.box) for thing in things]
+    """(cropped mask, mask of the whole image, box) of objects in held-out scenes."""
+    objects = [obj for seed in range(count) for obj in emoji.make_scene(seed, "validation").objects]
+    return [(crop_mask(obj.mask, obj.box), obj.mask, obj.box) for obj in objects]
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
-def round_trip(vae: MaskVQVAE, things: list[tuple]) -> float:
-    """Mean IoU of masks with what comes back, in the picture."""
-    _, masks, boxes = zip(*things, strict=True)
+def round_trip(vae: MaskVQVAE, objects: list[tuple]) -> float:
+    """Mean IoU of masks with their reconstructions, in the whole image."""
+    _, masks, boxes = zip(*objects, strict=True)
     codes = vae.codes_from_masks(masks, boxes)
     assert all(len(row) == 16 and all(type(code) is int and 0 <= code < 128 for code in row) for row in codes)
     drawn = vae.masks_from_detections(
@@ -265,18 +265,18 @@ def round_trip(vae: MaskVQVAE, things: list[tuple]) -> float:
     return float(np.mean([iou(mask, back) for mask, back in zip(masks, drawn, strict=True)]))
 
 
-def test_masks_of_held_out_things_come_back(embedded):
-    things = held_out(60)
-    mean = round_trip(embedded, things)
-    filled = np.mean([mask.sum() / ((x1 - x0) * (y1 - y0)) for _, mask, (x0, y0, x1, y1) in things])
-    assert mean >= 0.88 and filled < 0.7  # a whole box for every mask would not do
+def test_masks_of_held_out_objects_are_reconstructed(embedded):
+    objects = held_out(60)
+    mean = round_trip(embedded, objects)
+    filled = np.mean([mask.sum() / ((x1 - x0) * (y1 - y0)) for _, mask, (x0, y0, x1, y1) in objects])
+    assert mean >= 0.88 and filled < 0.7  # filling each whole box would not be enough
 
 
-def test_codes_and_masks_are_those_of_cut_and_paste(vae):
+def test_codes_and_masks_are_those_of_crop_and_paste(vae):
     masks, boxes = zip(*[(mask, box) for _, mask, box in held_out(3)], strict=True)
-    cut = torch.from_numpy(np.stack([crop_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)]))
+    crops = torch.from_numpy(np.stack([crop_mask(mask, box) for mask, box in zip(masks, boxes, strict=True)]))
     codes = vae.codes_from_masks(masks, boxes)
-    assert codes == [tuple(row) for row in vae.encode(cut).tolist()]
+    assert codes == [tuple(row) for row in vae.encode(crops).tolist()]
     coded = [Detection("a", box, row) for box, row in zip(boxes, codes, strict=True)]
     found = [Detection("b", (1, 2, 3, 4)), *coded, Detection("c", (5, 5, 9, 9))]
     first, *between, last = vae.masks_from_detections(found, 112, 100)
@@ -294,14 +294,14 @@ def test_codes_and_masks_are_those_of_cut_and_paste(vae):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_saving_and_loading_changes_next_to_nothing(vae, embedded, tmp_path):
+def test_saving_loses_only_float16_precision(vae, embedded, tmp_path):
     vae.save_pretrained(tmp_path)
     assert (tmp_path / "vae-emoji.npz").stat().st_size < 4_500_000
     again = MaskVQVAE.from_pretrained(tmp_path)
     assert not again.training
     for name, value in again.state_dict().items():
         assert value.dtype == torch.float32 and relative_error(value, vae.state_dict()[name]) < 2**-11
-    embedded.save_pretrained(tmp_path, "vae-again.npz")  # what was float16 once is the same for ever
+    embedded.save_pretrained(tmp_path, "vae-again.npz")  # a second float16 round trip is exact
     again = MaskVQVAE.from_pretrained(tmp_path / "vae-again.npz")
     assert all(torch.equal(value, embedded.state_dict()[name]) for name, value in again.state_dict().items())
 
@@ -315,13 +315,13 @@ def test_float16_and_float32_files_agree(vae, arrays, tmp_path):
     assert all(torch.equal(value, vae.state_dict()[name]) for name, value in exact.state_dict().items())
 
 
-def test_what_training_alone_needs_is_left_aside(vae, arrays, tmp_path):
+def test_arrays_that_only_training_needs_are_skipped(vae, arrays, tmp_path):
     more = {"_vq_vae._ema_w": np.ones((128, 512)), "_vq_vae._ema_cluster_size": np.array([object()])}  # not even read
     loaded = MaskVQVAE.from_pretrained(write(tmp_path / "vae-oid.npz", arrays | more))
     assert all(torch.equal(value, vae.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_all_that_is_wrong_with_the_arrays_is_said_at_once(arrays, tmp_path):
+def test_one_error_lists_everything_wrong_with_the_arrays(arrays, tmp_path):
     changed = {name: array for name, array in arrays.items() if name != "decoder.0.bias"}
     changed["decoder.2.bias"] = np.zeros(3, np.float32)
     changed["decoder.4.weight"] = np.zeros((128, 128, 3, 3), np.float32)
@@ -332,13 +332,13 @@ def test_all_that_is_wrong_with_the_arrays_is_said_at_once(arrays, tmp_path):
         MaskVQVAE.from_pretrained(write(tmp_path / "other.npz", changed))
     message = str(caught.value)
     for part in (
-        "other.npz is not the mask VQ-VAE",
+        "other.npz is not PaliGemma's mask VQ-VAE",
         "decoder.0.bias is missing",
-        "decoder.2.bias is not part of it",
-        "decoder.4.weight is (128, 128, 3, 3), not (128, 128, 4, 4)",
-        "encoder.10.bias is (), not (512,)",
-        "_vq_vae._embedding holds int64",
-        "encoder.0.bias holds <U1",
+        "decoder.2.bias is unexpected",
+        "decoder.4.weight has shape (128, 128, 3, 3) instead of (128, 128, 4, 4)",
+        "encoder.10.bias has shape () instead of (512,)",
+        "_vq_vae._embedding has dtype int64",
+        "encoder.0.bias has dtype <U1",
     ):
         assert part in message
     assert message.count(";") == 5
@@ -354,7 +354,7 @@ class Bomb:
         return Path.write_text, (self.path, "boom")
 
 
-def files_that_are_none(folder: Path, arrays: dict) -> dict[str, bytes]:
+def bad_files(folder: Path, arrays: dict) -> dict[str, bytes]:
     """Name → content of files that must be refused."""
     whole = io.BytesIO()
     np.savez_compressed(whole, **arrays)
@@ -369,7 +369,7 @@ def files_that_are_none(folder: Path, arrays: dict) -> dict[str, bytes]:
     return {
         "pickled objects": objects.getvalue(),
         "a pickle": pickle.dumps(bombs),
-        "cut off": whole.getvalue()[:-1000],
+        "truncated": whole.getvalue()[:-1000],
         "cut in half": whole.getvalue()[: len(whole.getvalue()) // 2],
         "one bit damaged": bytes(damaged),
         "empty": b"",
@@ -379,34 +379,36 @@ def files_that_are_none(folder: Path, arrays: dict) -> dict[str, bytes]:
     }
 
 
-def test_files_that_are_none_are_refused_and_never_unpickled(arrays, tmp_path):
-    for name, content in files_that_are_none(tmp_path, arrays).items():
+def test_bad_files_are_refused_and_never_unpickled(arrays, tmp_path):
+    for name, content in bad_files(tmp_path, arrays).items():
         path = tmp_path / "vae-broken.npz"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="vae-broken.npz is no whole .npz file of plain arrays") as caught:
+        with pytest.raises(ValueError, match="vae-broken.npz is not a complete .npz file of plain arrays") as caught:
             MaskVQVAE.from_pretrained(path)
         assert "\n" not in str(caught.value), name
         assert not (tmp_path / "boom").exists(), name
     pickle.loads(pickle.dumps(Bomb(tmp_path / "boom")))
-    assert (tmp_path / "boom").exists()  # it would have
+    assert (tmp_path / "boom").exists()  # the bomb works
 
 
-def test_the_one_file_of_a_folder(arrays, tmp_path):
-    for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="vae-oid.npz: download it"):
-            MaskVQVAE.from_pretrained(place)
+def test_finding_the_file_in_a_folder(arrays, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(
+            FileNotFoundError, match="no mask VQ-VAE at .* download gs://big_vision/paligemma/vae-oid.npz"
+        ):
+            MaskVQVAE.from_pretrained(folder)
     path = write(tmp_path / "vae-one.npz", arrays)
     write(tmp_path / "other.npz", {})
-    assert find_file(tmp_path) == find_file(path) == path
+    assert find_npz(tmp_path) == find_npz(path) == path
     MaskVQVAE.from_pretrained(str(tmp_path))
     write(tmp_path / "vae-two.npz", arrays)
-    with pytest.raises(ValueError, match="vae-one.npz and vae-two.npz: name the file"):
+    with pytest.raises(ValueError, match="vae-one.npz and vae-two.npz: pass the path of one"):
         MaskVQVAE.from_pretrained(tmp_path)
-    assert find_file(EMBEDDED) == EMBEDDED / "vae-emoji.npz"
+    assert find_npz(EMBEDDED) == EMBEDDED / "vae-emoji.npz"
 
 
-def test_masks_are_made_with_the_pieces_that_exercises_replace(monkeypatch):
-    """`plugged_in` puts a learner's function into its module: it has to be looked up there at every call."""
+def test_masks_use_the_functions_that_exercises_replace(monkeypatch):
+    """``plugged_in`` puts a learner's function into its module, so every call must look it up there."""
     called = []
     for module, name in ((vqvae, "code_grid"), (locations, "paste_mask"), (locations, "crop_mask")):
         own = getattr(module, name)

@@ -69,7 +69,7 @@ from minivlm.locations import CODES, crop_mask
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
 from minivlm.tokenizer import train_tokenizer
-from minivlm.vqvae import WIDTH, MaskVQVAE, code_grid
+from minivlm.vqvae import CODE_DIM, MaskVQVAE, code_grid
 
 LOG_EVERY = 50  # steps
 
@@ -201,7 +201,7 @@ class MaskVQVAEObjective(nn.Module):
         super().__init__()
         self.vae = MaskVQVAE()
         self.register_buffer("sizes", torch.zeros(CODES))  # vectors that a code was given, on average
-        self.register_buffer("sums", torch.zeros(CODES, WIDTH))  # of those vectors
+        self.register_buffer("sums", torch.zeros(CODES, CODE_DIM))  # of those vectors
 
     def forward(self, masks: Float[Tensor, "O 64 64"]) -> Float[Tensor, ""]:
         found = self.vae.encoder(2 * masks[:, None] - 1).float()  # [O, D, 4, 4]

@@ -579,7 +579,7 @@ assert torch.isclose(sum(totals) / W, sigmoid_loss(x, y, log_t, bias), rtol=1e-5
 # %%
 import inspect
 
-print(inspect.getsource(losses.pass_on))
+print(inspect.getsource(losses.ring_shift))
 
 # %% [markdown]
 # Here is what each process will run. All of them generate the same 512 pairs from a seed, and each takes its shard.
@@ -595,13 +595,13 @@ def make_pairs():
 
 
 def by_ring(x, y, log_t, bias):
-    sent, pass_on = [], losses.pass_on
+    sent, ring_shift = [], losses.ring_shift
 
-    def counting_pass_on(parcel, *rest):
-        sent.append(parcel.nbytes)
-        return pass_on(parcel, *rest)
+    def counting_ring_shift(shard, *rest):
+        sent.append(shard.nbytes)
+        return ring_shift(shard, *rest)
 
-    losses.pass_on = counting_pass_on
+    losses.ring_shift = counting_ring_shift
     loss = losses.ring_sigmoid_loss(x, y, log_t, bias)
     return loss, torch.autograd.grad(loss, (x, y, log_t, bias)), sum(sent)
 
