@@ -111,7 +111,7 @@ export function explain(settings, row, col) {
   const allowed = count(settings, mask(settings), row, col), pairs = row.n * col.n;
   if (allowed > 0 && allowed < pairs) {
     const why = col.kind === "padding" && settings.mode !== "unmasked-padding"
-      ? "padding is masked, but each padding token attends to itself, because a softmax over no keys is NaN"
+      ? "padding is masked, but each padding token attends to itself, because softmax needs at least one key"
       : settings.mode === "causal"
         ? "each attends to itself and to earlier tokens"
         : `the others are outside the window of ${settings.window}`;
@@ -131,7 +131,7 @@ function reason(settings, q, k, plural) {
   const { mode, window } = settings, list = tokens(settings), { starts, block } = blocks(settings);
   const [query, key] = [list[q].kind, list[k].kind], behind = q - k, masked = mode !== "unmasked-padding";
   if (q === k && query === "padding" && masked)
-    return "a padding token attends to itself, because a softmax over no keys is NaN";
+    return "a padding token attends to itself, because softmax needs at least one key";
   if (q === k) return "every token attends to itself";
   if (key === "padding" && masked) return `${it} ${is} padding, which is masked`;
   const inPrefix = !starts[q] && !starts[k];
