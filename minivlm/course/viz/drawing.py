@@ -36,13 +36,13 @@ def sheet(height: Real, title: str | None = None, margin: Real = 12, width: Real
     """
     from matplotlib.figure import Figure
 
-    top = margin if title is None else 40
+    top = 40 if title else margin
     height, width = round(height + top), round(width)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    if title is not None:
+    if title:
         if text_width(title, TITLE, bold=True) > width - 24:
             raise ValueError(f"The title {title!r} is too long for one line. Shorten it.")
         write(axes, 12, 22, title, TITLE, ha="left", fontweight="bold")

@@ -604,8 +604,8 @@ ${choice("call", "queries of", { prefill: "the whole sequence (prefill, training
 <div class="buttons"><button class="main" data-do="predict">Predict a row</button><button class="main" data-do="reveal">Reveal</button>
 <button class="main" data-do="next">Next row</button><button data-do="end">Back to the mask</button>
 <button data-do="unpin">Remove pins</button><button data-do="png">Save PNG</button><button data-do="svg">Save SVG</button></div>
-<p class="keys" id="help">Keyboard: the arrow keys move, also to the labels. Enter pins, or marks a prediction. Escape removes
-the pins, or ends the round.</p></div></div></section>`;
+<p class="keys" id="help">Keyboard: the arrow keys move, also to the labels. Enter pins, or marks a prediction.
+Escape removes the pins, or ends the round.</p></div></div></section>`;
 
 /** Shows the explorer in an element. `changed` is called with the settings whenever the learner changes one. */
 export function mount(element, given, changed = () => {}) {
@@ -756,9 +756,10 @@ function sentences({ settings, plan }, { row, col }) {
 function words(view) {
   const { plan, hover, round: game } = view;
   if (game && !game.revealed) {
-    const large = plan.cols.some((c) => c.n > 1) ? " A long run counts if the query attends to any of its tokens." : "";
+    const large = plan.cols.some((c) => c.n > 1) ? " A run counts as a key if any of its tokens is attended to." : "";
     const query = asQuery(plan.rows[game.row]);
-    const lines = [`Which keys does ${query} attend to? Click them, or use the arrow keys and Enter.${large}`];
+    const verb = plan.rows[game.row].n > 1 ? "do" : "does";
+    const lines = [`Which keys ${verb} ${query} attend to? Click them, or use the arrow keys and Enter.${large}`];
     const guess = game.guess.has(hover?.col) ? "your prediction is allowed" : "your prediction is blocked";
     if (hover?.col >= 0) lines.push(`${sentence(asKey(plan.cols[hover.col]))}: ${guess}.`);
     return lines;

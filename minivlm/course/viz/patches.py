@@ -46,7 +46,7 @@ def image_row(
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     sizes = [(width * min(1, i.width / i.height), width * min(1, i.height / i.width)) for i in images]
     heights = [max(sizes[k][1] for k in row) + 16 * max(len(texts[k]) for k in row) + 8 + gap for row in rows]
-    wide = gap + columns * (width + gap) if title is None else WIDTH
+    wide = WIDTH if title else gap + columns * (width + gap)
     figure, axes, top = sheet(sum(heights), title, width=wide)
     for line, row in enumerate(rows):
         y = top + sum(heights[:line])
