@@ -1,4 +1,4 @@
-"""Chromium for tests that look at pages and at JupyterLab; they are skipped where it is not installed."""
+"""Chromium for the tests of pages and of JupyterLab, which are skipped if it is not installed."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ import nbformat
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 120_000  # milliseconds: a limit for hangs, not a measure; machines may be busy
+PATIENCE = 120_000  # milliseconds, only a limit for hangs: machines may be busy
 
 
 @contextmanager
 def chromium() -> Iterator:
-    """A browser without a window, as Playwright's ``Browser``."""
+    """A headless browser, as Playwright's ``Browser``."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        pytest.skip(f"no browser: install Chromium, as one of {', '.join(NAMES)}")
+        pytest.skip(f"no browser: install Chromium as one of {', '.join(NAMES)}")
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, timeout=PATIENCE)
@@ -35,14 +35,14 @@ def chromium() -> Iterator:
 
 @contextmanager
 def quiet_page(browser, allowed: tuple[str, ...] = ("file:", "data:", "blob:", "about:"), **options) -> Iterator:
-    """A page that must ask for nothing but what begins with ``allowed``, get all of it, and log no error.
+    """A page whose requests must all start with ``allowed`` and succeed, and that must not log an error.
 
     ``options`` go to ``Browser.new_page``.
     """
     page = browser.new_page(**options)
     page.set_default_timeout(PATIENCE)
     trouble = []
-    page.on("request", lambda r: None if r.url.startswith(allowed) else trouble.append(f"asked for {r.url[:200]}"))
+    page.on("request", lambda r: None if r.url.startswith(allowed) else trouble.append(f"requested {r.url[:200]}"))
     page.on("requestfailed", lambda r: trouble.append(f"did not get {r.url[:200]}"))
     page.on("console", lambda m: trouble.append(f"logged {m.text}") if m.type == "error" else None)
     page.on("pageerror", lambda error: trouble.append(f"raised {error}"))
@@ -55,7 +55,7 @@ def quiet_page(browser, allowed: tuple[str, ...] = ("file:", "data:", "blob:", "
 
 
 def notebook_with(source: str, shown) -> nbformat.NotebookNode:
-    """One cell, run: its output is all that ``shown`` has to show for itself."""
+    """A notebook with one executed cell, whose output is the mime bundle of ``shown``."""
     bundle = shown._repr_mimebundle_()
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
     output = nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1)
@@ -65,7 +65,7 @@ def notebook_with(source: str, shown) -> nbformat.NotebookNode:
 
 
 def exported(shown) -> str:
-    """That notebook as nbconvert exports it, with empty scripts in place of those that it links to."""
+    """That notebook exported by nbconvert, with empty scripts instead of those that it would link to."""
     from nbconvert import HTMLExporter
 
     nothing = "data:text/javascript,"
@@ -75,7 +75,7 @@ def exported(shown) -> str:
 
 @contextmanager
 def jupyterlab(folder):
-    """A server of its own for the folder: its address and token. It is ended with all that it started."""
+    """A JupyterLab server for the folder: its address and token. It is stopped with all its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -104,7 +104,7 @@ def jupyterlab(folder):
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
-    """Until the server answers."""
+    """Waits until the server answers."""
     end = time.monotonic() + 300
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):

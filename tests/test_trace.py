@@ -1,4 +1,4 @@
-"""The tensor trace: it records what the model computes, and every form of it can be read and stepped through."""
+"""The tensor trace: it records what the model computes, and each of its forms can be read and stepped through."""
 
 import base64
 import io
@@ -15,20 +15,21 @@ from PIL import Image
 from minivlm import masks
 from minivlm.course import viz
 from minivlm.course.viz import trace_figures
+from minivlm.course.viz.style import VERMILION, rgb
 from minivlm.course.viz.tracing import Statistics, Trace, steps
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 LAYERS = "language_model.model.layers."
 
 
 @pytest.fixture(scope="module")
 def traced(talker, tiny_processor) -> Trace:
-    return viz.trace(talker, tiny_processor, PICTURE, "caption en", "a cat and two dogs")
+    return viz.trace(talker, tiny_processor, IMAGE, "caption en", "a cat and two dogs")
 
 
 @pytest.fixture(scope="module")
 def batch(tiny_processor) -> dict[str, torch.Tensor]:
-    batch = tiny_processor(["caption en"], [PICTURE], ["a cat and two dogs"])
+    batch = tiny_processor(["caption en"], [IMAGE], ["a cat and two dogs"])
     batch.pop("labels")
     return batch
 
@@ -41,7 +42,7 @@ def hooks(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
-def test_the_tensors_are_those_that_the_model_computes(talker, traced, batch):
+def test_the_tensors_equal_those_of_the_model(talker, traced, batch):
     tower, decoder = talker.vision_tower.vision_model, talker.language_model.model
     pixels, ids = batch["pixel_values"], batch["input_ids"]
     features = talker.encode_image(pixels)
@@ -65,7 +66,7 @@ def test_the_tensors_are_those_that_the_model_computes(talker, traced, batch):
 
 
 def test_every_layer_adds_up(talker, traced):
-    """The stream after a layer is the stream before it plus what the two blocks gave."""
+    """The residual stream after a layer is the one before it plus the outputs of the two blocks."""
     parts = ("post_attention_layernorm", "post_feedforward_layernorm")
     before = "inputs_embeds"
     for i in range(4):
@@ -75,7 +76,7 @@ def test_every_layer_adds_up(talker, traced):
         before = f"{LAYERS}{i}"
 
 
-def test_the_masks_are_the_ones_of_the_masks_module(talker, traced, batch):
+def test_the_masks_equal_those_of_the_masks_module(talker, traced, batch):
     window = talker.config.text_config.sliding_window
     T = batch["input_ids"].shape[1]
     full, sliding = masks.attention_masks(batch["attention_mask"], batch["token_type_ids"], T, window)
@@ -85,12 +86,12 @@ def test_the_masks_are_the_ones_of_the_masks_module(talker, traced, batch):
         assert torch.equal(traced.tensor("sliding_mask"), sliding) and not torch.equal(full, sliding)
 
 
-def test_a_mask_that_hides_nothing_is_drawn_all_the_same(talker, tiny_processor):
-    traced = viz.trace(talker, tiny_processor, PICTURE, "caption en")
+def test_a_mask_that_blocks_nothing_is_recorded_too(talker, tiny_processor):
+    traced = viz.trace(talker, tiny_processor, IMAGE, "caption en")
     assert traced.tensor("mask").all() and traced["mask"].shape == (1, *[traced["logits"].shape[1]] * 2)
 
 
-def test_everything_is_there_in_the_order_of_computation(talker, traced):
+def test_every_tensor_is_recorded_in_the_order_of_computation(talker, traced):
     modules = [step.name for step in steps(talker)]
     assert [name for name in traced.names if name in modules] == modules
     for first, second in (
@@ -107,7 +108,7 @@ def test_everything_is_there_in_the_order_of_computation(talker, traced):
     assert len(traced) == 1 + (2 + 3 * 5 + 1) + 1 + 3 + mask + (4 * per_layer + 1) + 1 == len(set(traced.names))
 
 
-def test_shapes_types_and_statistics_are_those_of_the_tensors(traced):
+def test_shapes_dtypes_and_statistics_match_the_tensors(traced):
     letters = {}
     for entry in traced:
         tensor, values = entry.tensor, entry.tensor.double()
@@ -126,37 +127,37 @@ def test_titles_are_short(traced):
     assert all(entry.title and len(entry.title.split()) <= 12 for entry in traced)
 
 
-def test_statistics_leave_out_what_is_broken():
+def test_statistics_ignore_nan_and_infinity():
     stats = Statistics.of(torch.tensor([1.0, 3.0, float("nan"), float("-inf")]))
     assert (stats.min, stats.max, stats.mean, stats.std, stats.broken) == (1, 3, 2, 1, 0.5)
     nothing = Statistics.of(torch.full((2,), float("nan")))
     assert np.isnan(nothing.mean) and nothing.broken == 1
 
 
-def test_broken_numbers_are_seen_and_said(tiny_processor):
+def test_nan_is_visible_and_reported(tiny_processor):
     model = tiny_model(1, vocab_size=tiny_processor.tokenizer.get_vocab_size())
     model.config.image_token_index = tiny_processor.image_token_id
     with torch.no_grad():
         model.vision_tower.vision_model.post_layernorm.weight[5] = float("nan")
-    traced = viz.trace(model, tiny_processor, PICTURE, "caption en")
+    traced = viz.trace(model, tiny_processor, IMAGE, "caption en")
     entry = traced["vision_tower.vision_model.post_layernorm"]
     assert entry.stats.broken == pytest.approx(1 / 24)
-    assert "NaN" in entry.picture.alt and "NaN" in entry.key and "4.2% NaN or infinite" in str(traced)
-    assert not traced.next_words and "NaN" in traced["logits"].picture.alt and "NaN" in traced.overview.alt
-    column = np.asarray(entry.picture.image)[:, 5]
-    assert (column == trace_figures.rgb(trace_figures.VERMILION)).all()
+    assert "NaN" in entry.figure.alt and "NaN" in entry.caption and "4.2% NaN or infinite" in str(traced)
+    assert not traced.next_tokens and "NaN" in traced["logits"].figure.alt and "NaN" in traced.overview.alt
+    column = np.asarray(entry.figure.image)[:, 5]
+    assert (column == rgb(VERMILION)).all()
 
 
-def test_bfloat16_is_kept_as_it_is(tiny_processor):
+def test_bfloat16_is_not_converted(tiny_processor):
     model = tiny_model(2, vocab_size=tiny_processor.tokenizer.get_vocab_size()).bfloat16()
     model.config.image_token_index = tiny_processor.image_token_id
-    traced = viz.trace(model, tiny_processor, PICTURE, "caption en")
+    traced = viz.trace(model, tiny_processor, IMAGE, "caption en")
     assert traced["logits"].dtype == "bfloat16" and traced["pixel_values"].dtype == "float32"
 
 
-def test_the_model_is_left_as_it_was(talker, tiny_processor, monkeypatch):
+def test_the_model_is_unchanged(talker, tiny_processor, monkeypatch):
     before = {name: value.clone() for name, value in talker.state_dict().items()}
-    viz.trace(talker, tiny_processor, PICTURE, "caption en")
+    viz.trace(talker, tiny_processor, IMAGE, "caption en")
     assert hooks(talker) == 0
     assert all(torch.equal(value, before[name]) for name, value in talker.state_dict().items())
 
@@ -166,64 +167,64 @@ def test_the_model_is_left_as_it_was(talker, tiny_processor, monkeypatch):
 
     monkeypatch.setattr(masks, "attention_masks", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        viz.trace(talker, tiny_processor, PICTURE, "caption en")
+        viz.trace(talker, tiny_processor, IMAGE, "caption en")
     assert hooks(talker) == 0
 
 
-def test_it_is_a_sequence_with_names(traced):
+def test_a_trace_is_a_sequence_with_names(traced):
     assert traced[0].name == "pixel_values" and traced[-1] is traced["logits"] is list(traced)[-1]
     assert "logits" in traced and "logit" not in traced and len(traced[:3]) == 3
     assert traced.tensor(f"{LAYERS}0.self_attn") is traced[f"{LAYERS}0.self_attn"].tensor
 
 
-def test_a_wrong_name_gets_the_nearest_ones(traced):
-    with pytest.raises(ValueError, match=r"'layers.2.self_atn' was recorded; near it are .*layers\.2\.self_attn"):
+def test_a_wrong_name_raises_an_error_with_similar_names(traced):
+    with pytest.raises(ValueError, match=r"'layers.2.self_atn'. Similar names: .*layers\.2\.self_attn"):
         traced["layers.2.self_atn"]
-    with pytest.raises(ValueError, match="'image' was recorded; near it are"):
+    with pytest.raises(ValueError, match="'image'. Similar names: "):
         traced.tensor("image")
 
 
-def test_what_the_processor_refuses_is_refused(talker, tiny_processor):
+def test_errors_of_the_processor_are_raised(talker, tiny_processor):
     with pytest.raises(ValueError, match="prompt"):
-        viz.trace(talker, tiny_processor, PICTURE, "")
+        viz.trace(talker, tiny_processor, IMAGE, "")
 
 
-def test_the_next_words_are_those_after_the_prompt(talker, traced, batch, tiny_processor):
+def test_the_next_tokens_follow_the_prompt(talker, traced, batch, tiny_processor):
     last = int((batch["token_type_ids"][0] == 0).sum()) - 1
-    chances, ids = talker(**batch)[0, last].softmax(-1).topk(5)
-    assert [chance for _, chance in traced.next_words] == pytest.approx(chances.tolist())
+    p, ids = talker(**batch)[0, last].softmax(-1).topk(5)
+    assert [chance for _, chance in traced.next_tokens] == pytest.approx(p.tolist())
     names = [tiny_processor.tokenizer.id_to_token(i) for i in ids.tolist()]
-    assert [word.replace(" ", "▁").replace("↵", "\n") for word, _ in traced.next_words] == names
-    assert traced.next_words[0][0] in traced["logits"].picture.alt
+    assert [token.replace(" ", "▁").replace("↵", "\n") for token, _ in traced.next_tokens] == names
+    assert traced.next_tokens[0][0] in traced["logits"].figure.alt
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_small_and_described(traced):
+def test_figures_are_small_and_have_alt_text(traced):
     for entry in traced:
-        width, height = entry.picture.image.size
+        width, height = entry.figure.image.size
         assert entry.name == "logits" or max(width, height) <= 96
-        assert len(entry.picture.alt) > 20 and entry.key
-    assert traced["mask"].picture.image.size == traced["mask"].shape[1:]
+        assert len(entry.figure.alt) > 20 and entry.caption
+    assert traced["mask"].figure.image.size == traced["mask"].shape[1:]
 
 
-def test_the_picture_is_the_picture(traced):
-    assert (np.asarray(traced["pixel_values"].picture.image) == np.asarray(PICTURE)).all()
+def test_the_pixels_are_the_image(traced):
+    assert (np.asarray(traced["pixel_values"].figure.image) == np.asarray(IMAGE)).all()
 
 
-def test_a_mask_is_light_where_one_may_look(traced):
-    brightness = np.asarray(traced["mask"].picture.image).sum(-1)
+def test_a_mask_is_light_where_attention_is_allowed(traced):
+    brightness = np.asarray(traced["mask"].figure.image).sum(-1)
     allowed = traced.tensor("mask")[0].numpy()
     assert brightness[allowed].min() > brightness[~allowed].max()
 
 
-def test_heat_maps_pick_evenly_and_grow_lighter_with_the_numbers():
+def test_heat_maps_sample_evenly_and_larger_numbers_are_lighter():
     table = torch.arange(300.0)[None].repeat(200, 1)
-    picture, key = trace_figures.heat_map("x", table, "tokens")
-    pixels = np.asarray(picture.image).astype(int).sum(-1)
+    figure, caption = trace_figures.heat_map("x", table, "tokens")
+    pixels = np.asarray(figure.image).astype(int).sum(-1)
     assert pixels.shape == (96, 96) and (pixels == pixels[0]).all() and (np.diff(pixels[0]) >= 0).all()
-    assert "96 × 96 of them" in key and "200 tokens by 300 dimensions" in picture.alt
+    assert "96 × 96 of them" in caption and "200 tokens by 300 dimensions" in figure.alt
     flat, _ = trace_figures.heat_map("x", torch.zeros(3, 4), "tokens")
     assert flat.image.size == (4, 3)
 
@@ -231,7 +232,7 @@ def test_heat_maps_pick_evenly_and_grow_lighter_with_the_numbers():
 # --- forms ---------------------------------------------------------------------------------------------------------
 
 
-def test_plain_text_names_everything_once(traced):
+def test_plain_text_lists_every_tensor_once(traced):
     text = str(traced)
     assert text.startswith("9 × <image> <bos>caption en↵a cat and two dogs<eos>")
     assert len(re.findall(r"\w = \d", text)) == len(traced)
@@ -243,15 +244,15 @@ def test_a_notebook_gets_all_forms(traced):
     data, metadata = traced._repr_mimebundle_()
     assert set(data) == {"text/html", "image/png", "text/plain"}
     alt = metadata["image/png"]["alt"]
-    assert "Vision tower" in alt and traced.next_words[0][0] in alt
+    assert "Vision tower" in alt and traced.next_tokens[0][0] in alt
     with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as shown:
         assert shown.info["Description"] == alt and shown.width > 600
-    assert traced._repr_mimebundle_() == (data, metadata)  # nothing random: two builds are alike
+    assert traced._repr_mimebundle_() == (data, metadata)  # nothing is random: two builds are equal
     data, metadata = traced["mask"]._repr_mimebundle_()
-    assert data["text/plain"] == repr(traced["mask"]) and metadata["image/png"]["alt"] == traced["mask"].picture.alt
+    assert data["text/plain"] == repr(traced["mask"]) and metadata["image/png"]["alt"] == traced["mask"].figure.alt
 
 
-def test_the_page_is_written_where_asked(traced, tmp_path):
+def test_save_html_creates_the_folder(traced, tmp_path):
     traced.save_html(tmp_path / "new" / "trace.html")
     assert (tmp_path / "new" / "trace.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     with pytest.raises(ValueError, match="must end in .html"):
@@ -272,7 +273,7 @@ def page_url(traced, tmp_path_factory) -> str:
 
 
 def current(page) -> str:
-    """The dotted name in the pane, which must be that of the marked row, the only one."""
+    """The dotted name in the pane. Exactly one row of the tree is marked."""
     assert page.locator("summary[aria-current]").count() == 1
     return page.locator(".pane code").inner_text()
 
@@ -289,7 +290,7 @@ def test_buttons_keys_and_clicks_step_through_everything(browser, page_url, trac
             page.keyboard.press("ArrowRight")
             assert current(page) == expected
             assert page.locator("summary[aria-current]").is_visible()
-        page.keyboard.press("ArrowDown")  # there is nothing after the last
+        page.keyboard.press("ArrowDown")  # the last one
         assert current(page) == names[-1] and page.get_by_text("Next →").is_disabled()
         assert page.locator("output").inner_text() == f"{len(names)} of {len(names)}"
         page.keyboard.press("ArrowLeft")
@@ -302,11 +303,11 @@ def test_buttons_keys_and_clicks_step_through_everything(browser, page_url, trac
         page.locator(".layer > summary", has_text="layer 2").last.click()
         page.locator(".layer", has_text="layer 2").last.locator("summary span").get_by_text("mlp", exact=True).click()
         assert current(page) == f"{LAYERS}2.mlp"
-        assert page.locator(".pane img").get_attribute("alt") == traced[f"{LAYERS}2.mlp"].picture.alt
+        assert page.locator(".pane img").get_attribute("alt") == traced[f"{LAYERS}2.mlp"].figure.alt
         assert page.locator(".pane td").first.inner_text() == traced[f"{LAYERS}2.mlp"].shape_text
 
 
-def test_rows_can_be_reached_and_chosen_by_keyboard_alone(browser, page_url, traced):
+def test_rows_can_be_selected_with_the_keyboard(browser, page_url, traced):
     with quiet_page(browser) as page:
         page.goto(page_url)
         page.locator(".entry > summary").nth(1).focus()
@@ -316,7 +317,7 @@ def test_rows_can_be_reached_and_chosen_by_keyboard_alone(browser, page_url, tra
         assert page.evaluate("document.activeElement.hasAttribute('aria-current')")
 
 
-def test_without_a_script_the_tree_opens_and_shows_pictures(browser, page_url, traced):
+def test_without_a_script_the_tree_unfolds_and_shows_figures(browser, page_url, traced):
     with quiet_page(browser, java_script_enabled=False) as page:
         page.goto(page_url)
         overview = page.locator("img.overview")
@@ -328,8 +329,8 @@ def test_without_a_script_the_tree_opens_and_shows_pictures(browser, page_url, t
         assert entry.locator("table").is_visible() and entry.locator("img").is_visible()
 
 
-def test_what_a_sanitiser_leaves_says_as_much(browser, traced, tmp_path):
-    """JupyterLab, where it does not trust a notebook, takes scripts and styles away (JupyterLab 4.6, Sanitizer)."""
+def test_sanitized_html_has_the_same_content(browser, traced, tmp_path):
+    """JupyterLab removes scripts and styles from a notebook that it does not trust (JupyterLab 4.6, Sanitizer)."""
     html = re.sub(r"<(script|style)>.*?</\1>", "", traced._repr_mimebundle_()[0]["text/html"], flags=re.DOTALL)
     (tmp_path / "left.html").write_text(f'<meta charset="utf-8">{html}', encoding="utf-8")
     with quiet_page(browser) as page:
@@ -338,8 +339,8 @@ def test_what_a_sanitiser_leaves_says_as_much(browser, traced, tmp_path):
         assert not page.locator("button").count()
 
 
-def test_two_traces_on_a_page_step_apart_and_odd_prompts_stay_text(browser, talker, tiny_processor, tmp_path):
-    traced = viz.trace(talker, tiny_processor, PICTURE, '</script><img src=x onerror="boom()"> &amp; caption')
+def test_two_traces_on_a_page_are_independent_and_prompts_are_escaped(browser, talker, tiny_processor, tmp_path):
+    traced = viz.trace(talker, tiny_processor, IMAGE, '</script><img src=x onerror="boom()"> &amp; caption')
     html = traced._repr_mimebundle_()[0]["text/html"]
     (tmp_path / "two.html").write_text(f'<meta charset="utf-8"><div>{html}</div><div>{html}</div>', encoding="utf-8")
     with quiet_page(browser) as page:
@@ -351,7 +352,7 @@ def test_two_traces_on_a_page_step_apart_and_odd_prompts_stay_text(browser, talk
         assert shown == traced.names[:2]
 
 
-def test_an_exported_notebook_steps(browser, traced, tmp_path):
+def test_the_trace_works_in_an_exported_notebook(browser, traced, tmp_path):
     (tmp_path / "notebook.html").write_text(exported(traced), encoding="utf-8")
     with quiet_page(browser) as page:
         page.goto((tmp_path / "notebook.html").as_uri())
@@ -359,8 +360,8 @@ def test_an_exported_notebook_steps(browser, traced, tmp_path):
         assert current(page) == traced.names[1]
 
 
-def test_in_jupyterlab_a_trace_steps(browser, traced, tmp_path):
-    source = "import minivlm\nfrom minivlm import scenes, viz\n"
+def test_the_trace_works_in_jupyterlab(browser, traced, tmp_path):
+    source = "import minivlm\nfrom minivlm import emoji\nfrom minivlm.course import viz\n"
     source += "model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()\n"
     source += 'viz.trace(model, processor, emoji.make_scene(0).image, "caption en")'
     nbformat.write(notebook_with(source, traced), tmp_path / "trace.ipynb")
@@ -376,5 +377,5 @@ def test_in_jupyterlab_a_trace_steps(browser, traced, tmp_path):
             page.locator(".jp-Notebook .cm-content:focus").press("Shift+Enter")
             page.get_by_text("Next →").click()
             assert page.locator("output").inner_text().startswith("2 of ")
-            page.keyboard.press("ArrowRight")  # for the trace alone, not for JupyterLab
+            page.keyboard.press("ArrowRight")  # goes to the trace only, not to JupyterLab
             assert page.locator("output").inner_text().startswith("3 of ")

@@ -1,4 +1,4 @@
-"""Pictures: one function each, all with a form that needs no live kernel, and all with alt text."""
+"""Figures for the notebooks. Each has alt text and a form that needs no live kernel."""
 
 from importlib import import_module
 
@@ -60,7 +60,7 @@ _NEED_TORCH = {
 
 
 def __getattr__(name: str):
-    """Looks up what needs the model when it is first used: drawing alone need not wait for torch."""
+    """Imports what needs torch only when it is used, so that drawing alone does not wait for torch."""
     if name in _NEED_TORCH:
         return getattr(import_module(f"minivlm.course.viz.{_NEED_TORCH[name]}"), name)
     raise AttributeError(f"module 'minivlm.course.viz' has no attribute {name!r}")

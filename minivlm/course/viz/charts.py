@@ -1,6 +1,6 @@
-"""Measured and computed curves, and the distribution that the next token is drawn from.
+"""Curves, the growth of the KV cache, and the distribution that the next token is sampled from.
 
-V words of the vocabulary
+V tokens in the vocabulary
 """
 
 import math
@@ -9,7 +9,9 @@ from numbers import Real
 
 import numpy as np
 
+from minivlm.course.viz.drawing import rectangle, sheet, styled, write
 from minivlm.course.viz.figure import Figure, from_figure
+from minivlm.course.viz.inputs import Numbers, check_array, check_strings, softmax
 from minivlm.course.viz.style import (
     BLUE,
     BODY,
@@ -24,24 +26,12 @@ from minivlm.course.viz.style import (
     SMALL,
     VERMILION,
     WIDTH,
-    Numbers,
-    box,
-    check,
-    check_names,
-    count,
-    fit,
-    listed,
-    number,
-    sheet,
-    styled,
-    text_width,
     tint,
-    visible,
-    write,
-    write_title,
 )
+from minivlm.course.viz.text import count, fit, listed, number, percent, readable, text_width, visible
+from minivlm.course.viz.tokens import token_text
 
-# A series is told by its color, its marker and its dashes. Yellow is too faint for a line on white.
+# Series differ in color, marker and dashes. Yellow is too faint for a line on white.
 LOOKS = [
     {"color": BLUE, "marker": "o", "linestyle": "-"},
     {"color": VERMILION, "marker": "s", "linestyle": "--"},
@@ -56,7 +46,7 @@ UNITS = ("bytes", "KB", "MB", "GB", "TB")
 
 
 def plot(height: Real, left: Real, right: Real, top: Real, bottom: Real):
-    """A figure of the usual width with one pair of axes inside the given margins, all in pixels."""
+    """A figure of the usual width with one axes inside the given margins, all in pixels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / DPI, round(height) / DPI), dpi=DPI)
@@ -66,40 +56,41 @@ def plot(height: Real, left: Real, right: Real, top: Real, bottom: Real):
 
 @styled
 def lines(series: Mapping[str, tuple], title: str, x_label: str, y_label: str, log: str = "") -> Figure:
-    """Curves, each with its own color, marker and dashes, and its name at its end.
+    """Curves, each with its own color, marker and dashes, and its name at its right end.
 
     Args:
-        series: one to seven names, each with its x and its y values, two lists of equal length.
-        log: the axes with a logarithmic scale: "", "x", "y" or "xy".
+        series: One to seven names, each with its x values and its y values, two lists of equal length.
+        title: A line above.
+        x_label: What the x axis shows, with its unit.
+        y_label: What the y axis shows, with its unit.
+        log: The axes with a logarithmic scale: "", "x", "y" or "xy".
 
     Raises:
-        ValueError: no or too many series, x and y of different lengths, or nothing positive on a logarithmic axis.
+        ValueError: If there are no or too many series, x and y differ in length, or a value on a logarithmic axis is
+            not positive.
     """
     from matplotlib.ticker import NullFormatter
 
     if not 1 <= len(series) <= len(LOOKS):
-        raise ValueError(f"A chart shows one to {len(LOOKS)} series, not {len(series)}.")
+        raise ValueError(f"A chart needs one to {len(LOOKS)} series, not {len(series)}.")
     if log not in ("", "x", "y", "xy"):
         raise ValueError(f'log must be "", "x", "y" or "xy", not {log!r}.')
     curves = {name: check_curve(name, *xy, log) for name, xy in series.items()}
-    room = max(text_width(name, SMALL) for name in curves)
-    if room > 220:
-        raise ValueError("The name of a series is too long to stand beside its curve: shorten it.")
-    figure, axes = plot(440, 76, 24 + (room + 16 if len(curves) > 1 else 0), 46, 54)
+    names = max(text_width(name, SMALL) for name in curves)
+    if names > 220:
+        raise ValueError("The name of a series is too long to fit beside its curve. Shorten it.")
+    figure, axes = plot(440, 76, 24 + (names + 16 if len(curves) > 1 else 0), 46, 54)
     axes.set_title(title, pad=14)
     axes.set(xlabel=x_label, ylabel=y_label)
     for (x, y), look in zip(curves.values(), LOOKS, strict=False):
-        marked = sorted({*range(0, len(x), max(1, len(x) // 16)), len(x) - 1})  # more would hide the curve
+        marked = sorted({*range(0, len(x), max(1, len(x) // 16)), len(x) - 1})  # more markers would hide the curve
         axes.plot(x, y, linewidth=2, markersize=6, markevery=marked, **look)
-    if "x" in log:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(power_of_ten)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    if "y" in log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(power_of_ten)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif all((y >= 0).all() for _, y in curves.values()):
+    for name in log:
+        axes.set(**{f"{name}scale": "log"})
+        axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
+        axis.set_major_formatter(power_of_ten)
+        axis.set_minor_formatter(NullFormatter())
+    if "y" not in log and all((y >= 0).all() for _, y in curves.values()):
         axes.set_ylim(bottom=0)
     if len(curves) > 1:
         name_curves(axes, curves)
@@ -107,25 +98,27 @@ def lines(series: Mapping[str, tuple], title: str, x_label: str, y_label: str, l
 
 
 def check_curve(name: str, x: Numbers, y: Numbers, log: str) -> tuple[np.ndarray, np.ndarray]:
-    x, y = check(f"the x values of {name!r}", x, 1), check(f"the y values of {name!r}", y, 1)
+    """The x and y values of a series as arrays of equal length."""
+    x, y = check_array(f"the x values of {name!r}", x, 1), check_array(f"the y values of {name!r}", y, 1)
     if len(x) != len(y):
-        raise ValueError(f"The series {name!r} has {len(x)} x values and {len(y)} y values.")
+        raise ValueError(f"The series {name!r} has {len(x)} x values and {len(y)} y values. It needs as many of both.")
     for axis, values in (("x", x), ("y", y)):
         if axis in log and values.min() <= 0:
-            raise ValueError(f"The series {name!r} has {axis} = {number(values.min())}, which has no logarithm.")
+            low = number(values.min())
+            raise ValueError(f"The series {name!r} has {axis} = {low}, but a logarithmic axis needs positive values.")
     return x, y
 
 
 def power_of_ten(value: Real, _position: int) -> str:
-    """`0.01`, `100`, `10⁶`: the names of the ticks of a logarithmic axis."""
+    """Label of a tick on a logarithmic axis: ``0.01``, ``100``, ``10⁶``."""
     if 0.001 <= value < 1_000_000:
         return f"{value:,g}"
     return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def name_curves(axes, curves: Mapping[str, tuple]) -> None:
-    """Each name to the right of the axes, at the height where its curve ends, moved apart where they would overlap."""
-    axes.autoscale_view()  # matplotlib puts it off until it draws, and the ends of the curves are needed now
+    """Writes each name to the right of the axes, at the height of the end of its curve, without overlap."""
+    axes.autoscale_view()  # matplotlib delays this until it draws, but the ends of the curves are needed now
     right = axes.get_window_extent().x1
     low, high = axes.get_window_extent().y0, axes.get_window_extent().y1
     ends = [axes.transData.transform((x[-1], y[-1])) for x, y in curves.values()]
@@ -146,7 +139,7 @@ def name_curves(axes, curves: Mapping[str, tuple]) -> None:
 
 
 def spread(values: Sequence[Real], gap: Real, low: Real, high: Real) -> list[Real]:
-    """Rising values moved apart until neighbors differ by ``gap``, upwards first, then down from ``high``."""
+    """Moves increasing values apart until neighbors differ by ``gap``: upwards first, then down from ``high``."""
     placed = []
     for value in values:
         placed.append(max(value, low if not placed else placed[-1] + gap))
@@ -156,6 +149,7 @@ def spread(values: Sequence[Real], gap: Real, low: Real, high: Real) -> list[Rea
 
 
 def describe_lines(curves: Mapping[str, tuple], title: str, x_label: str, y_label: str) -> str:
+    """Alt text: both ends of each curve, its minimum and its maximum."""
     parts = [
         f"{name}: {number(y[0])} at {number(x[0])}, {number(y[-1])} at {number(x[-1])}"
         + (f", lowest {number(y.min())}, highest {number(y.max())}" if len(y) > 2 else "")
@@ -174,28 +168,29 @@ def cache_growth(
     marks: Mapping[str, int] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """How the KV cache grows with the sequence, for several models, and its size at the three picture resolutions.
+    """How the KV cache grows with the sequence, for several models, and its size at three image resolutions.
 
     Args:
-        bytes_per_token: one to seven names, each with the bytes that one token takes (``cache_bytes(config, 1)``).
-        longest: tokens at the right end.
-        marks: names of some numbers of tokens; 256, 1,024 and 4,096, the image tokens of 224, 448 and 896 px,
-            where not given.
+        bytes_per_token: One to seven models, each with its bytes per token (``cache_bytes(config, 1)``).
+        longest: Tokens at the right end of the chart.
+        marks: Names for some numbers of tokens. Default: the image tokens of PaliGemma at 224, 448 and 896 px, which
+            are 256, 1,024 and 4,096.
+        title: A line above.
 
     Raises:
-        ValueError: no model, a size that is not positive, or a mark beyond ``longest``.
+        ValueError: If there are no or too many models, a size is not positive, or a mark is beyond ``longest``.
     """
     marks = RESOLUTIONS if marks is None else marks
     if not 1 <= len(bytes_per_token) <= len(LOOKS):
-        raise ValueError(f"A chart shows one to {len(LOOKS)} models, not {len(bytes_per_token)}.")
+        raise ValueError(f"A chart needs one to {len(LOOKS)} models, not {len(bytes_per_token)}.")
     if not all(0 < size < math.inf for size in bytes_per_token.values()):
-        raise ValueError("The bytes of a token must be positive.")
+        raise ValueError("The bytes per token must be positive.")
     if longest < 2 or not all(1 <= tokens <= longest for tokens in marks.values()):
-        raise ValueError(f"Every mark must lie between 1 token and the longest sequence, {longest}.")
+        raise ValueError(f"Every mark must be between 1 token and the longest sequence, {longest}.")
     table = 30 + 20 * len(bytes_per_token)
     height = 400 + table + 16
     figure, axes = plot(height, 84, 28, 66, table + 72)
-    axes.set_title(title or "What the KV cache takes", pad=30)
+    axes.set_title(title or "Size of the KV cache", pad=30)
     x = np.geomspace(1, longest, 40)
     for size, look in zip(bytes_per_token.values(), LOOKS, strict=False):
         axes.plot(x, x * size, linewidth=2, **{**look, "marker": None})
@@ -219,12 +214,12 @@ def cache_growth(
 
 
 def write_sizes(figure, height: Real, bytes_per_token: Mapping[str, Real], marks: Mapping[str, int]) -> None:
-    """The table under the chart, which is its legend too."""
-    room = 30 + 20 * len(bytes_per_token)
-    paper = figure.add_axes((0, 10 / height, 1, room / height))
-    paper.set(xlim=(0, WIDTH), ylim=(room, 0))
+    """Writes the table under the chart, which is also its legend."""
+    tall = 30 + 20 * len(bytes_per_token)
+    paper = figure.add_axes((0, 10 / height, 1, tall / height))
+    paper.set(xlim=(0, WIDTH), ylim=(tall, 0))
     paper.axis("off")
-    columns = ["a token", *marks]
+    columns = ["per token", *marks]
     right = [WIDTH - 28 - 108 * (len(columns) - 1 - k) for k in range(len(columns))]
     for x, name in zip(right, columns, strict=True):
         write(paper, x, 10, name, SMALL, GRAY, ha="right")
@@ -238,16 +233,17 @@ def write_sizes(figure, height: Real, bytes_per_token: Mapping[str, Real], marks
 
 
 def in_bytes(size: Real) -> str:
-    """`18.4 KB`, `4.72 MB`: powers of 1,000."""
+    """``18.4 KB``, ``4.72 MB``, in powers of 1,000."""
     power = min(max(0, int(math.log10(size) // 3)), len(UNITS) - 1)
     return f"{size / 1000**power:.3g} {UNITS[power]}"
 
 
 def describe_growth(bytes_per_token: Mapping[str, Real], marks: Mapping[str, int]) -> str:
-    parts = [
-        f"{name}: {in_bytes(size)} a token" + "".join(f", {in_bytes(size * n)} at {mark}" for mark, n in marks.items())
-        for name, size in bytes_per_token.items()
-    ]
+    """Alt text: the numbers of the table."""
+    parts = []
+    for name, size in bytes_per_token.items():
+        sizes = [f"{in_bytes(size)} per token", *(f"{in_bytes(size * n)} at {mark}" for mark, n in marks.items())]
+        parts.append(f"{name}: {', '.join(sizes)}")
     return f"Size of the KV cache against the number of tokens, straight lines on logarithmic axes. {'; '.join(parts)}."
 
 
@@ -258,34 +254,34 @@ def describe_growth(bytes_per_token: Mapping[str, Real], marks: Mapping[str, int
 def sampling_distribution(
     logits: Numbers, words, kept: Numbers | None = None, top: int = 12, title: str | None = None
 ) -> Figure:
-    """The likeliest next tokens, and what top-k or top-p leaves of them: hatched bars are cut off.
+    """The most likely next tokens, and which of them top-k or top-p keeps. Hatched bars are cut off.
 
-    Where something is cut, each line says the probability before and, after the arrow, what it becomes.
+    After a filter, each line has the probability before and, after the arrow, the renormalized one.
 
     Args:
         logits: [V], with the temperature applied.
-        words: V strings, or the processor.
-        kept: [V], True where a token may be drawn; or the filtered logits, −inf where it may not.
-        top: how many tokens to show; the others share the last line.
+        words: The V tokens as strings, or the processor.
+        kept: [V], True where the filter keeps a token, or the filtered logits with −inf elsewhere. Default: no filter.
+        top: How many tokens to show. The others share the last line.
+        title: A line above.
 
     Raises:
-        ValueError: words or ``kept`` do not fit the logits, or nothing is kept.
+        ValueError: If ``words`` or ``kept`` do not fit the logits, ``top`` is not positive, or no token is kept.
     """
-    scores = check("logits", logits, 1, finite=False)
+    scores = check_array("logits", logits, 1, finite=False)
     V = len(scores)
     if not np.isfinite(scores.max()):
-        raise ValueError("The logits need a finite largest value.")
+        raise ValueError("The largest logit must be finite.")
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}.")
-    before = np.exp(scores - scores.max())
-    before /= before.sum()
+    before = softmax(scores)
     allowed = check_kept(kept, V)
     after = np.where(allowed, before, 0)
     if after.sum() == 0:
-        raise ValueError("No token is kept, so none can be drawn: keep at least one.")
+        raise ValueError("No token is kept, so none can be sampled. Keep at least one.")
     after /= after.sum()
     order = np.argsort(-before, kind="stable")[:top]
-    names = [visible(word) for word in find_words(words, order, V)]
+    names = [visible(word) for word in token_texts(words, order, V)]
     bars = [bar(name, before[i], after[i] if kept is not None else None) for name, i in zip(names, order, strict=True)]
     if V > len(order):
         bars.append(bar_of_others(1 - before[order].sum(), np.delete(allowed, order), kept is not None))
@@ -308,21 +304,20 @@ def bar(name: str, before: Real, after: Real | None) -> tuple[str, Real, str, di
 
 
 def bar_of_others(share: Real, kept: np.ndarray, cut: bool) -> tuple[str, Real, str, dict]:
+    """The last bar, for all tokens that are not shown."""
     text = f"{percent(max(share, 0))}   {count(len(kept), 'token')}" + (f", {kept.sum():,} of them kept" if cut else "")
     return "all others", max(share, 0), text, {"fill": tint(GRAY, 0.35), "edge": LIGHT}
 
 
 def draw_bars(bars: list[tuple[str, Real, str, dict]], title: str | None, foot: str | None):
-    """The bars on one scale, as long as their texts leave room for."""
+    """Draws the bars on one scale, as long as their texts allow."""
     line, left = 26, 30 + min(190, max(text_width(name, BODY) for name, *_ in bars))
-    top = 40 if title else 12
-    figure, axes = sheet(top + line * len(bars) + (36 if foot else 12))
-    write_title(axes, title)
+    figure, axes, top = sheet(line * len(bars) + (36 if foot else 12), title)
     scale = min((WIDTH - left - 32 - text_width(text, SMALL + 1)) / max(share, 1e-9) for _, share, text, _ in bars)
     for k, (name, share, text, look) in enumerate(bars):
         y = top + (k + 0.5) * line
         write(axes, left - 10, y, fit(name, left - 20, BODY), BODY, ha="right")
-        box(axes, left, y - 9, left + max(1, share * scale), y + 9, linewidth=0.8, **look)
+        rectangle(axes, left, y - 9, left + max(1, share * scale), y + 9, linewidth=0.8, **look)
         write(axes, left + share * scale + 8, y, text, SMALL + 1, ha="left")
     if foot:
         write(axes, left, top + line * len(bars) + 16, foot, SMALL + 1, ha="left", fontweight="bold")
@@ -330,38 +325,31 @@ def draw_bars(bars: list[tuple[str, Real, str, dict]], title: str | None, foot: 
 
 
 def check_kept(kept: Numbers | None, V: int) -> np.ndarray:
-    """True for each token that may be drawn. Filtered logits say it by −inf, booleans and 0/1 directly."""
+    """True for each kept token, from booleans or from filtered logits, which are −inf for the others."""
     if kept is None:
         return np.ones(V, dtype=bool)
-    values = check("kept", kept, 1, finite=False)
+    values = check_array("kept", kept, 1, finite=False)
     if len(values) != V:
-        raise ValueError(f"There are {V} logits and {len(values)} values of kept.")
+        raise ValueError(f"Expected one value of kept per logit, but got {V} logits and {count(len(values), 'value')}.")
     is_flag = "bool" in str(getattr(kept, "dtype", type(kept[0])))
     return values != 0 if is_flag else values > -math.inf
 
 
-def find_words(words, order: np.ndarray, V: int) -> list[str]:
-    """The words of the chosen tokens, from a list or from the processor's tokenizer."""
+def token_texts(words, order: np.ndarray, V: int) -> list[str]:
+    """The tokens with these ids as text, from a list of all V or from the processor."""
     if hasattr(words, "tokenizer"):
-        return [(words.tokenizer.id_to_token(int(i)) or f"unused {i}").replace("▁", " ") for i in order]
-    words = check_names("words", words, V)
+        return [token_text(i, words) for i in order]
+    words = check_strings("words", words, V)
     return [words[i] for i in order]
-
-
-def percent(p: Real) -> str:
-    """`42%`, `3.1%`, `< 0.1%`."""
-    if 0 < p < 0.001:
-        return "< 0.1%"
-    return f"{p:.0%}" if p >= 0.0995 else f"{p:.1%}"
 
 
 def describe_distribution(before, after, allowed, order, names: list[str], cut: bool) -> str:
     """Alt text: the first five tokens, and how many are kept."""
-    parts = [f"{n.replace('␣', ' ').strip()} {percent(before[i])}" for i, n in zip(order[:5], names, strict=False)]
-    text = f"Bars of the probabilities of the next token, likeliest first: {listed(parts)}."
+    parts = [f"{readable(n).strip()} {percent(before[i])}" for i, n in zip(order[:5], names, strict=False)]
+    text = f"Bars of the probabilities of the next token, most likely first: {listed(parts)}."
     if cut:
         text += (
-            f" {count(int(allowed.sum()), 'token')} of {len(before):,} kept; the likeliest kept one rises to "
+            f" {count(int(allowed.sum()), 'token')} of {len(before):,} kept. The most likely one rises to "
             f"{percent(after.max())}."
         )
     return text

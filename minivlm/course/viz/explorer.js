@@ -1,35 +1,34 @@
-// The mask explorer: who may look at whom, to move, to ask and to predict. One module that depends on nothing:
+// The mask explorer: an attention mask to change, to query and to predict. One module without dependencies:
 // anywidget calls `render`, a page of its own calls `mount`.
 //
-// A token has a place in the sequence, counted from 0 as in mask[query, key]. An item is what is drawn as one row or
-// one column: a token, or a long run of image or padding tokens.
+// Tokens are numbered by position from 0, as in mask[query, key]. An item is what is drawn as one row or one column: a
+// token, or a long run of image or padding tokens.
 
 export const LIMITS = { image: [0, 256], prefix: [1, 16], suffix: [0, 16], padding: [0, 16] };
 
 export const MODES = {
-  causal: { name: "causal", rule: "Every token starts a block of its own: it sees itself and what came before." },
+  causal: { name: "causal", rule: "Every token starts a new block: it attends to itself and to earlier tokens." },
   "prefix-lm": {
     name: "prefix-LM",
-    rule: "Image and prefix are one block and see each other fully; every suffix token starts a new one.",
+    rule: "Image and prefix are one block and attend to each other fully. Every suffix token starts a new block.",
   },
-  bidirectional: { name: "bidirectional", rule: "All tokens are one block: everyone sees everyone." },
+  bidirectional: { name: "bidirectional", rule: "All tokens are one block: every token attends to every token." },
   sliding: {
     name: "sliding window",
-    rule: "Prefix-LM, but far keys are cut off. The window never cuts inside image and prefix.",
+    rule: "Prefix-LM, but keys far behind are blocked. The window never cuts inside image and prefix.",
   },
-  "open-padding": {
-    name: "open padding",
-    rule: "Prefix-LM with a bug: nothing closes the padding, so tokens look at it.",
+  "unmasked-padding": {
+    name: "unmasked padding",
+    rule: "Prefix-LM with a bug: padding is not masked, so tokens attend to it.",
   },
 };
 
-const WORDS = { image: "image", prefix: "prefix", suffix: "suffix", padding: "padding" };
 const COLORS = { image: "#56B4E9", prefix: "#E69F00", suffix: "#009E73", padding: "#C8C8C8" };
-const SEEN = "#0072B2", ONLY_A = "#D55E00", ONLY_B = "#0072B2", INK = "#222222", GRAY = "#6B6B6B", LINE = "#C8C8C8";
+const ALLOWED = "#0072B2", ONLY_A = "#D55E00", ONLY_B = "#0072B2", INK = "#222222", GRAY = "#6B6B6B", LINE = "#C8C8C8";
 
 // --- the mask ---------------------------------------------------------------------------------------------------
 
-/** Numbers brought into their limits. A decode step needs a token that was generated. */
+/** Clamps numbers to their limits. A decode step needs a generated token. */
 export function normalize(settings) {
   const s = { ...settings };
   for (const [name, [low, high]] of Object.entries(LIMITS)) s[name] = Math.min(high, Math.max(low, Math.round(s[name])));
@@ -38,7 +37,7 @@ export function normalize(settings) {
   return s;
 }
 
-/** The sequence: [{kind, label}]. While decoding, the padding of a right-padded prompt lies before the answer. */
+/** The sequence: [{kind, label}]. In a decode step, the padding of a right-padded prompt is before the answer. */
 export function tokens({ image, prefix, suffix, padding, side, call }) {
   const run = (kind, n, label) => Array.from({ length: n }, (_, i) => ({ kind, label: label(i) }));
   const inPrefix = (i) => (i === 0 ? "<bos>" : i === prefix - 1 ? "\\n" : `pre ${i}`);
@@ -49,7 +48,7 @@ export function tokens({ image, prefix, suffix, padding, side, call }) {
   return call === "decode" ? [...prompt, ...pad, ...answer] : [...prompt, ...answer, ...pad];
 }
 
-/** 1 where a token starts a new block, then summed up: PaliGemma's whole rule. */
+/** 1 where a token starts a new block, and the cumulative sum, which is PaliGemma's whole rule. */
 export function blocks(settings) {
   const starts = tokens(settings).map(({ kind }) =>
     settings.mode === "causal" ? 1 : settings.mode === "bidirectional" ? 0 : Number(kind === "suffix"));
@@ -57,17 +56,17 @@ export function blocks(settings) {
   return { starts, block: starts.map((start) => (sum += start)) };
 }
 
-/** rows[query][key] is 1 where the query sees the key; a decode step has one row, that of the newest token. */
+/** rows[query][key] is 1 where the query can attend to the key. A decode step has one row, for the newest token. */
 export function mask(settings) {
   const list = tokens(settings), { starts, block } = blocks(settings), S = list.length;
-  const open = list.map(({ kind }) => settings.mode === "open-padding" || kind !== "padding");
+  const real = list.map(({ kind }) => settings.mode === "unmasked-padding" || kind !== "padding");
   const reach = settings.mode === "sliding" ? settings.window : Infinity;
   const rows = [];
   for (let q = firstQuery(settings); q < S; q++) {
     const row = new Uint8Array(S);
     for (let k = 0; k < S; k++) {
       const near = q - k < reach || (!starts[q] && !starts[k]);
-      row[k] = q === k || (open[k] && block[k] <= block[q] && near) ? 1 : 0;
+      row[k] = q === k || (real[k] && block[k] <= block[q] && near) ? 1 : 0;
     }
     rows.push(row);
   }
@@ -77,7 +76,7 @@ export function mask(settings) {
 const total = (s) => s.image + s.prefix + s.suffix + s.padding;
 const firstQuery = (s) => (s.call === "decode" ? total(s) - 1 : 0);
 
-// --- the mask in words ------------------------------------------------------------------------------------------
+// --- sentences about the mask -----------------------------------------------------------------------------------
 
 const COLLAPSE = 12; // longer runs of image and padding tokens are one item
 
@@ -101,85 +100,86 @@ const asKey = (item) => named("key", "keys", item);
 
 function count(settings, rows, row, col) {
   const first = firstQuery(settings);
-  let seen = 0;
+  let allowed = 0;
   for (let q = row.from; q < row.from + row.n; q++)
-    for (let k = col.from; k < col.from + col.n; k++) seen += rows[q - first][k];
-  return seen;
+    for (let k = col.from; k < col.from + col.n; k++) allowed += rows[q - first][k];
+  return allowed;
 }
 
-/** One sentence: whether the query may look at the key, and why. Both are items. */
+/** One sentence: whether the query can attend to the key, and why. Both are items. */
 export function explain(settings, row, col) {
-  const seen = count(settings, mask(settings), row, col), pairs = row.n * col.n;
-  if (seen > 0 && seen < pairs) {
-    const why = col.kind === "padding" && settings.mode !== "open-padding"
-      ? "nobody looks at padding, but each is left seeing itself, because a row without a key has no softmax"
+  const allowed = count(settings, mask(settings), row, col), pairs = row.n * col.n;
+  if (allowed > 0 && allowed < pairs) {
+    const why = col.kind === "padding" && settings.mode !== "unmasked-padding"
+      ? "padding is masked, but each padding token attends to itself, because softmax needs at least one key"
       : settings.mode === "causal"
-        ? "each sees itself and what came before it"
-        : `the others lie outside the window of ${settings.window}`;
+        ? "each attends to itself and to earlier tokens"
+        : `the others are outside the window of ${settings.window}`;
     const part = row.n === 1
-      ? `may look at ${number(seen)} of the ${number(pairs)} ${asKey(col)}`
-      : `look at ${asKey(col)} in ${number(seen)} of ${number(pairs)} pairs`;
+      ? `can attend to ${number(allowed)} of the ${number(pairs)} ${asKey(col)}`
+      : `attend to ${asKey(col)} in ${number(allowed)} of ${number(pairs)} pairs`;
     return `${asQuery(row)} ${part}: ${why}.`;
   }
   const q = row.from + row.n - 1;
-  const k = seen ? col.from : col.from + col.n - 1; // the key that needs the reason most: farthest, or nearest
-  return `${asQuery(row)} ${seen ? "may" : "may not"} look at ${asKey(col)}: ${reason(settings, q, k, col.n > 1)}.`;
+  const k = allowed ? col.from : col.from + col.n - 1; // the key that needs the reason most: farthest, or nearest
+  const verb = allowed ? "can attend to" : "cannot attend to";
+  return `${asQuery(row)} ${verb} ${asKey(col)}: ${reason(settings, q, k, col.n > 1)}.`;
 }
 
 function reason(settings, q, k, plural) {
-  const [it, comes, lies, is] = plural ? ["they", "come", "lie", "are"] : ["it", "comes", "lies", "is"];
+  const [it, comes, is] = plural ? ["they", "come", "are"] : ["it", "comes", "is"];
   const { mode, window } = settings, list = tokens(settings), { starts, block } = blocks(settings);
-  const [query, key] = [list[q].kind, list[k].kind], behind = q - k, closes = mode !== "open-padding";
-  if (q === k && query === "padding" && closes)
-    return "a padding token is left seeing itself, because a row without a key has no softmax";
-  if (q === k) return "every token sees itself";
-  if (key === "padding" && closes) return `${it} ${is} padding, which nobody looks at`;
+  const [query, key] = [list[q].kind, list[k].kind], behind = q - k, masked = mode !== "unmasked-padding";
+  if (q === k && query === "padding" && masked)
+    return "a padding token attends to itself, because softmax needs at least one key";
+  if (q === k) return "every token attends to itself";
+  if (key === "padding" && masked) return `${it} ${is} padding, which is masked`;
   const inPrefix = !starts[q] && !starts[k];
   if (mode === "sliding" && behind >= window && !inPrefix)
-    return `${it} ${lies} ${behind} steps behind, and a window of ${window} reaches ${window - 1}`;
+    return `${it} ${is} ${behind} steps behind, and a window of ${window} reaches ${window - 1}`;
   if (query === "padding")
-    return `the rule lets block ${block[q]} see blocks up to ${block[q]}, and ${it} ${is} in block ${block[k]}; ` +
-      "nobody reads what a padding token makes of it";
-  if (key === "padding" && block[k] <= block[q]) return "nothing closes the padding, which is the bug";
+    return `block ${block[q]} attends to blocks up to ${block[q]}, and ${it} ${is} in block ${block[k]}. ` +
+      "The output of a padding token is not used";
+  if (key === "padding" && block[k] <= block[q]) return "padding is not masked, which is the bug";
   if (key === "padding") return `${it} ${comes} later, in the block of the last suffix token`;
-  if (mode === "bidirectional") return "everyone sees everyone";
+  if (mode === "bidirectional") return "every token attends to every token";
   if (mode === "causal") return behind > 0 ? `${it} ${comes} earlier` : `${it} ${comes} later`;
   if (inPrefix && mode === "sliding" && behind >= window)
-    return "image and prefix see each other at any distance, the window does not cut there";
-  if (inPrefix) return "image and prefix see each other fully";
-  if (!starts[q]) return `${it} ${comes} later, and image and prefix do not see the suffix`;
-  if (behind < 0) return `${it} ${comes} later and the suffix is causal`;
+    return "image and prefix attend to each other at any distance, because the window does not cut there";
+  if (inPrefix) return "image and prefix attend to each other fully";
+  if (!starts[q]) return `${it} ${comes} later, and image and prefix do not attend to the suffix`;
+  if (behind < 0) return `${it} ${comes} later, and the suffix is causal`;
   const near = mode === "sliding" ? `, ${behind} ${behind === 1 ? "step" : "steps"} behind and so inside the window` : "";
-  return starts[k] ? `${it} ${comes} earlier in the suffix${near}` : `the suffix sees image and prefix${near}`;
+  return starts[k] ? `${it} ${comes} earlier in the suffix${near}` : `the suffix attends to image and prefix${near}`;
 }
 
-/** What a query sees, or who sees a key, kind by kind. */
+/** How many keys a query attends to, or how many queries attend to a key, by kind. */
 export function summarize(settings, row, col) {
   const rows = mask(settings), whole = row ?? col, others = items(settings, row ? 0 : firstQuery(settings));
   const perKind = {};
-  let seen = 0, all = 0;
+  let allowed = 0, all = 0;
   for (const other of others) {
     const here = row ? count(settings, rows, row, other) : count(settings, rows, other, col);
     const tally = (perKind[other.kind] ??= [0, 0]);
     tally[0] += here;
     tally[1] += other.n * whole.n;
-    seen += here;
+    allowed += here;
     all += other.n * whole.n;
   }
-  const parts = Object.entries(perKind).map(([kind, [a, b]]) => `${number(a)} of ${number(b)} ${WORDS[kind]}`);
+  const parts = Object.entries(perKind).map(([kind, [a, b]]) => `${number(a)} of ${number(b)} ${kind}`);
   const unit = whole.n > 1 ? "pairs" : row ? "keys" : "queries";
-  const verb = row ? (row.n > 1 ? "see" : "sees") : col.n > 1 ? "are seen in" : "is seen by";
-  const tail = whole.n > 1 && row ? "in " : "";
-  return `${row ? asQuery(row) : asKey(col)} ${verb} ${tail}${number(seen)} of ${number(all)} ${unit}: ${parts.join(", ")}.`;
+  const verb = row ? (row.n > 1 ? "attend in" : "attends to") : col.n > 1 ? "are attended to in" : "is attended to by";
+  const item = row ? asQuery(row) : asKey(col);
+  return `${item} ${verb} ${number(allowed)} of ${number(all)} ${unit}: ${parts.join(", ")}.`;
 }
 
-/** The whole figure in a sentence or two, for its description. */
+/** Alt text of the whole figure. */
 export function describe(settings) {
-  const rows = mask(settings), seen = rows.reduce((sum, row) => sum + row.reduce((a, b) => a + b, 0), 0);
-  const kinds = Object.keys(LIMITS).filter((kind) => settings[kind]).map((kind) => `${settings[kind]} ${WORDS[kind]}`);
+  const rows = mask(settings), allowed = rows.reduce((sum, row) => sum + row.reduce((a, b) => a + b, 0), 0);
+  const kinds = Object.keys(LIMITS).filter((kind) => settings[kind]).map((kind) => `${settings[kind]} ${kind}`);
   const pairs = rows.length * total(settings);
   const one = `Attention mask, ${MODES[settings.mode].name}, of ${kinds.join(", ")} tokens. ${MODES[settings.mode].rule} ` +
-    `${number(seen)} of ${number(pairs)} pairs are allowed.`;
+    `${number(allowed)} of ${number(pairs)} pairs are allowed.`;
   if (!settings.compare) return one;
   return `${one} Beside it ${MODES[settings.compare].name}: they differ in ${number(difference(settings))} pairs.`;
 }
@@ -189,7 +189,7 @@ function difference(settings) {
   return a.reduce((sum, row, q) => sum + row.reduce((n, cell, k) => n + (cell !== b[q][k] ? 1 : 0), 0), 0);
 }
 
-// --- where things lie -------------------------------------------------------------------------------------------
+// --- layout -----------------------------------------------------------------------------------------------------
 
 const WIDTH = 864, SIDE = 532, GAP = 30, STRIP = 14, LARGE = 4, STRIPES = 32; // a run is as large as 4 cells
 
@@ -205,12 +205,12 @@ function axis(list, size) {
 const length = (places) => (places.length ? places.at(-1).at + places.at(-1).size : 0);
 const textWidth = (text, size) => text.length * size * 0.56;
 
-/** Pixels of everything: rows, columns and the corner of each panel. */
+/** Rows, columns and the corner of each panel, in pixels. */
 function layout(settings, panels) {
   const keys = items(settings), queries = items(settings, firstQuery(settings));
   const left = 28 + STRIP + Math.max(...queries.map((item) => textWidth(`${span(item)} ${item.label}`, 12)), 66);
-  const room = (panels === 1 ? SIDE : WIDTH) - left - (panels - 1) * (GAP + STRIP);
-  const size = Math.max(panels === 1 ? 9 : 4, Math.min(30, room / panels / length(axis(keys, 1))));
+  const space = (panels === 1 ? SIDE : WIDTH) - left - (panels - 1) * (GAP + STRIP);
+  const size = Math.max(panels === 1 ? 9 : 4, Math.min(30, space / panels / length(axis(keys, 1))));
   const cols = axis(keys, size), rows = axis(queries, size), font = Math.min(12, Math.max(0, size - 1));
   const labels = Math.max(...keys.map((item) => textWidth(`${span(item)} ${item.label}`, font || 0)), 0);
   const top = 36 + (font < 8 ? 0 : labels + 22) + STRIP;
@@ -220,7 +220,7 @@ function layout(settings, panels) {
   return { cols, rows, size, font: font < 8 ? 0 : font, left, top, corners, width, foot: top + length(rows) };
 }
 
-/** Row and column under a point; -1 stands for the labels beside the cells. */
+/** Row and column under a point. -1 means the labels beside the cells. */
 function locate({ cols, rows, corners, top }, x, y) {
   const find = (places, at) => places.findIndex((place) => at >= place.at && at < place.at + place.size);
   const row = y < top ? -1 : find(rows, y - top);
@@ -251,7 +251,7 @@ const PATTERNS = shape("defs", {},
   shape("pattern", { id: "only-b", width: 6, height: 6, patternUnits: "userSpaceOnUse" },
     rect(0, 0, 6, 6, { fill: "#D3E6F3" }) + rect(1, 1, 3.6, 3.6, { fill: ONLY_B })));
 
-/** The part of a cell where test(query, key) holds, as few rectangles, at most STRIPES rows of them. */
+/** The part of a cell where test(query, key) holds, as a few rectangles in at most STRIPES rows. */
 function parts(row, col, test) {
   const n = Math.min(row.n, STRIPES), found = [];
   for (let i = 0; i < n; i++) {
@@ -283,7 +283,7 @@ function fill(plan, corner, test) {
 }
 
 const dots = (plan, corner, test) => plan.rows.map((row) => plan.cols.map((col) => {
-  const found = parts(row, col, test); // a large cell has its dot where all of it is closed
+  const found = parts(row, col, test); // a large cell has a dot only if all of it is blocked
   if (found.length !== 1 || found[0].x1 - found[0].x0 < 1 || found[0].y1 - found[0].y0 < 1) return "";
   return `M${round(corner + col.at + col.size / 2)} ${round(plan.top + row.at + row.size / 2)}h0`;
 }).join("")).join("");
@@ -302,21 +302,21 @@ function tallies(plan, corner, settings, table) {
   for (const row of plan.rows)
     for (const col of plan.cols) {
       if (row.n * col.n === 1) continue;
-      const seen = count(settings, table, row, col), pairs = row.n * col.n;
-      if (!seen) continue;
-      const words = seen === pairs ? (row.n > 1 && col.n > 1 ? `${row.n} × ${col.n}` : `${pairs}`)
-        : `${number(seen)} of ${number(pairs)}`;
+      const allowed = count(settings, table, row, col), pairs = row.n * col.n;
+      if (!allowed) continue;
+      const words = allowed === pairs ? (row.n > 1 && col.n > 1 ? `${row.n} × ${col.n}` : `${pairs}`)
+        : `${number(allowed)} of ${number(pairs)}`;
       const size = Math.min(11, row.size - 3);
       if (size < 8 || textWidth(words, size) > col.size - 4) continue;
       const x = corner + col.at + col.size / 2, y = plan.top + row.at + row.size / 2, wide = textWidth(words, size) + 8;
-      const style = { "text-anchor": "middle", "font-size": size, fill: seen === pairs ? "#FFFFFF" : INK };
-      if (seen < pairs) out += rect(x - wide / 2, y - size / 2 - 2, wide, size + 4, { fill: "#FFFFFF", rx: 4 });
+      const style = { "text-anchor": "middle", "font-size": size, fill: allowed === pairs ? "#FFFFFF" : INK };
+      if (allowed < pairs) out += rect(x - wide / 2, y - size / 2 - 2, wide, size + 4, { fill: "#FFFFFF", rx: 4 });
       out += text(x, y + size * 0.36, words, style);
     }
   return out;
 }
 
-/** The strips along both sides: the kind in color, and in it the number of the block. */
+/** The strips along both sides: the color of the kind, and the number of the block. */
 function strips(plan, corner, block) {
   const words = (item) => {
     const [a, b] = [block[item.from], block[item.from + item.n - 1]];
@@ -333,23 +333,23 @@ function strips(plan, corner, block) {
     plan.rows.map((r) => cell(r, corner - STRIP - 4, plan.top + r.at + inset, STRIP, r.size - 2 * inset)).join("");
 }
 
-function labels(plan, corner, first, lit) {
+function labels(plan, corner, first, bright) {
   if (!plan.font) return "";
   const style = (on) => ({ "font-size": plan.font, fill: on === false ? "#9A9A9A" : INK, "font-weight": on ? "600" : "400" });
   const words = (item) => `${span(item)} ${item.label}`;
   const above = plan.cols.map((c, i) => {
     const x = corner + c.at + c.size / 2, y = plan.top - STRIP - 10;
     const turn = { transform: `translate(${round(x + plan.font * 0.36)} ${round(y)}) rotate(-90)` };
-    return text(0, 0, words(c), { ...turn, ...style(lit.cols?.has(i)), "data-key": `${i}` });
+    return text(0, 0, words(c), { ...turn, ...style(bright.cols?.has(i)), "data-key": `${i}` });
   });
   const beside = plan.rows.map((r, i) =>
     text(corner - STRIP - 10, plan.top + r.at + r.size / 2 + plan.font * 0.36, words(r),
-      { "text-anchor": "end", ...style(lit.rows?.has(i)), "data-query": `${i}` }));
+      { "text-anchor": "end", ...style(bright.rows?.has(i)), "data-query": `${i}` }));
   return above.join("") + (first ? beside.join("") : "");
 }
 
-/** What is lit: sets of row and column indices whose labels stand out, null where none does. */
-function lighting(view, settings) {
+/** Rows and columns whose labels are highlighted, as sets of indices, or null for none. */
+function highlighted(view, settings) {
   const at = view.hover ?? (view.pins.length === 1 ? view.pins[0] : null);
   if (!at || view.round) return { rows: null, cols: null };
   const { plan } = view, table = mask(settings), rows = new Set(), cols = new Set();
@@ -360,19 +360,19 @@ function lighting(view, settings) {
   return { rows, cols };
 }
 
-/** The rectangle of a place, a whole row or column where the other index is -1. */
+/** The rectangle of a cell, or of a whole row or column if the other index is -1. */
 function place(plan, corner, { row, col }) {
   const [c, r] = [plan.cols[col], plan.rows[row]];
   return [corner + (c?.at ?? 0), plan.top + (r?.at ?? 0), c?.size ?? length(plan.cols), r?.size ?? length(plan.rows)];
 }
 
-/** Everything but the lit rows and columns steps back behind a veil; frames around what is pinned or pointed at. */
+/** Dims everything except the highlighted rows and columns, and frames what is pinned or pointed at. */
 function highlights(view, corner, index) {
   const { plan, pins, hover, cursor } = view;
   const lines = [...pins, ...(hover ? [hover] : [])].filter((at) => at.row < 0 || at.col < 0);
   let out = "";
   if (lines.length) {
-    const id = `lit-${index}`, whole = place(plan, corner, { row: -1, col: -1 });
+    const id = `bright-${index}`, whole = place(plan, corner, { row: -1, col: -1 });
     out += shape("mask", { id }, rect(...whole, { fill: "#FFFFFF" }) +
       lines.map((at) => rect(...place(plan, corner, at), { fill: "#000000" })).join(""));
     out += rect(...whole, { fill: "#FFFFFF", opacity: 0.72, mask: `url(#${id})` });
@@ -386,7 +386,7 @@ function highlights(view, corner, index) {
   return out;
 }
 
-/** A numbered badge for every pin: beside its label, or in its cell. */
+/** A numbered badge for every pin, beside its label or in its cell. */
 function badges({ plan, pins }, corner, first) {
   return pins.map((at, i) => {
     const [x, y, w, h] = place(plan, corner, at);
@@ -402,17 +402,17 @@ const title = (x, words) => text(x, 17, words, { "font-size": 14, "font-weight":
 
 function maskPanel(view, corner, index, settings, name) {
   const { plan } = view, table = mask(settings), first = firstQuery(settings), list = tokens(settings);
-  const sees = (q, k) => table[q - first][k] === 1;
-  const padded = (q, k) => !sees(q, k) && (list[k].kind === "padding" || list[q].kind === "padding");
+  const allows = (q, k) => table[q - first][k] === 1;
+  const padded = (q, k) => !allows(q, k) && (list[k].kind === "padding" || list[q].kind === "padding");
   const dot = { ...LARGE_DOTS, "stroke-width": Math.max(1.2, plan.size * 0.13) };
   return shape("g", { "data-panel": name },
     title(corner, name) +
     rect(corner, plan.top, length(plan.cols), length(plan.rows), { fill: "#FFFFFF" }) +
     path(fill(plan, corner, padded), { fill: "url(#hatch)" }) +
-    path(fill(plan, corner, sees), { fill: SEEN, "data-cells": "seen" }) +
-    path(dots(plan, corner, (q, k) => !sees(q, k) && !padded(q, k)), dot) +
+    path(fill(plan, corner, allows), { fill: ALLOWED, "data-cells": "allowed" }) +
+    path(dots(plan, corner, (q, k) => !allows(q, k) && !padded(q, k)), dot) +
     tallies(plan, corner, settings, table) + gridLines(plan, corner) + strips(plan, corner, blocks(settings).block) +
-    labels(plan, corner, index === 0, lighting(view, settings)) + highlights(view, corner, index));
+    labels(plan, corner, index === 0, highlighted(view, settings)) + highlights(view, corner, index));
 }
 
 function differencePanel(view, corner, index) {
@@ -427,12 +427,12 @@ function differencePanel(view, corner, index) {
     path(fill(plan, corner, both(1, 0)), { fill: "url(#only-a)", "data-cells": "only-a" }) +
     path(fill(plan, corner, both(0, 1)), { fill: "url(#only-b)", "data-cells": "only-b" }) +
     path(dots(plan, corner, both(0, 0)), dot) + gridLines(plan, corner) + strips(plan, corner, null) +
-    labels(plan, corner, false, lighting(view, settings)) + highlights(view, corner, index));
+    labels(plan, corner, false, highlighted(view, settings)) + highlights(view, corner, index));
 }
 
 const TICK = "M-4 0l3 3.4l5.4 -6.6", CROSS = "M-3.6 -3.6l7.2 7.2M3.6 -3.6l-7.2 7.2";
 
-/** A row to predict: question marks and guesses; after the reveal the mask, with a tick or a cross on every cell. */
+/** A row to predict: question marks and guesses, or after the reveal the mask with a tick or a cross on every cell. */
 function roundPanel(view, corner) {
   const { plan, settings, round: game } = view, r = plan.rows[game.row], y = plan.top + r.at + r.size / 2;
   if (game.revealed) {
@@ -470,11 +470,11 @@ function legend(view) {
   const tile = (a) => (x, y) => rect(x, y - 10, 12, 12, { stroke: LINE, ...a });
   const blocked = (x, y) => tile({ fill: "#FFFFFF" })(x, y) + path(`M${x + 6} ${y - 4}h0`, { ...LARGE_DOTS, "stroke-width": 3 });
   const kinds = Object.keys(LIMITS).filter((kind) => settings[kind]);
-  const entries = [[tile({ fill: SEEN }), "query sees key"], [blocked, "it does not"]];
+  const entries = [[tile({ fill: ALLOWED }), "query attends to key"], [blocked, "blocked"]];
   if (settings.compare && !view.round)
     entries.push([tile({ fill: "url(#only-a)" }), `only ${MODES[settings.mode].name}`],
       [tile({ fill: "url(#only-b)" }), `only ${MODES[settings.compare].name}`], [tile({ fill: "#E3E3E3" }), "both"]);
-  const strip = kinds.map((kind) => [tile({ fill: kind === "padding" ? "url(#hatch)" : COLORS[kind] }), WORDS[kind]]);
+  const strip = kinds.map((kind) => [tile({ fill: kind === "padding" ? "url(#hatch)" : COLORS[kind] }), kind]);
   let x = 12, y = y0, out = "";
   const put = ([draw, words]) => {
     const wide = 18 + textWidth(words, 12) + 16;
@@ -485,14 +485,14 @@ function legend(view) {
   entries.forEach(put);
   [x, y] = [12, y + 20];
   strip.forEach(put);
-  const note = "number: the block of the token";
+  const note = "number: block of the token";
   if (x + textWidth(note, 12) > plan.width) [x, y] = [12, y + 20];
   out += text(x, y, note, { "font-size": 12, fill: GRAY });
   return { out, height: y + 12 };
 }
 
 /** The figure as one SVG document. */
-function picture(view) {
+function figure(view) {
   const { plan, settings } = view, { compare } = settings;
   const b = { ...settings, mode: compare };
   const names = compare ? [`A  ${MODES[settings.mode].name}`, `B  ${MODES[compare].name}`] : [MODES[settings.mode].name];
@@ -516,9 +516,9 @@ function picture(view) {
 
 // --- predict, then reveal -----------------------------------------------------------------------------------------
 
-const visible = ({ settings, table, plan, round: game }, col) =>
+const isAllowed = ({ settings, table, plan, round: game }, col) =>
   count(settings, table, plan.rows[game.row], plan.cols[col]) > 0;
-const isRight = (view, col) => view.round.guess.has(col) === visible(view, col);
+const isRight = (view, col) => view.round.guess.has(col) === isAllowed(view, col);
 
 function verdict(view) {
   const { plan, settings, round: game, score } = view;
@@ -531,7 +531,7 @@ function verdict(view) {
   return [`${right}.${soFar}`, ...few, ...more];
 }
 
-// --- the page around it -------------------------------------------------------------------------------------------
+// --- the page -------------------------------------------------------------------------------------------
 
 const sentence = (words) => words[0].toUpperCase() + words.slice(1);
 
@@ -588,7 +588,7 @@ const slider = (name, caption) =>
 const modeNames = Object.fromEntries(Object.entries(MODES).map(([key, { name }]) => [key, name]));
 
 const HTML = `<style>${CSS}</style><section class="card" aria-label="Mask explorer">
-<h2>Who may look at whom</h2>
+<h2>Which token attends to which</h2>
 ${choice("mode", "mask", modeNames)}
 <p class="rule"></p>
 <div class="sliders">${slider("image", "image tokens")}${slider("prefix", "prefix")}${slider("suffix", "suffix")}
@@ -604,12 +604,12 @@ ${choice("call", "queries of", { prefill: "the whole sequence (prefill, training
 <div class="buttons"><button class="main" data-do="predict">Predict a row</button><button class="main" data-do="reveal">Reveal</button>
 <button class="main" data-do="next">Next row</button><button data-do="end">Back to the mask</button>
 <button data-do="unpin">Remove pins</button><button data-do="png">Save PNG</button><button data-do="svg">Save SVG</button></div>
-<p class="keys" id="help">Keyboard: arrows move, also onto the labels; Enter pins, or marks a prediction; Escape removes the pins, or ends the
-round.</p></div></div></section>`;
+<p class="keys" id="help">Keyboard: the arrow keys move, also to the labels. Enter pins, or marks a prediction.
+Escape removes the pins, or ends the round.</p></div></div></section>`;
 
-/** Shows the explorer in an element; `changed` is called with the settings whenever the learner changes one. */
+/** Shows the explorer in an element. `changed` is called with the settings whenever the learner changes one. */
 export function mount(element, given, changed = () => {}) {
-  element.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes the arrow keys for itself
+  element.setAttribute("data-lm-suppress-shortcuts", "true"); // otherwise JupyterLab handles the arrow keys
   const root = element.attachShadow({ mode: "open" });
   root.innerHTML = HTML;
   const find = (selector) => root.querySelector(selector), grid = find(".grid");
@@ -625,7 +625,7 @@ export function mount(element, given, changed = () => {}) {
   }
 
   function draw() {
-    grid.innerHTML = picture(view);
+    grid.innerHTML = figure(view);
     const lines = words(view).map((line) => `<p>${escape(line)}</p>`).join("");
     if (find(".sentence").innerHTML !== lines) find(".sentence").innerHTML = lines;
     find(".pins").innerHTML = view.round ? "" : view.pins.map((at, i) => `<li><b>${i + 1}</b><span>${sentences(view, at)
@@ -636,7 +636,7 @@ export function mount(element, given, changed = () => {}) {
   function change(name, value) {
     const before = view.settings;
     view.settings = normalize({ ...before, [name]: value });
-    const sameTokens = ["mode", "window", "compare"].includes(name); // else the pins would point at other tokens
+    const sameTokens = ["mode", "window", "compare"].includes(name); // otherwise the pins would point at other tokens
     if (!sameTokens) view.pins = [];
     if (view.round && name !== "compare") view.round = null;
     view.hover = null;
@@ -715,7 +715,7 @@ export function mount(element, given, changed = () => {}) {
   update();
 }
 
-/** One step on the grid. The labels are row -1 and column -1; a round stays in its row. */
+/** One step on the grid. The labels are row -1 and column -1. A round stays in its row. */
 function moved({ hover, plan, round: game }, [down, right]) {
   if (game && !game.revealed) {
     const col = hover ? hover.col + right : 0;
@@ -744,7 +744,7 @@ function showControls(root, { settings, round: game }) {
   for (const [name, on] of Object.entries(shown)) root.querySelector(`[data-do=${name}]`).hidden = !on;
 }
 
-/** A place in words, once for every mask that is shown. */
+/** Sentences about a cell, row or column, one for each mask shown. */
 function sentences({ settings, plan }, { row, col }) {
   const [r, c] = [plan.rows[row], plan.cols[col]];
   return [settings.mode, ...(settings.compare ? [settings.compare] : [])].map((mode) => {
@@ -756,21 +756,23 @@ function sentences({ settings, plan }, { row, col }) {
 function words(view) {
   const { plan, hover, round: game } = view;
   if (game && !game.revealed) {
-    const large = plan.cols.some((c) => c.n > 1) ? " A long run counts as seen if any of its tokens is." : "";
-    const lines = [`Which keys does ${asQuery(plan.rows[game.row])} see? Mark them with a click or with arrows and Enter.${large}`];
-    const guess = game.guess.has(hover?.col) ? "you say seen" : "you say not seen";
+    const large = plan.cols.some((c) => c.n > 1) ? " A run counts as a key if any of its tokens is attended to." : "";
+    const query = asQuery(plan.rows[game.row]);
+    const verb = plan.rows[game.row].n > 1 ? "do" : "does";
+    const lines = [`Which keys ${verb} ${query} attend to? Click them, or use the arrow keys and Enter.${large}`];
+    const guess = game.guess.has(hover?.col) ? "your prediction is allowed" : "your prediction is blocked";
     if (hover?.col >= 0) lines.push(`${sentence(asKey(plan.cols[hover.col]))}: ${guess}.`);
     return lines;
   }
   if (hover) return sentences(game ? { ...view, settings: { ...view.settings, compare: null } } : view, hover);
   if (game) return verdict(view);
-  return ["Point at a query on the left to light the keys that it sees, at a key above to see who sees it, at a cell " +
-    "to ask why. A click pins."];
+  return ["Point at a query on the left to see which keys it attends to, at a key above to see which queries attend " +
+    "to it, or at a cell to see why. Click to pin."];
 }
 
 // --- files ------------------------------------------------------------------------------------------------------
 
-const exported = (view) => picture({ ...view, hover: null });
+const exported = (view) => figure({ ...view, hover: null });
 
 function save(blob, name) {
   const link = document.createElement("a");
@@ -791,7 +793,7 @@ function savePng(view) {
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(exported(view))}`;
 }
 
-/** What anywidget calls. The settings go back to the model, so that another view of it opens where this one is. */
+/** What anywidget calls. The settings go back to the model, so that another view of it starts with the same ones. */
 function render({ model, el }) {
   mount(el, model.get("settings"), (settings) => {
     model.set("settings", settings);

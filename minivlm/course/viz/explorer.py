@@ -1,9 +1,9 @@
-"""The mask explorer: attention masks to move, to ask and to predict, in a notebook and in a page of its own.
+"""The mask explorer: attention masks to change, to query and to predict, in a notebook or on a page of its own.
 
-    T queries of the call, one a row · S keys in the cache, one a column
+    T queries of the call, one per row · S keys in the cache, one per column
 
-What the learner moves is explorer.js, one module that needs nothing else. Its masks are those of ``explorer_mask``,
-cell by cell; the tests compare the two in a browser.
+The interactive part is explorer.js, one module without dependencies. Its masks equal those of ``explorer_mask``, cell
+by cell. The tests compare the two in a browser.
 """
 
 import html
@@ -17,8 +17,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from minivlm.course.viz.attention import attention_mask, compare_masks
-from minivlm.course.viz.figure import Figure
-from minivlm.course.viz.style import listed
+from minivlm.course.viz.figure import Figure, output_path
+from minivlm.course.viz.text import listed
 from minivlm.course.viz.tokens import Token
 from minivlm.masks import attention_masks
 
@@ -27,17 +27,21 @@ MODES = {
     "prefix-lm": "prefix-LM",
     "bidirectional": "bidirectional",
     "sliding": "sliding window",
-    "open-padding": "open padding",
+    "unmasked-padding": "unmasked padding",
 }
 LIMITS = {"image": (0, 256), "prefix": (1, 16), "suffix": (0, 16), "padding": (0, 16)}
 SIDES, CALLS = ("left", "right"), ("prefill", "decode")
-SMALL_WINDOW = 4  # PaliGemma 2's window is 4096: none of the masks here would show it
+SMALL_WINDOW = 4  # the 4,096 of PaliGemma 2 would be longer than every sequence here
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the sliders and buttons say; ``mask_explorer`` tells what each means."""
+    """The state of the sliders and buttons. ``mask_explorer`` explains each.
+
+    Raises:
+        ValueError: If a number is outside its limits or a choice is unknown.
+    """
 
     image: int = 4
     prefix: int = 4
@@ -52,21 +56,19 @@ class Settings:
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number of tokens from {low} to {high}.")
+                raise ValueError(f"{name} must be a number of tokens from {low} to {high}, not {getattr(self, name)}.")
         if self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1, the token itself.")
+            raise ValueError(f"window must be at least 1 (the token itself), not {self.window}.")
         choices = {"mode": tuple(MODES), "side": SIDES, "call": CALLS, "compare": (None, *MODES)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {listed([repr(word) for word in known])}."
-                )
+                raise ValueError(f"{name} must be one of {listed(map(repr, known))}, not {getattr(self, name)!r}.")
         if self.call == "decode" and self.suffix == 0:
-            raise ValueError("A decode step needs a token that was generated: give suffix=1 or more.")
+            raise ValueError("A decode step needs a generated token. Use suffix=1 or more.")
 
 
 def explorer_tokens(settings: Settings) -> list[Token]:
-    """The S tokens. While decoding, the padding of a right-padded prompt lies before the answer, not after it."""
+    """The S tokens. In a decode step, the padding of a right-padded prompt is before the answer, not after it."""
     last = settings.prefix - 1
     prefix = ["<bos>" if i == 0 else "\\n" if i == last else f"pre {i}" for i in range(settings.prefix)]
     prompt = [Token("<image>", "image")] * settings.image + [Token(text, "prefix") for text in prefix]
@@ -78,16 +80,15 @@ def explorer_tokens(settings: Settings) -> list[Token]:
 
 
 def explorer_mask(settings: Settings) -> Bool[Tensor, "T S"]:
-    """Who may look at whom: ``minivlm.masks.attention_masks`` of one sequence.
+    """The mask of one sequence, from ``minivlm.masks.attention_masks``. T is S, or 1 for a decode step.
 
-    The modes differ in where a block starts (causal: at every token; bidirectional: nowhere; else at every suffix
-    token), in whether there is a window, and, in "open-padding", in that padding is taken for tokens. T is S, or
-    1 for a decode step.
+    A new block starts at every token (causal), nowhere (bidirectional), or at every suffix token (the other modes).
+    "sliding" adds a window. "unmasked-padding" treats padding as real tokens.
     """
     kinds = [token.kind for token in explorer_tokens(settings)]
     S = len(kinds)
     queries = 1 if settings.call == "decode" else S
-    real = torch.tensor([[settings.mode == "open-padding" or kind != "padding" for kind in kinds]]).long()
+    real = torch.tensor([[settings.mode == "unmasked-padding" or kind != "padding" for kind in kinds]]).long()
     starts = torch.tensor([[kind == "suffix" for kind in kinds]]).long()
     starts = {"causal": torch.ones_like(starts), "bidirectional": torch.zeros_like(starts)}.get(settings.mode, starts)
     window = settings.window if settings.mode == "sliding" else None
@@ -106,21 +107,22 @@ def mask_explorer(
     compare: str | None = None,
     call: str = "prefill",
 ) -> "MaskExplorer":
-    """An explorer that opens on this sequence; the learner moves everything from there.
+    """An explorer that starts with this sequence and lets the learner change everything.
 
     Args:
-        image_tokens: 0 to 256; more than 12 are drawn as one cell.
-        prefix: 1 to 16 tokens, the first ``<bos>`` and the last the newline.
+        image_tokens: 0 to 256. More than 12 are drawn as one cell.
+        prefix: 1 to 16 tokens: the first is ``<bos>``, the last is the newline.
         suffix: 0 to 16 tokens, at least 1 for a decode step.
-        padding: 0 to 16 tokens, on the ``padding_side``, "left" or "right".
-        window: how far the mode "sliding" sees, in steps: keys fewer than this many behind. None: 4.
-        mode: "causal", "prefix-lm", "bidirectional", "sliding" (prefix-LM with a window), or "open-padding" (prefix-LM
-            with the bug that padding is seen).
-        compare: a second mode, drawn beside the first, with the difference of the two.
-        call: "prefill", where every token is a query, or "decode", where the newest is, and the others are cached.
+        padding: 0 to 16 tokens.
+        padding_side: "left" or "right".
+        window: In mode "sliding", a suffix token attends to keys fewer than this many steps behind. Default: 4.
+        mode: "causal", "prefix-lm", "bidirectional", "sliding" (prefix-LM with a window), or "unmasked-padding"
+            (prefix-LM with a bug: padding is not masked).
+        compare: A second mode, drawn beside the first together with their difference.
+        call: "prefill", where every token is a query, or "decode", where only the newest token is.
 
     Raises:
-        ValueError: a number outside these limits or a word that is none of these.
+        ValueError: If a number is outside its limits or a choice is unknown.
     """
     window = SMALL_WINDOW if window is None else window
     return MaskExplorer(Settings(image_tokens, prefix, suffix, padding, padding_side, window, mode, call, compare))
@@ -128,21 +130,21 @@ def mask_explorer(
 
 @dataclass(frozen=True)
 class MaskExplorer:
-    """Shows itself in every kind of notebook, each of which takes the richest form that it can show:
+    """The explorer in a form for every kind of notebook, which shows the richest one that it can:
 
-    - with a live kernel, a widget (through anywidget);
-    - where scripts run but no kernel does, as in an exported page, the same explorer in a frame (text/html);
-    - where no scripts run, as in an untrusted notebook or on a code host, the picture that stands before the frame,
-      which the frame's script hides; or the PNG itself. Both have alt text.
+    - With a live kernel: a widget (through anywidget).
+    - With scripts but without a kernel, as in an exported page: the same explorer in a frame (text/html).
+    - Without scripts, as in an untrusted notebook or on a code host: the static figure before the frame, which the
+      frame's script would hide, or the PNG itself. Both have alt text.
 
-    A notebook that is kept should not hold the widget's part (``application/vnd.jupyter.widget-view+json``, and
-    ``widgets`` in the metadata): it means nothing after its kernel has ended, and its id is another one every time.
+    A saved notebook should not contain the widget's part (``application/vnd.jupyter.widget-view+json``, and
+    ``widgets`` in the metadata). It is useless without its kernel, and its id changes with every run.
     """
 
     settings: Settings
 
-    def picture(self) -> Figure:
-        """The masks as they open, as a picture of the same kind as ``viz.attention_mask``."""
+    def figure(self) -> Figure:
+        """The initial masks, drawn by ``viz.attention_mask`` or ``viz.compare_masks``."""
         first, tokens = self.settings, [Token(t.text.replace(" ", ""), t.kind) for t in explorer_tokens(self.settings)]
         if first.compare in (None, first.mode):
             return attention_mask(explorer_mask(first), tokens, title=MODES[first.mode])
@@ -154,20 +156,20 @@ class MaskExplorer:
         return PAGE.replace("{settings}", json.dumps(asdict(self.settings))).replace("{module}", module())
 
     def save_html(self, path: str | Path) -> None:
-        """Writes that page, and the folder it goes into. ValueError for a name that ends otherwise than in .html."""
-        path = Path(path)
-        if path.suffix.lower() != ".html":
-            raise ValueError(f"The explorer is written as a page, so {str(path)!r} must end in .html.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8")
+        """Writes that page and creates its folder.
+
+        Raises:
+            ValueError: If the name does not end in .html.
+        """
+        output_path(path, ".html").write_text(self.html(), encoding="utf-8")
 
     @cached_property
     def widget(self):
-        """The explorer as an anywidget; its ``settings`` follow what the learner does."""
+        """The explorer as an anywidget. Its ``settings`` follow what the learner does."""
         return widget_class()(settings=asdict(self.settings))
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        data, metadata = self.picture()._repr_mimebundle_()
+        data, metadata = self.figure()._repr_mimebundle_()
         alt, png = html.escape(data["text/plain"]), data["image/png"]
         image = f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">'
         page = html.escape(self.html())
@@ -176,9 +178,9 @@ class MaskExplorer:
         return data | {"text/html": f"<div>{image}{frame}</div>", WIDGET: widget[WIDGET]}, metadata
 
 
-FRAME = 'style="border: 0; width: 100%; height: 0; display: block"'  # its own script gives it its height
+FRAME = 'style="border: 0; width: 100%; height: 0; display: block"'  # the script inside sets the height
 
-# In a notebook's output the page is in a frame after the static picture, which it replaces.
+# In a notebook's output the page is in a frame after the static figure, which it replaces.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -211,7 +213,7 @@ def module() -> str:
 
 @cache
 def widget_class() -> type:
-    """Made when the first explorer is shown: ipywidgets takes a while to import, and drawing boxes needs none of it."""
+    """The widget's class, made when the first explorer is shown, because ipywidgets takes a while to import."""
     import anywidget
     import traitlets
 

@@ -1,4 +1,4 @@
-"""A picture with its description, which notebooks show and files keep."""
+"""An image together with its alt text, for notebooks and files."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 @dataclass(frozen=True)
 class Figure:
-    """An RGB image and its alt text: what someone who cannot see it should be told."""
+    """An RGB image and its alt text, which tells someone who cannot see the image what it shows."""
 
     image: Image.Image
     alt: str
@@ -26,25 +26,42 @@ class Figure:
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> None:
-        """Writes a PNG file, and the folder it goes into. ValueError for a name that ends otherwise."""
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"Pictures are written as PNG, so {str(path)!r} must end in .png.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.png())
+        """Writes a PNG file and creates its folder.
+
+        Raises:
+            ValueError: If the name does not end in .png.
+        """
+        output_path(path, ".png").write_bytes(self.png())
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        """What a notebook keeps: the PNG itself, and words for those who cannot see it."""
+        """What a notebook saves: the PNG, with the alt text as its plain text and in its metadata."""
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
 
 
 def from_figure(figure, alt: str) -> Figure:
-    """A ``matplotlib.figure.Figure``, made without pyplot, as a picture. ValueError without words for it."""
+    """Renders a ``matplotlib.figure.Figure`` that was made without pyplot.
+
+    Raises:
+        ValueError: If the alt text is empty.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if not alt.strip():
-        raise ValueError("The alt text is empty: say what the figure shows to someone who cannot see it.")
+        raise ValueError("The alt text is empty. Say what the figure shows, for someone who cannot see it.")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Figure(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), alt)
+
+
+def output_path(path: str | Path, ending: str) -> Path:
+    """Creates the folder of a file that will be written.
+
+    Raises:
+        ValueError: If the name of the file has another ending.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ending:
+        raise ValueError(f"The file name {str(path)!r} must end in {ending}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

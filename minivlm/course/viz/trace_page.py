@@ -1,20 +1,17 @@
-"""A tensor trace as a tree: in plain text, as HTML to step through, and as a page of its own.
+"""A tensor trace as a tree: as plain text, as HTML to step through, and as a whole page.
 
-The HTML is a tree of <details>, which open and close without a script and survive the sanitisers of notebooks. Where
-the script runs it adds the rest: buttons, arrow keys, and a pane that shows one tensor at a time. Nothing is loaded.
+The HTML is a tree of <details>, which open and close without a script and pass through the sanitizers of notebooks.
+If scripts can run, buttons, arrow keys and a pane that shows one tensor at a time are added. Nothing is loaded.
 """
 
 import base64
+from collections.abc import Sequence
 from html import escape
-from itertools import groupby
-from typing import TYPE_CHECKING
 
-from minivlm.course.viz import trace_figures
 from minivlm.course.viz.figure import Figure
-from minivlm.course.viz.trace_figures import number
-
-if TYPE_CHECKING:
-    from minivlm.course.viz.tracing import Entry, Trace
+from minivlm.course.viz.text import number, percent
+from minivlm.course.viz.trace_data import Entry, magnification, tree
+from minivlm.course.viz.trace_figures import BARS, compact
 
 STYLE = """
 .minivlm-trace { box-sizing: border-box; max-width: 62rem; padding: 1rem 1.25rem; border: 1px solid #ddd;
@@ -132,12 +129,12 @@ SCRIPT = """
     row.prepend(thumb);
     row.onclick = (event) => { event.preventDefault(); show(index); };
   });
-  const places = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+  const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
   const listener = root.parentElement === document.body ? document : root;
   listener.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key.length === 1) event.stopPropagation(); // in JupyterLab, d pressed twice would delete the cell
-    if (event.key in places) show(current + places[event.key]);
+    if (event.key.length === 1) event.stopPropagation(); // in JupyterLab, pressing d twice deletes the cell
+    if (event.key in moves) show(current + moves[event.key]);
     else if (event.key === "Home") show(0);
     else if (event.key === "End") show(entries.length - 1);
     else return;
@@ -147,7 +144,7 @@ SCRIPT = """
   entries.forEach((entry) => (entry.open = false));
   root.tabIndex = 0;
   root.setAttribute("role", "group");
-  root.setAttribute("aria-label", "Tensor trace. Arrow keys go from one tensor to the next.");
+  root.setAttribute("aria-label", "Tensor trace. The arrow keys move from tensor to tensor.");
   root.classList.add("live");
   show(0);
 })();
@@ -157,112 +154,89 @@ SCRIPT = """
 # --- plain text ----------------------------------------------------------------------------------------------------
 
 
-def as_text(trace: "Trace") -> str:
-    """The tree with one line per tensor: name, shape, type, range."""
-    lines = [f"{trace.tokens} → {len(trace)} tensors"]
-    stages = by_stage(trace)
-    for i, (stage, branches) in enumerate(stages):
-        add_branch(lines, "", stage, branches, last=i == len(stages) - 1)
+def as_text(tokens: str, entries: Sequence[Entry]) -> str:
+    """The tree with one line per tensor: name, shape, dtype, range."""
+    lines = [f"{tokens} → {len(entries)} tensors"]
+    add_branches(lines, "", tree(entries))
     return "\n".join(lines)
 
 
-def add_branch(lines: list[str], indent: str, name: str, inside: list, last: bool) -> None:
-    lines.append(f"{indent}{'└─' if last else '├─'} {name}")
-    indent += "   " if last else "│  "
-    for i, item in enumerate(inside):
-        end = i == len(inside) - 1
-        if isinstance(item, tuple):
-            add_branch(lines, indent, *item, last=end)
+def add_branches(lines: list[str], indent: str, branches: list) -> None:
+    """Appends the lines of some branches, which are entries or (name, branches)."""
+    for i, branch in enumerate(branches):
+        is_last = i == len(branches) - 1
+        start = f"{indent}{'└─' if is_last else '├─'} "
+        if isinstance(branch, Entry):
+            broken = f", {percent(branch.stats.broken)} NaN or infinite" if branch.stats.broken else ""
+            start += branch.label
+            lines.append(f"{start:<38} {branch.shape_text:<24} {branch.dtype:<8} {branch.range}{broken}")
         else:
-            start = f"{indent}{'└─' if end else '├─'} {item.label}"
-            lines.append(f"{start:<38} {item.shape_text:<24} {item.dtype:<8} {span(item)}")
-
-
-def by_stage(trace: "Trace") -> list[tuple[str, list]]:
-    """[(stage, [entry, …, (layer, [entry, …]), …]), …]: the tree."""
-    stages = []
-    for stage, groups in groupby(trace.groups(), lambda group: group[0]):
-        inside = []
-        for _, layer, entries in groups:
-            inside += entries if layer is None else [(f"layer {layer}", entries)]
-        stages.append((stage, inside))
-    return stages
-
-
-def span(entry: "Entry") -> str:
-    """`-1 … 0.98`, and what is broken."""
-    s = entry.stats
-    broken = f", {s.broken:.1%} NaN or infinite" if s.broken else ""
-    return f"{number(s.min)} … {number(s.max)}{broken}"
+            lines.append(start + branch[0])
+            add_branches(lines, indent + ("   " if is_last else "│  "), branch[1])
 
 
 # --- HTML ----------------------------------------------------------------------------------------------------------
 
 
-def as_html(trace: "Trace") -> str:
+def as_html(tokens: str, entries: Sequence[Entry], overview: Figure) -> str:
     """The tree for a notebook's output: style, tree, script."""
     stages = "".join(
         f'<details class="stage" open><summary><span class="name">{stage}</span></summary>'
-        f"{''.join(branch(item) for item in inside)}</details>"
-        for stage, inside in by_stage(trace)
+        f"{''.join(map(html_branch, branches))}</details>"
+        for stage, branches in tree(entries)
     )
     return (
         f'<div class="minivlm-trace"><style>{STYLE}</style>'
-        f'<p class="title">One forward pass of PaliGemma, {len(trace)} tensors</p>'
-        f'<p class="muted"><code>{escape(trace.tokens)}</code></p>'
-        f"{img(trace.overview, trace.overview.image.width, 'overview')}"
+        f'<p class="title">One forward pass of PaliGemma, {len(entries)} tensors</p>'
+        f'<p class="muted"><code>{escape(tokens)}</code></p>'
+        f"{img(overview, overview.image.width, 'overview')}"
         f'<div class="columns"><div class="tree">{stages}</div></div>'
         f"<script>{SCRIPT}</script></div>"
     )
 
 
-def as_page(trace: "Trace") -> str:
-    """The same as a page of its own, which the browser is told to load nothing for."""
+def as_page(prompt: str, html: str) -> str:
+    """A page around the HTML, with a policy that keeps the browser from loading anything."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Tensor trace: {escape(trace.prompt)}</title></head><body>{as_html(trace)}</body></html>\n"
+        f"<title>Tensor trace: {escape(prompt)}</title></head><body>{html}</body></html>\n"
     )
 
 
-def branch(item) -> str:
-    """An entry, or a layer with its entries."""
-    if not isinstance(item, tuple):
-        return leaf(item)
-    name, entries = item
-    return f'<details class="layer"><summary>{name}</summary>{"".join(map(leaf, entries))}</details>'
-
-
-def leaf(entry: "Entry") -> str:
-    """One tensor: folded to its name and shape; inside, the picture and all there is to say."""
-    image = entry.picture.image
-    width = image.width * (1 if entry.step.stage == "Words" else trace_figures.factor(image))
-    size = " × ".join(map(str, entry.shape))
+def html_branch(branch: Entry | tuple[str, list[Entry]]) -> str:
+    """An entry, folded to its name and shape, or a layer with its entries."""
+    if not isinstance(branch, Entry):
+        return f'<details class="layer"><summary>{branch[0]}</summary>{"".join(map(html_branch, branch[1]))}</details>'
+    image = branch.figure.image
+    width = image.width * (1 if image.size == BARS else magnification(image))
+    size = " × ".join(map(str, branch.shape))
     return (
-        f'<details class="entry"><summary><span>{entry.label}</span> <span class="size">{size}</span></summary>'
-        f'<div class="body"><p class="title">{escape(entry.title)}</p><p class="muted"><code>{entry.name}</code></p>'
-        f"<figure>{img(entry.picture, width)}<figcaption>{escape(entry.key)}</figcaption></figure>"
-        f"<table><tbody>{facts(entry)}</tbody></table></div></details>"
+        f'<details class="entry"><summary><span>{branch.label}</span> <span class="size">{size}</span></summary>'
+        f'<div class="body"><p class="title">{escape(branch.title)}</p><p class="muted"><code>{branch.name}</code></p>'
+        f"<figure>{img(branch.figure, width)}<figcaption>{escape(branch.caption)}</figcaption></figure>"
+        f"<table><tbody>{facts(branch)}</tbody></table></div></details>"
     )
 
 
-def facts(entry: "Entry") -> str:
+def facts(entry: Entry) -> str:
+    """The rows of an entry's table."""
     s = entry.stats
     lines = {
         "shape": entry.shape_text,
-        "type": entry.dtype,
-        "from … to": f"{number(s.min)} … {number(s.max)}",
+        "dtype": entry.dtype,
+        "range": entry.range,
         "mean ± std": f"{number(s.mean)} ± {number(s.std)}",
-        "NaN or infinite": f"{s.broken:.1%}" if s.broken else "none",
-        "read about it": f"chapter {entry.step.chapter:02d}, {entry.step.module}",
+        "NaN or infinite": percent(s.broken) if s.broken else "none",
+        "explained in": f"chapter {entry.step.chapter:02d}, {entry.step.module}",
     }
     return "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in lines.items())
 
 
-def img(picture: Figure, width: int, kind: str = "") -> str:
-    """The picture within the page."""
-    data = base64.b64encode(trace_figures.compact(picture)).decode()
+def img(figure: Figure, width: int, kind: str = "") -> str:
+    """The figure as an element of the page."""
+    data = base64.b64encode(compact(figure)).decode()
     attributes = f'class="{kind}" ' if kind else ""
-    return f'<img {attributes}src="data:image/png;base64,{data}" alt="{escape(picture.alt)}" width="{width}">'
+    return f'<img {attributes}src="data:image/png;base64,{data}" alt="{escape(figure.alt)}" width="{width}">'
