@@ -165,12 +165,12 @@ def test_generate_decodes_and_draws_masks(folder, says, vqvae, capsys, tmp_path)
     x0, y0, x1, y1 = (round(v) for v in found[0].box)
     lines = out.splitlines()
     assert lines[0] == answer
-    assert lines[1] == f"  panda, x {x0} to {x1}, y {y0} to {y1}, mask of {counts[0]} pixels"
-    assert lines[2].startswith("  shoe, x ") and lines[2].endswith(f", mask of {counts[1]} pixels")
+    assert lines[1] == f"  panda, x {x0} to {x1}, y {y0} to {y1}, mask of {counts[0]:,} pixels"
+    assert lines[2].startswith("  shoe, x ") and lines[2].endswith(f", mask of {counts[1]:,} pixels")
     assert err == f"Wrote {saved}.\n"
     with Image.open(saved) as image:
         alt = image.info["Description"]
-        assert "2 boxes and 2 masks: panda" in alt and f"mask of {counts[1]} pixels" in alt
+        assert "2 boxes and 2 masks: panda" in alt and f"mask of {counts[1]:,} pixels" in alt
         assert "segment panda ; shoe: panda ; shoe" in alt and "<seg" not in alt
 
 
@@ -317,7 +317,7 @@ def test_demo_prints_the_truth_next_to_wrong_answers(folder, says, capsys, tmp_p
     assert "make lab" in out
     with Image.open("out/demo.png") as image:
         assert np.asarray(image).std() > 10
-        assert image.info["Description"].count("A picture of 112×112 pixels") == len(cli.DEMO)
+        assert image.info["Description"].count("An image of 112×112 pixels") == len(cli.DEMO)
 
 
 def test_demo_shows_masks_if_there_are_any_and_otherwise_boxes(folder, vqvae, capsys, tmp_path, monkeypatch):
