@@ -287,7 +287,7 @@ def steps(model: PaliGemma) -> Iterator[Step]:
     yield LOOKED_UP
     decoder = partial(Step, letters="B T D", stage="Decoder")
     for i in range(model.config.text_config.num_hidden_layers):
-        parts = DECODER2_LAYER if model.config.text_config.four_norms else DECODER_LAYER
+        parts = DECODER2_LAYER if model.config.text_config.has_post_norms else DECODER_LAYER
         for part, title in parts.items():
             yield decoder(f"{DECODER}layers.{i}.{part}", title, layer=i)
         yield decoder(f"{DECODER}layers.{i}", f"The stream of tokens after layer {i}", layer=i)
