@@ -80,9 +80,9 @@ def attention_weights(
     scale: float,
     cap: float | None = None,
 ) -> Float[Tensor, "B H T S"]:
-    """Softmax over the keys of cap(q·k · scale), in float32; 0 where the mask blocks. H/K query heads share a key head.
+    """Softmax of cap(q·k · scale) over the keys, computed in float32. Weights are 0 where the mask blocks.
 
-    The query heads that share keys are concatenated along the query axis, so the keys are never copied.
+    Each key head serves H/K consecutive query heads. They are laid out along the query axis, so keys are never copied.
     """
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
     scores = soft_cap(q.reshape(B, K, H // K * T, d) @ k.transpose(2, 3) * scale, cap).view(B, H, T, S)
