@@ -1,10 +1,10 @@
 """PaliGemma, small enough to read in an evening.
 
-    model = minivlm.PaliGemma.from_pretrained()          # the embedded checkpoint; or a folder, or a hub id
+    model = minivlm.PaliGemma.from_pretrained()  # the embedded checkpoint, or pass a folder or a hub id
     processor = minivlm.Processor.from_pretrained()
     minivlm.generate(model, processor, image, "caption en")
 
-Every other module holds the idea of one chapter; ``paligemma`` puts them together.
+Each module of the model covers one chapter of the course, and ``paligemma`` puts them together.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = ["PaliGemma", "PaliGemmaConfig", "Processor", "generate"]
 
-_HOME = {
+_MODULES = {
     "PaliGemma": "minivlm.paligemma",
     "PaliGemmaConfig": "minivlm.config",
     "Processor": "minivlm.processor",
@@ -21,9 +21,9 @@ _HOME = {
 
 
 def __getattr__(name: str):
-    """Looks up the four names above when they are first used, so that ``import minivlm`` need not wait for torch."""
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    """Import the four names above on first use, so that ``import minivlm`` does not wait for torch."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'minivlm' has no attribute {name!r}")
 
 

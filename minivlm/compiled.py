@@ -1,13 +1,13 @@
-"""The decode step as one compiled program: the same layers, of which no shape ever changes.
+"""The decode step as one compiled program: the same layers, with shapes that never change.
 
-    B rows · M slots of the cache · K key/value heads · d width of a head · V vocabulary
+    B rows · M slots of the cache · K key/value heads · d head dimension · V vocabulary size
 
-A decode step is hundreds of small operations. Each costs more to start than to compute, on a small model or a fast GPU.
-torch can compile them into a few, if every step is the same program: so the slot to fill is a number in a tensor,
-attention reads all M slots of a static cache, and the mask closes those that are not filled yet.
+A decode step is hundreds of small operations. On a small model or a fast GPU, each costs more to launch than to
+compute. torch can compile them into a few, provided that every step runs the same program. So the slot to fill is a
+value in a tensor, attention reads all M slots of a static cache, and the mask blocks the slots that are not filled yet.
 
-What is left is reading the weights, once a token. For one row, the products of the libraries do not read as fast as the
-memory gives; so a product with one row is written as a sum, which is compiled like all the rest.
+What remains is reading the weights once per token. With a single row, matrix multiplication in the usual libraries does
+not reach the memory's bandwidth, so a product with one row is written as a sum, which is compiled like everything else.
 """
 
 import functools
@@ -19,82 +19,82 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from minivlm import gemma, masks
 from minivlm.cache import SlotCache, StaticCache
 from minivlm.paligemma import PaliGemma
 
-ROOM = 64  # slots of a cache are a multiple of this: a prompt a little longer needs no other program
+SLOT_STEP = 64  # caches have a multiple of this many slots, so a slightly longer prompt needs no new program
 
 
 def decode_step(
     model: PaliGemma,
     token: Int[Tensor, " B"],
     slot: Int[Tensor, "1"],
-    real: Bool[Tensor, "B M"],
+    is_token: Bool[Tensor, "B M"],
     keys: list[Float[Tensor, "B K M d"]],
     values: list[Float[Tensor, "B K M d"]],
 ) -> Float[Tensor, "B V"]:
-    """Logits after ``token``, which is the one of slot ``slot``. ``real`` is False where a slot holds padding."""
-    decoder, slots = model.language_model, torch.arange(real.shape[1], device=real.device)
-    full = real & (slots <= slot)
-    window = decoder.config.sliding_window
-    sliding = full if window is None else full & (slot - slots < window)
+    """Logits after ``token``, which goes into slot ``slot``. ``is_token`` is False where a slot holds padding."""
+    decoder = model.language_model
+    attention_mask = (is_token & (torch.arange(is_token.shape[1], device=slot.device) <= slot)).long()
+    full, sliding = masks.newest_token_masks(attention_mask, slot, decoder.config.sliding_window)
     with SingleRowLinear():
-        hidden = decoder.model.run_layers(
-            decoder.model.embed(token[:, None]),
-            full.sum(1, keepdim=True),  # the position: its number among the row's tokens, from 1
-            full[:, None],
-            sliding[:, None],
-            SlotCache(keys, values, slot),
-        )
+        x = decoder.model.embed(token[:, None])
+        positions = gemma.token_positions(attention_mask, 1)  # slots after this one count as padding
+        hidden = decoder.model.run_layers(x, positions, full, sliding, SlotCache(keys, values, slot))
         return decoder.logits(hidden)[:, 0]
 
 
 class SingleRowLinear(TorchFunctionMode):
-    """On a CPU, x · Wᵀ for a single row x is (W · x).sum(-1), added up in float32 or better."""
+    """On a CPU, computes x · Wᵀ + b for a single row x as (W · x).sum(-1) + b, summed in float32 or better."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and args[0].device.type == "cpu" and args[0].shape[:-1].numel() == 1:
-            x, weight = args[:2]  # the decoder's layers have no bias
-            exact = torch.promote_types(x.dtype, torch.float32)
-            product = (weight.to(exact) * x.flatten().to(exact)).sum(-1)
-            return product.to(x.dtype).view(*x.shape[:-1], -1)
-        return func(*args, **(kwargs or {}))
+        return (self.linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+    @staticmethod
+    def linear(input, weight, bias=None):
+        if input.device.type != "cpu" or input.shape[:-1].numel() != 1:
+            return F.linear(input, weight, bias)
+        exact = torch.promote_types(input.dtype, torch.float32)
+        product = (weight.to(exact) * input.flatten().to(exact)).sum(-1)
+        product = product if bias is None else product + bias.to(exact)
+        return product.to(input.dtype).view(*input.shape[:-1], -1)
 
 
 @functools.cache
 def compiler(device: str):
-    """``decode_step``, compiled when it is first called; on a GPU replayed as one recorded graph."""
+    """``decode_step``, compiled on its first call. On a GPU it is recorded and replayed as one CUDA graph."""
     if device == "cpu":
-        return torch.compile(decode_step, fullgraph=True, options={"cpp_wrapper": True})  # calls its loops from C++
+        return torch.compile(decode_step, fullgraph=True, options={"cpp_wrapper": True})  # kernels launched from C++
     return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
 
 
 class CompiledStep:
-    """Logits of one token after another, behind a prompt of T tokens that ``cache`` will hold when it is first called.
+    """Runs compiled decode steps one after another. The first call expects the T prompt tokens in ``cache``.
 
     Raises:
-        ValueError: torch cannot compile here.
+        ValueError: On the first call, if torch cannot compile on this machine.
     """
 
     def __init__(self, model: PaliGemma, cache: StaticCache, attention_mask: Int[Tensor, "B T"]):
         self.model, self.cache, self.slot = model, cache, attention_mask.shape[1]
-        self.real = F.pad(attention_mask, (0, cache.max_length - self.slot), value=1).bool()
+        self.is_token = F.pad(attention_mask, (0, cache.max_length - self.slot), value=1).bool()
         for memory in cache.keys + cache.values:
-            torch._dynamo.mark_static_address(memory)  # so that a recorded graph may write into it
+            torch._dynamo.mark_static_address(memory)  # so that a recorded graph can write into it
 
     def __call__(self, token: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         slot = torch.tensor([self.slot], device=token.device)
         self.slot += 1
         step = compiler(token.device.type)
         try:
-            return step(self.model, token, slot, self.real, self.cache.keys, self.cache.values)
+            return step(self.model, token, slot, self.is_token, self.cache.keys, self.cache.values)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             why = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"torch cannot compile the decode step here ({why}): install a C++ compiler, or leave compile out."
+                f"torch cannot compile the decode step here ({why}). Install a C++ compiler, or leave compile out."
             ) from error
 
 
 def padded_length(length: int) -> int:
-    """The slots of a cache that is to hold ``length`` tokens."""
-    return math.ceil(length / ROOM) * ROOM
+    """Number of slots of a cache for ``length`` tokens: the next multiple of ``SLOT_STEP``."""
+    return math.ceil(length / SLOT_STEP) * SLOT_STEP

@@ -1,12 +1,11 @@
-"""Gemma: embeddings in, the next word out. Gemma 1 and Gemma 2 are one code, told apart by their configuration.
+"""Gemma: embeddings in, logits of the next token out. One code for Gemma 1 and Gemma 2; the config selects which.
 
-    B batch · T tokens (queries) · S tokens (keys) · D width · F width of the feed-forward block · V vocabulary
-    H heads · K key/value heads · d width of a head
+    B batch size · T tokens (queries) · S tokens (keys) · D hidden size · F intermediate size of the MLP
+    V vocabulary size · H query heads · K key/value heads · d head dimension
 
-What is Gemma's own: RMSNorm multiplies by (1 + w); token embeddings are multiplied by √D; the feed-forward block is a
-GELU gate; positions are rotations of queries and keys; a few key/value heads serve many query heads; the output head
-is the embedding table itself. Gemma 2 adds soft caps, a second norm after each block, and a sliding window on even
-layers.
+Specific to Gemma: RMSNorm multiplies by (1 + w). Token embeddings are multiplied by √D. The MLP is gated by a GELU.
+Positions enter as rotations of queries and keys. Many query heads share a few key/value heads. The output head is the
+embedding table. Gemma 2 adds soft caps, a second norm after attention and MLP, and a sliding window on even layers.
 
 Sources: "Gemma" (arXiv:2403.08295), "Gemma 2" (arXiv:2408.00118); RoPE arXiv:2104.09864; multi-query attention
 arXiv:1911.02150; GeGLU arXiv:2002.05202. Parameter names as in transformers ``models/gemma*/modeling_gemma*.py``.
@@ -23,7 +22,7 @@ from minivlm.config import GemmaConfig
 
 
 def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "*B D"]:
-    """x / √(mean(x²) + eps) · (1 + weight), computed in float32 and only then cast back."""
+    """x / √(mean(x²) + eps) · (1 + weight), computed in float32, then cast back to the dtype of x."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return (y * (1.0 + weight.float())).type_as(x)
@@ -40,9 +39,9 @@ class GemmaRMSNorm(nn.Module):
 
 
 def token_positions(attention_mask: Int[Tensor, "B S"], queries: int) -> Int[Tensor, "B _"]:
-    """Positions of the last ``queries`` tokens: each one's number in its row, from 1, padding not counted.
+    """Positions of the last ``queries`` tokens. Each row counts its tokens from 1 and skips padding.
 
-    ``attention_mask`` is 1 on tokens, 0 on padding, for the tokens in the cache too.
+    ``attention_mask`` is 1 on tokens, 0 on padding, and includes the tokens in the cache.
     """
     return attention_mask.cumsum(-1)[:, -queries:]
 
@@ -50,9 +49,9 @@ def token_positions(attention_mask: Int[Tensor, "B S"], queries: int) -> Int[Ten
 def rotary_table(
     positions: Int[Tensor, "B T"], head_dim: int, theta: float
 ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
-    """Cosine and sine of every position's angles. Pair i of a head turns by position · theta^(-2i/d), in float32.
+    """Cosine and sine of the RoPE angles, in float32. Pair i of a head rotates by position · theta^(-2i/d).
 
-    The pairs are (i, i + d/2), the two halves of the head, so each angle stands twice: once for either half.
+    A pair is (i, i + d/2), one dimension from each half of the head, so every angle appears twice.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].float() * (1.0 / theta**exponent)
@@ -63,15 +62,33 @@ def rotary_table(
 def apply_rotary(
     x: Float[Tensor, "B H T d"], cos: Float[Tensor, "#B T d"], sin: Float[Tensor, "#B T d"]
 ) -> Float[Tensor, "B H T d"]:
-    """Turns each pair (x_i, x_{i+d/2}) by its angle: the halves are split, not interleaved."""
+    """Rotate each pair (x_i, x_{i+d/2}) by its angle. The halves are split, not interleaved."""
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    quarter_turn = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + quarter_turn * sin[:, None]
 
 
 def soft_cap(x: Float[Tensor, "*S"], cap: float | None) -> Float[Tensor, "*S"]:
-    """cap · tanh(x / cap): close to x while small, never beyond ±cap. ``None``: x as it is."""
+    """cap · tanh(x / cap): close to x for small x, never beyond ±cap. ``None`` returns x unchanged."""
     return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def attention_weights(
+    q: Float[Tensor, "B H T d"],
+    k: Float[Tensor, "B K S d"],
+    mask: Bool[Tensor, "#B T S"] | None,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """Softmax of cap(q·k · scale) over the keys, computed in float32. Weights are 0 where the mask blocks.
+
+    Each key head serves H/K consecutive query heads. They are laid out along the query axis, so keys are never copied.
+    """
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    scores = soft_cap(q.reshape(B, K, H // K * T, d) @ k.transpose(2, 3) * scale, cap).view(B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32)
 
 
 def grouped_query_attention(
@@ -82,35 +99,38 @@ def grouped_query_attention(
     scale: float,
     cap: float | None = None,
 ) -> Float[Tensor, "B H T d"]:
-    """Softmax(cap(q·k · scale), where the mask allows) · v, each key/value head serving H/K consecutive query heads.
+    """``attention_weights`` times v. Each key/value head serves H/K consecutive query heads.
 
-    The heads that share keys are laid one after another along the query axis, so that keys and values are never copied.
-    The softmax runs in float32. Without a cap it is torch's fused attention, which never stores the scores.
+    Without a cap this is torch's fused attention, which never stores the weights. Keys and values are never copied.
     """
-    B, H, T, d = q.shape
-    K, S = k.shape[1:3]
-    q = q.reshape(B, K, H // K * T, d)
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    if cap is not None:
+        weights = attention_weights(q, k, mask, scale, cap).type_as(q)
+        return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
     if mask is not None:
         mask = mask[:, None].repeat(1, 1, H // K, 1)  # [B, 1, H/K·T, S]
-    if cap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        scores = soft_cap(q @ k.transpose(2, 3) * scale, cap)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        out = scores.softmax(-1, dtype=torch.float32).type_as(q) @ v
-    return out.view(B, H, T, d)
+    q = q.reshape(B, K, H // K * T, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(B, H, T, d)
 
 
 class GemmaAttention(nn.Module):
     def __init__(self, config: GemmaConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.scale = config, layer, config.query_pre_attn_scalar**-0.5
         D, d = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=False)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
+
+    def project(self, x: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, d], keys and values [B, K, T, d]. Queries and keys are rotated."""
+        q, k, v = (
+            proj(x).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = cos.type_as(q), sin.type_as(q)
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
 
     def forward(
         self,
@@ -120,27 +140,20 @@ class GemmaAttention(nn.Module):
         mask: Bool[Tensor, "#B T S"] | None,
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        B, T, _ = x.shape
-        q, k, v = (
-            proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = cos.type_as(q), sin.type_as(q)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        scale = self.config.query_pre_attn_scalar**-0.5
-        out = grouped_query_attention(q, k, v, mask, scale, self.config.attn_logit_softcapping)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        out = grouped_query_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 def geglu(gate: Float[Tensor, "*B F"], up: Float[Tensor, "*B F"]) -> Float[Tensor, "*B F"]:
-    """One projection, passed through tanh-approximated GELU, opens and closes the other."""
+    """GELU(gate) · up, with the tanh approximation of GELU: one projection gates the other."""
     return F.gelu(gate, approximate="tanh") * up
 
 
 class GemmaMLP(nn.Module):
-    """The feed-forward block: two projections to F numbers, joined by GeGLU, and one back."""
+    """Two projections to the intermediate size F, combined by GeGLU, and one projection back to D."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -153,25 +166,25 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaDecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); in Gemma 2 each result is normalized once more before it is added.
+    """x + attention(norm(x)), then x + mlp(norm(x)). Gemma 2 also normalizes each result before adding it.
 
-    The hub's names mislead: ``post_attention_layernorm`` stands before the MLP in Gemma 1, after attention in Gemma 2.
+    Misleading hub names: ``post_attention_layernorm`` is before the MLP in Gemma 1, after attention in Gemma 2.
     """
 
     def __init__(self, config: GemmaConfig, layer: int):
         super().__init__()
-        self.four_norms = config.four_norms
+        self.has_post_norms = config.has_post_norms
         self.self_attn = GemmaAttention(config, layer)
         self.mlp = GemmaMLP(config)
         names = ["input_layernorm", "post_attention_layernorm"]
-        if config.four_norms:
+        if config.has_post_norms:
             names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         for name in names:
             self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, x: Float[Tensor, "B T D"], cos, sin, mask, cache: Cache | None) -> Float[Tensor, "B T D"]:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        if not self.four_norms:
+        if not self.has_post_norms:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
         x = x + self.post_attention_layernorm(attended)
@@ -189,7 +202,7 @@ class GemmaModel(nn.Module):
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Token embeddings × √D. The factor is rounded to the weights' type: in bfloat16, √2048 is 45.25."""
+        """Token embeddings × √D. The factor is rounded to the dtype of the weights: in bfloat16, √2048 is 45.25."""
         x = self.embed_tokens(input_ids)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
@@ -203,10 +216,10 @@ class GemmaModel(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-            x: embeddings of the T newest tokens.
-            attention_mask: 1 on tokens, 0 on padding, for the newest tokens and those in the cache, S in all.
-            token_type_ids: 0 on image and prefix, 1 on the suffix, likewise.
-            cache: extended in place by T tokens.
+            x: Embeddings of the T newest tokens.
+            attention_mask: 1 on tokens, 0 on padding, for all S tokens: those in the cache, then the newest.
+            token_type_ids: 0 on image and prefix, 1 on the suffix, for the same S tokens.
+            cache: Extended in place by T tokens.
         """
         T = x.shape[1]
         full, sliding = masks.attention_masks(attention_mask, token_type_ids, T, self.config.sliding_window)
@@ -220,7 +233,7 @@ class GemmaModel(nn.Module):
         sliding: Bool[Tensor, "#B T S"] | None,
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        """The same, once it is known where each token stands and what it may see, in full and in sliding layers."""
+        """The rest of ``forward``, given the positions and the masks of full and of sliding layers."""
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, full if self.config.window(i) is None else sliding, cache)
@@ -228,7 +241,7 @@ class GemmaModel(nn.Module):
 
 
 class GemmaForCausalLM(nn.Module):
-    """The decoder with its output head, which is the embedding table used a second time."""
+    """The decoder with its output head, which reuses the embedding table."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -236,5 +249,5 @@ class GemmaForCausalLM(nn.Module):
         self.model = GemmaModel(config)
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
-        """Scores of every word of the vocabulary; Gemma 2 caps them."""
+        """One logit per vocabulary entry. Gemma 2 caps them."""
         return soft_cap(F.linear(hidden, self.model.embed_tokens.weight), self.config.final_logit_softcapping)

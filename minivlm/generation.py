@@ -1,10 +1,10 @@
-"""From logits to text: read the prompt once, then write one token after another.
+"""From logits to text: read the prompt once, then generate one token at a time.
 
-    B rows of text · T tokens of the prompt · N new tokens · V vocabulary
+    B rows · T tokens of the prompt · N new tokens · V vocabulary size
 
-The whole prompt goes through the decoder in one call, the *prefill*: it fills the KV cache and gives the logits of the
-first new token. Every further call, a *decode* step, feeds one token and gives the logits of the next, until each row
-has written ``<eos>`` or has had its ``max_new_tokens``. The picture is encoded once, before the prefill.
+The whole prompt goes through the decoder in one call, the *prefill*. It fills the KV cache and returns the logits of
+the first new token. Each later call, a *decode step*, feeds one token and returns the logits of the next, until every
+row has produced ``<eos>`` or ``max_new_tokens`` tokens. The image is encoded once, before the prefill.
 
 Sources: top-p is nucleus sampling (arXiv:1904.09751); the order temperature, top-k, top-p is that of transformers
 (``generation/logits_process.py``).
@@ -23,54 +23,54 @@ from minivlm import checkpoint
 from minivlm.cache import Cache, GrowingCache, StaticCache
 from minivlm.compiled import CompiledStep, padded_length
 from minivlm.paligemma import PaliGemma
-from minivlm.processor import Processor
+from minivlm.processor import Processor, check_batch
 
 # --- choosing a token ----------------------------------------------------------------------------------------------
 
 
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-    """The likeliest token of each row."""
+    """The most likely token in each row (argmax)."""
     return logits.argmax(-1)
 
 
 def apply_temperature(logits: Float[Tensor, "B V"], temperature: float) -> Float[Tensor, "B V"]:
-    """Below 1 sharpens the distribution towards the likeliest token, above 1 flattens it."""
+    """Divide logits by the temperature. Below 1 sharpens the distribution, above 1 flattens it."""
     return logits / temperature
 
 
 def top_k_filter(logits: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:
-    """Keeps the ``k`` largest logits of each row, and any equal to the smallest of these; the others become -inf."""
+    """Keep the ``k`` largest logits in each row, and ties with the smallest of them. Set the others to -inf."""
     smallest_kept = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < smallest_kept, -math.inf)
 
 
 def top_p_filter(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]:
-    """Keeps the fewest tokens, likeliest first, whose probabilities sum to ``p`` or more; the others become -inf."""
+    """Keep the smallest set of most likely tokens whose probabilities sum to ``p`` or more. Set the others to -inf."""
     if p >= 1:
         return logits
     probabilities, order = logits.softmax(-1).sort(-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # the sum of all likelier ones: 0 for the first, which stays
+    before = probabilities.cumsum(-1) - probabilities  # total of the more likely ones: 0 for the first, always kept
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
 
 def sample(logits: Float[Tensor, "B V"], generator: torch.Generator | None = None) -> Int[Tensor, " B"]:
-    """One token per row, drawn with the probabilities softmax(logits)."""
+    """Sample one token per row with the probabilities softmax(logits)."""
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @dataclass
 class GenerationConfig:
-    """How to generate. ``ValueError`` for values that make no sense.
+    """How to generate. Raises ValueError for values that are invalid or would have no effect.
 
     Attributes:
-        max_new_tokens: a row ends after this many tokens, or with ``<eos>``.
-        do_sample: draw each token at random; otherwise take the likeliest.
-        temperature, top_k, top_p: shape the distribution to draw from, in this order. Only with ``do_sample``.
-        seed: the same seed draws the same tokens; without one, torch's global generator is used.
-        cache: "static" (allocated once), "growing", or None: every step computes everything anew, the slow truth.
-        compile: have torch compile the decode step. That takes 20 seconds or more when a model first answers a batch
-            of this size, and on a CPU a C++ compiler; the steps are faster then. Only with the static cache.
+        max_new_tokens: A row ends after this many tokens, or earlier with ``<eos>``.
+        do_sample: Sample each token. Otherwise take the most likely one.
+        temperature, top_k, top_p: Change the distribution to sample from, in this order. Only with ``do_sample``.
+        seed: The same seed samples the same tokens. Default: torch's global generator.
+        cache: "static" (allocated once), "growing", or None: every step recomputes everything, as a slow reference.
+        compile: Compile the decode step with torch. Steps get faster, after 20 seconds or more of compilation for each
+            model and batch size. Requires the static cache and, on a CPU, a C++ compiler.
     """
 
     max_new_tokens: int = 32
@@ -90,29 +90,29 @@ class GenerationConfig:
         if not 1e-6 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be above 0 (at least 1e-6) and finite, not {self.temperature}: "
-                "to get the likeliest token every time, leave do_sample out."
+                "for the most likely token every time, leave do_sample out."
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
         if not self.do_sample and (self.temperature != 1 or self.top_k is not None or self.top_p is not None):
-            raise ValueError("temperature, top_k and top_p need do_sample=True: without it they would change nothing.")
+            raise ValueError("temperature, top_k and top_p need do_sample=True: without it they have no effect.")
         if self.cache not in ("static", "growing", None):
             raise ValueError(f"cache must be 'static', 'growing' or None, not {self.cache!r}.")
         if self.compile and self.cache != "static":
-            raise ValueError(f"compile needs cache='static', not {self.cache!r}: the cache must keep its shape.")
+            raise ValueError(f"compile needs cache='static', not {self.cache!r}: its shape must not change.")
 
 
 def sample_next_token(
-    logits: Float[Tensor, "B V"], options: GenerationConfig, generator: torch.Generator | None = None
+    logits: Float[Tensor, "B V"], config: GenerationConfig, generator: torch.Generator | None = None
 ) -> Int[Tensor, " B"]:
-    """The next token of each row, as ``options`` say."""
-    if not options.do_sample:
+    """Choose the next token of each row as ``config`` says."""
+    if not config.do_sample:
         return greedy(logits)
-    logits = apply_temperature(logits, float(options.temperature))
-    if options.top_k is not None:
-        logits = top_k_filter(logits, options.top_k)
-    if options.top_p is not None:
-        logits = top_p_filter(logits, float(options.top_p))
+    logits = apply_temperature(logits, float(config.temperature))
+    if config.top_k is not None:
+        logits = top_k_filter(logits, config.top_k)
+    if config.top_p is not None:
+        logits = top_p_filter(logits, float(config.top_p))
     return sample(logits, generator)
 
 
@@ -121,12 +121,12 @@ def sample_next_token(
 
 @dataclass
 class GenerationOutput:
-    """What ``generate_ids`` returns; N is the length of the longest answer.
+    """The result of ``generate_ids``. N is the length of the longest answer.
 
     Attributes:
-        sequences: the new tokens, ``<eos>`` included, ``<pad>`` after it.
-        log_probs: of each token under the model itself, before temperature and filters; 0 after the end.
-        finished: True where a row ended with ``<eos>``, False where ``max_new_tokens`` cut it.
+        sequences: The new tokens, including ``<eos>``, then ``<pad>``.
+        log_probs: Natural log-probability of each token, before temperature and filters. 0 after ``<eos>``.
+        finished: True if a row ended with ``<eos>``, False if ``max_new_tokens`` cut it off.
     """
 
     sequences: Int[Tensor, "B N"]
@@ -136,23 +136,23 @@ class GenerationOutput:
 
 @torch.inference_mode()
 def generate_tokens(
-    model: PaliGemma, batch: dict[str, Tensor], options: GenerationConfig
+    model: PaliGemma, batch: dict[str, Tensor], config: GenerationConfig
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields the columns of ``GenerationOutput``: tokens [B], log-probabilities [B], finished so far [B]."""
+    """Yield ``GenerationOutput`` column by column: tokens [B], log-probabilities [B], which rows have finished [B]."""
     device = model.multi_modal_projector.linear.weight.device
     ids, attention, types, pixels = (
         batch[name].to(device) for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
     )
-    generator = None if options.seed is None else torch.Generator(device).manual_seed(options.seed)
+    generator = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
     features = model.encode_image(pixels)
-    room = ids.shape[1] + options.max_new_tokens - 1  # the last is not fed
-    cache = make_cache(model, len(ids), padded_length(room) if options.compile else room, options.cache)
-    compiled = CompiledStep(model, cache, attention) if options.compile else None
+    slots = ids.shape[1] + config.max_new_tokens - 1  # the last token is not fed
+    cache = make_cache(model, len(ids), padded_length(slots) if config.compile else slots, config.cache)
+    compiled = CompiledStep(model, cache, attention) if config.compile else None
     if bool(attention.all()):
-        attention = None  # no padding, nothing to mask
+        attention = None  # no padding, so nothing to mask
     one = torch.ones_like(ids[:, :1])
     finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
-    for step in range(options.max_new_tokens):
+    for step in range(config.max_new_tokens):
         if step and compiled is not None:
             logits = compiled(token)
         else:
@@ -163,10 +163,10 @@ def generate_tokens(
             logits = model(**inputs, attention_mask=attention, cache=cache, last_only=True)[:, -1]
         logits = logits.float()
         log_probs = logits.log_softmax(-1)
-        if not bool(log_probs.min().isfinite()):  # NaN counts as below all numbers
+        if not bool(log_probs.min().isfinite()):  # the minimum is NaN if any value is
             fault = checkpoint.find_nonfinite(dict(model.named_parameters()))
-            raise ValueError(fault or "the logits are not finite, though the weights are: load them as torch.float32.")
-        token = sample_next_token(logits, options, generator).masked_fill(finished, model.config.pad_token_id)
+            raise ValueError(fault or "the logits are not finite, though the weights are. Load them as torch.float32.")
+        token = sample_next_token(logits, config, generator).masked_fill(finished, model.config.pad_token_id)
         log_prob = log_probs.gather(-1, token[:, None])[:, 0].masked_fill(finished, 0.0)
         finished = finished | (token == model.config.eos_token_id)
         yield token, log_prob, finished
@@ -178,7 +178,7 @@ def generate_tokens(
 
 
 def make_cache(model: PaliGemma, batch_size: int, max_length: int, kind: str | None) -> Cache | None:
-    """An empty cache on the model's device, in its type: "static", "growing" or None."""
+    """An empty cache with the model's device and dtype. ``kind`` is "static", "growing" or None for no cache."""
     weight = model.language_model.model.embed_tokens.weight
     if kind == "static":
         return StaticCache(model.config.text_config, batch_size, max_length, weight.dtype, weight.device)
@@ -186,20 +186,20 @@ def make_cache(model: PaliGemma, batch_size: int, max_length: int, kind: str | N
 
 
 def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> GenerationOutput:
-    """Tokens in, tokens out.
+    """Generate token ids for a batch.
 
     Args:
-        batch: what a ``Processor`` makes of prompts and pictures, without suffixes and padded on the left. With fewer
-            pictures than rows, consecutive rows share one.
-        options: the fields of ``GenerationConfig``.
+        batch: Output of a ``Processor`` without suffixes, padded on the left. With fewer images than rows, consecutive
+            rows share one.
+        options: Fields of ``GenerationConfig``.
 
     Raises:
-        ValueError: options that make no sense, a batch padded on the right, or logits that are not finite.
+        ValueError: If the options are invalid, the batch is padded on the right, or logits are not finite.
     """
-    options = GenerationConfig(**options)
+    config = GenerationConfig(**options)
     if not bool(batch["attention_mask"][:, -1].all()):
-        raise ValueError("the prompts are padded on the right, where the answers go: give padding_side='left'.")
-    columns = list(generate_tokens(model, batch, options))
+        raise ValueError("the prompts are padded on the right, where the answers go. Use padding_side='left'.")
+    columns = list(generate_tokens(model, batch, config))
     tokens, log_probs, finished = zip(*columns, strict=True)
     return GenerationOutput(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), finished[-1].clone())
 
@@ -208,52 +208,52 @@ def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> Gener
 
 
 def prepare_inputs(processor: Processor, images, prompts) -> dict[str, Tensor]:
-    """The batch for ``generate``: one picture for every prompt, one prompt for every picture, or as many of each.
+    """The batch for ``generate``: pairs, one image for all prompts, or one prompt for all images.
 
-    One picture is prepared once, however many prompts ask about it.
+    A single image that is not in a list is prepared once for all prompts, and ``pixel_values`` contains it once.
     """
-    if not isinstance(images, list | tuple):
-        rows = len(prompts) if isinstance(prompts, list | tuple) else 1
-        batch = processor(text=prompts, images=[processor.load_and_resize(images)] * rows, padding_side="left")
-        return batch | {"pixel_values": batch["pixel_values"][:1]}
-    prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-    return processor(text=prompts, images=images, padding_side="left")
+    if isinstance(images, list | tuple):
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        return processor(text=prompts, images=images, padding_side="left")
+    rows = len(prompts) if isinstance(prompts, list | tuple) else 1
+    prefixes, _, _ = check_batch(prompts, [images] * rows, None, processor.image_token)
+    return processor.tokenize(prefixes, None, "left") | {"pixel_values": processor.preprocess_images([images])}
 
 
 class TextStream:
-    """Tokens in, pieces of text out, which joined are the decoded whole.
+    """Turns tokens into pieces of text as they arrive. The joined pieces equal the decoded sequence.
 
-    A character that the vocabulary lacks is spelled as byte tokens. A run of these means nothing until it is over, so
-    it is held back until another token or the end follows.
+    A character that is not in the vocabulary is spelled as byte tokens. These can only be decoded together, so they are
+    held back until a token of another kind or the end follows.
     """
 
     def __init__(self, processor: Processor):
-        self.processor, self.ids, self.written = processor, [], ""
+        self.processor, self.ids, self.returned = processor, [], ""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes; "" while it is part of an unfinished character."""
+        """The text that ``token`` completes, or "" while it is part of an unfinished character."""
         self.ids.append(token)
         is_byte = re.fullmatch("<0x[0-9A-F]{2}>", self.processor.tokenizer.id_to_token(token) or "")
-        writes_nothing = not self.processor.decode([token])  # special tokens do not end a run of bytes
-        return "" if is_byte or writes_nothing else self.end()
+        is_silent = not self.processor.decode([token])  # special tokens do not end a run of bytes
+        return "" if is_byte or is_silent else self.end()
 
     def end(self) -> str:
-        """All text not written yet."""
+        """All text that was not returned yet."""
         text = self.processor.decode(self.ids)
-        piece, self.written = text[len(self.written) :], text
+        piece, self.returned = text[len(self.returned) :], text
         return piece
 
 
 def stream_generate(model: PaliGemma, processor: Processor, image, prompt, **options) -> Iterator[str]:
-    """Yields the answer as it is written: ``for piece in stream_generate(…): print(piece, end="", flush=True)``.
+    """Yield the answer while it is generated: ``for piece in stream_generate(…): print(piece, end="", flush=True)``.
 
-    Arguments and errors as for ``generate``, with one picture and one prompt.
+    Arguments and errors as for ``generate``, with one image and one prompt.
     """
-    options = GenerationConfig(**options)
+    config = GenerationConfig(**options)
     if not isinstance(prompt, str) or isinstance(image, list | tuple):
-        raise ValueError("only one answer can be streamed at a time: give one picture and one prompt, not lists.")
+        raise ValueError("only one answer can be streamed at a time. Pass one image and one prompt, not lists.")
     text = TextStream(processor)
-    for token, _, _ in generate_tokens(model, prepare_inputs(processor, image, prompt), options):
+    for token, _, _ in generate_tokens(model, prepare_inputs(processor, image, prompt), config):
         if piece := text.push(int(token)):
             yield piece
     if piece := text.end():
@@ -269,21 +269,21 @@ def generate(
     stream: Callable[[str], None] | None = None,
     **options,
 ) -> str | list[str]:
-    """Answers prompts about pictures.
+    """Answer prompts about images.
 
     Args:
-        image: a picture (PIL image, path or uint8 array [H, W, 3]) or a list of them.
-        prompt: such as "caption en", or a list of them. Lists of both go in pairs; one picture with a list of prompts
-            is encoded once, and one prompt with a list of pictures is put to each.
-        stream: called with each piece of text as soon as it is written; for one picture and one prompt.
-        options: the fields of ``GenerationConfig``: max_new_tokens=32, do_sample=False, temperature=1.0, top_k=None,
+        image: An image (PIL image, path or uint8 array [H, W, 3]) or a list of them.
+        prompt: A prompt such as "caption en", or a list of them. Two lists are paired up. One image with a list of
+            prompts is encoded once. One prompt with a list of images is used for each image.
+        stream: Called with each piece of text as soon as it is generated. Only for one image and one prompt.
+        options: Fields of ``GenerationConfig``: max_new_tokens=32, do_sample=False, temperature=1.0, top_k=None,
             top_p=None, seed=None, cache="static", compile=False.
 
     Returns:
-        The answer, or, where either argument is a list, a list of answers.
+        The answer, or a list of answers if either argument is a list.
 
     Raises:
-        ValueError: options that make no sense, pictures and prompts that do not pair, or weights that give NaN.
+        ValueError: If the options are invalid, images and prompts do not match, or the weights produce NaN.
     """
     if stream is not None:
         pieces = []

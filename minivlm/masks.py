@@ -1,13 +1,13 @@
-"""Who may look at whom: attention masks as tables of booleans, ``mask[query, key]``, True where the query sees the key.
+"""Which token attends to which: boolean attention masks ``mask[query, key]``, True where the query attends to the key.
 
-    B batch · T tokens (queries) · S tokens (keys)
+    B batch size · T tokens (queries) · S tokens (keys)
 
-PaliGemma's rule is one line (big_vision ``models/proj/paligemma/paligemma.py``, ``make_attn_mask``). Give every token a
-``mask_ar``: 0 where it joins the block of the token before it, 1 where it starts a new one. Then
+PaliGemma needs one rule (big_vision ``models/proj/paligemma/paligemma.py``, ``make_attn_mask``). Every token has a
+``mask_ar``: 0 if it joins the block of the previous token, 1 if it starts a new block. Then
 
-    query sees key   ⟺   cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]   and the key is no padding.
+    query attends to key   ⟺   cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]   and the key is not padding.
 
-All zeros: everyone sees everyone. All ones: causal. Zeros on image and prefix, ones on the suffix: prefix-LM.
+All zeros: bidirectional. All ones: causal. Zeros on image and prefix, ones on the suffix: prefix-LM.
 """
 
 import torch
@@ -22,27 +22,27 @@ def block_mask(mask_ar: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T T"]:
 
 
 def causal_mask(length: int) -> Bool[Tensor, "T T"]:
-    """Each token sees itself and what came before."""
+    """Each token attends to itself and to earlier tokens."""
     return block_mask(torch.ones(length, dtype=torch.long))
 
 
 def bidirectional_mask(length: int) -> Bool[Tensor, "T T"]:
-    """Everyone sees everyone."""
+    """Every token attends to every token."""
     return block_mask(torch.zeros(length, dtype=torch.long))
 
 
 def prefix_lm_mask(token_type_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T T"]:
-    """Image and prefix (type 0) see each other fully; the suffix (type 1) is causal and sees all of the prefix."""
+    """Image and prefix (type 0) are bidirectional. The suffix (type 1) is causal and attends to the whole prefix."""
     return block_mask(token_type_ids)
 
 
 def padding_mask(attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B 1 S"]:
-    """Nobody looks at padding. ``attention_mask`` is 1 on tokens, 0 on padding; any query broadcasts over it."""
+    """No query attends to padding. ``attention_mask`` is 1 on tokens, 0 on padding. Broadcasts over the queries."""
     return attention_mask.bool()[:, None, :]
 
 
 def sliding_window_mask(length: int, window: int) -> Bool[Tensor, "T T"]:
-    """Keys fewer than ``window`` steps behind the query (itself is 0 steps), and every key ahead of it."""
+    """Allows keys fewer than ``window`` steps before the query (the query itself is 0 steps) and all keys after it."""
     if window < 1:
         raise ValueError(f"window must be at least 1 (the token itself), not {window}.")
     position = torch.arange(length)
@@ -50,15 +50,15 @@ def sliding_window_mask(length: int, window: int) -> Bool[Tensor, "T T"]:
 
 
 def mask_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"]) -> Bool[Tensor, "B T S"]:
-    """The mask with every padding key closed, except that the last T tokens, which are the queries, see themselves.
+    """Block all padding keys, except that each of the T queries, which are the last T tokens, still attends to itself.
 
-    Without that exception a padding query could see nothing (in a causal mask, with padding in front): the softmax of
-    nothing is NaN.
+    Without this exception a padding query could have no key at all, for example under a causal mask with left padding,
+    and the softmax over no keys is NaN.
     """
     T, S = mask.shape[1:]
     key = torch.arange(S, device=mask.device)
-    itself = key[S - T :, None] == key
-    return (mask & padding_mask(attention_mask)) | itself
+    is_self = key[S - T :, None] == key
+    return (mask & padding_mask(attention_mask)) | is_self
 
 
 def attention_masks(
@@ -67,38 +67,39 @@ def attention_masks(
     queries: int,
     window: int | None,
 ) -> tuple[Bool[Tensor, "#B T S"] | None, Bool[Tensor, "#B T S"] | None]:
-    """The masks of one forward pass: (for full layers, for sliding layers), for the last ``queries`` of the S tokens.
+    """The masks of one forward pass, for full and for sliding layers. The queries are the last ``queries`` of S tokens.
 
-    ``None`` stands for "everything is visible", which lets attention skip the mask. A window never cuts inside the
-    prefix: as in transformers' ``create_sliding_window_causal_mask``, prefix tokens keep seeing each other at any
-    distance. A padding query, which nobody reads, is left seeing itself: a row with no key has no softmax.
+    ``None`` means that no key is blocked, so attention can skip the mask. The window never applies within the prefix:
+    as in transformers' ``create_sliding_window_causal_mask``, prefix tokens attend to each other at any distance.
+    A padding query attends to itself, since a row without keys has no softmax. Its output is never used.
     """
-    if queries == 1:
-        return _newest_token_masks(attention_mask, window)
     S, device = attention_mask.shape[1], attention_mask.device
+    if queries == 1:  # every other token is before it: no S × S mask is needed
+        return _none_if_all_visible(*newest_token_masks(attention_mask, S - 1, window))
     visible = prefix_lm_mask(token_type_ids)[:, S - queries :]
     full = mask_padding(visible, attention_mask)
     if window is None or window >= S:
-        return _none_if_open(full), _none_if_open(full)
+        return _none_if_all_visible(full, full)
     near = sliding_window_mask(S, window).to(device)[S - queries :]
     prefix = token_type_ids == 0
     both_prefix = prefix[:, S - queries :, None] & prefix[:, None, :]
     sliding = mask_padding(visible & (near | both_prefix), attention_mask)
-    return _none_if_open(full), _none_if_open(sliding)
+    return _none_if_all_visible(full, sliding)
 
 
-def _newest_token_masks(
-    attention_mask: Int[Tensor, "B S"], window: int | None
-) -> tuple[Bool[Tensor, "B 1 S"] | None, Bool[Tensor, "B 1 S"] | None]:
-    """The same for the newest token of a suffix alone: all the others are before it, so no S × S table is needed."""
-    full = (attention_mask != 0)[:, None]
-    full[..., -1] = True
-    if window is None or window >= full.shape[-1]:
-        return (_none_if_open(full),) * 2
-    sliding = full.clone()
-    sliding[..., :-window] = False
-    return _none_if_open(full), sliding
+def newest_token_masks(
+    attention_mask: Int[Tensor, "B S"], slot: int | Int[Tensor, "1"], window: int | None
+) -> tuple[Bool[Tensor, "B 1 S"], Bool[Tensor, "B 1 S"]]:
+    """The masks of a decode step, for full and for sliding layers: one query, the token in slot ``slot`` of S.
+
+    Both the eager and the compiled decode step call this. ``attention_mask`` must be 0 after ``slot``.
+    """
+    key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    full = padding_mask(attention_mask) | (key == slot)
+    return full, full if window is None or window >= len(key) else full & (slot - key < window)
 
 
-def _none_if_open(mask: Bool[Tensor, "B T S"]) -> Bool[Tensor, "B T S"] | None:
-    return None if bool(mask.all()) else mask
+def _none_if_all_visible(full: Bool[Tensor, "B T S"], sliding: Bool[Tensor, "B T S"]) -> tuple[Tensor | None, ...]:
+    if not bool(full.all()):  # then the sliding mask, which allows no more, blocks something too
+        return full, sliding
+    return None, None if sliding is full or bool(sliding.all()) else sliding

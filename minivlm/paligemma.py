@@ -1,11 +1,10 @@
-"""PaliGemma: tower → projector → decoder.
+"""PaliGemma: vision tower → projector → decoder.
 
-    B rows of text · I pictures · P patches of a picture · T tokens · S tokens with those in the cache
-    D width · V vocabulary
+    B text rows · I images · P patches per image · T tokens · S tokens including those in the cache
+    C, H, W channels, height, width of an image · E hidden size of the tower · D of the decoder · V vocabulary size
 
-The tower turns a picture into P vectors; one linear layer gives them the decoder's width; they take the places of the
-``<image>`` tokens in the text's embeddings, unscaled (text is multiplied by √D, see gemma.py); the decoder does the
-rest.
+The tower turns an image into P vectors. One linear layer projects them to the decoder's hidden size. They replace the
+embeddings of the ``<image>`` tokens. Text embeddings are multiplied by √D (see gemma.py), image vectors are not.
 
 Sources: "PaliGemma" (arXiv:2407.07726), "PaliGemma 2" (arXiv:2412.03555); big_vision ``models/proj/paligemma``;
 transformers ``models/paligemma/modeling_paligemma.py``.
@@ -28,23 +27,23 @@ from minivlm.siglip import SiglipVisionModel, init_linear
 def merge_image_features(
     x: Float[Tensor, "B T D"], is_image: Bool[Tensor, "B T"], features: Float[Tensor, "B P D"]
 ) -> Float[Tensor, "B T D"]:
-    """Each row's P image vectors in the places of its P ``<image>`` tokens, in order; all else stays as it is."""
+    """Replace the embeddings of each row's P ``<image>`` tokens by its P image vectors, in order."""
     return x.masked_scatter(is_image[..., None], features)
 
 
 class PaliGemmaMultiModalProjector(nn.Module):
-    """One linear layer from the tower's width to the decoder's."""
+    """One linear layer from the tower's hidden size to the decoder's."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.linear = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
 
-    def forward(self, x: Float[Tensor, "I P W"]) -> Float[Tensor, "I P D"]:
+    def forward(self, x: Float[Tensor, "I P E"]) -> Float[Tensor, "I P D"]:
         return self.linear(x)
 
 
 class PaliGemma(nn.Module):
-    """The whole model. ``from_pretrained()`` loads the embedded checkpoint, a folder or a hub id."""
+    """The whole model."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
@@ -57,34 +56,32 @@ class PaliGemma(nn.Module):
     def from_pretrained(
         cls, path: str | Path | None = None, *, revision: str | None = None, dtype=None, device="cpu"
     ) -> "PaliGemma":
-        """Loads hub-format weights: a folder, a hub id, or nothing for the embedded checkpoint.
+        """Load weights in the hub's format.
 
         Args:
-            revision: the hub commit, branch or tag to pin.
-            dtype: numbers to hold the weights in; what config.json says when not given, or else as stored.
+            path: A folder or a hub id. Default: the embedded checkpoint.
+            revision: Commit, branch or tag on the hub.
+            dtype: Dtype of the loaded weights. Default: the one in config.json, or else the one they are stored in.
 
         Raises:
-            ValueError: the files are not a PaliGemma, or a weight is missing, extra, misshapen or of a wrong type.
-            OSError: the hub repository is gated, absent or out of reach.
+            ValueError: If the files are not a PaliGemma, or a weight is missing, extra, or of a wrong shape or dtype.
+            OSError: If the hub repository is gated, does not exist or cannot be reached.
         """
         return checkpoint.load(cls, path, revision=revision, dtype=dtype, device=device)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes ``config.json`` and ``model.safetensors``, which transformers and ``from_pretrained`` both open.
-
-        ``dtype`` is the type to store the weights in: the model's own when not given.
-        """
+        """Write ``config.json`` and ``model.safetensors`` in the hub's format, by default in the model's own dtype."""
         checkpoint.save(self, path, dtype)
 
     def init_weights(self, seed: int) -> "PaliGemma":
-        """Random weights, reproducible from ``seed``."""
+        """Initialize all weights randomly, reproducibly from ``seed``."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             self.apply(init_linear)
         return self
 
     def encode_image(self, pixel_values: Float[Tensor, "I C H W"]) -> Float[Tensor, "I P D"]:
-        """Pictures → embeddings for the decoder. Once a picture: every answer about it can share the result."""
+        """Images → embeddings for the decoder. Encode an image once: all prompts about it can share the result."""
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
 
     @property
@@ -94,22 +91,22 @@ class PaliGemma(nn.Module):
     def embed(
         self, input_ids: Int[Tensor, "B T"], image_features: Float[Tensor, "I P D"] | None
     ) -> Float[Tensor, "B T D"]:
-        """Text embeddings with the pictures' vectors in the places of the ``<image>`` tokens, in order.
+        """Text embeddings in which the image vectors replace the ``<image>`` tokens, in order.
 
-        Fewer pictures than rows means that B / I consecutive rows share a picture.
+        With fewer images than rows, B / I consecutive rows share an image.
         """
         if image_features is None:
             return self.language_model.model.embed(input_ids)
         is_image = input_ids == self.config.image_token_index
-        # <image> may lie beyond the embedding table: look up any row, it is replaced
+        # the id of <image> can be beyond the embedding table, so look up another id: its embedding is replaced anyway
         x = self.language_model.model.embed(input_ids.masked_fill(is_image, self.config.pad_token_id))
-        B, (pictures, P) = len(input_ids), image_features.shape[:2]
-        if B % pictures or not bool((is_image.sum(1) == P).all()):
+        B, (images, P) = len(input_ids), image_features.shape[:2]
+        if B % images or not bool((is_image.sum(1) == P).all()):
             raise ValueError(
-                f"{pictures} pictures of {P} tokens do not fit {B} rows with {is_image.sum(1).tolist()} <image> "
-                "tokens: let the processor build both."
+                f"{images} images of {P} tokens do not match {B} rows with {is_image.sum(1).tolist()} <image> tokens. "
+                "Prepare both with the processor."
             )
-        shared = image_features.repeat_interleave(B // pictures, dim=0).to(x.dtype)
+        shared = image_features.repeat_interleave(B // images, dim=0).to(x.dtype)
         return merge_image_features(x, is_image, shared)
 
     def hidden_states(
@@ -121,57 +118,58 @@ class PaliGemma(nn.Module):
         cache: Cache | None = None,
         image_features: Float[Tensor, "I P D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """What ``forward`` turns into logits; arguments as there."""
+        """The decoder's output before the output head. Arguments as for ``forward``."""
         (B, T), past = input_ids.shape, cache.length if cache is not None else 0
         if attention_mask is None:
             attention_mask = input_ids.new_ones((B, past + T))
-        types_given = token_type_ids is not None
-        if not types_given:  # the first call is image and prefix, everything after it suffix
+        has_types = token_type_ids is not None
+        if not has_types:  # the first call contains image and prefix, later calls only suffix
             token_type_ids = input_ids.new_zeros((B, past + T))
             token_type_ids[:, past or T :] = 1
         for name, ids in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if ids.shape != (B, past + T):
                 raise ValueError(
-                    f"{name} must be [{B}, {past + T}], for {past} cached tokens and {T} new, not {list(ids.shape)}."
+                    f"{name} must be [{B}, {past + T}] for {past} cached and {T} new tokens, not {list(ids.shape)}."
                 )
-        if past and types_given and bool(((token_type_ids == 0) & attention_mask.bool())[:, past:].any()):
+        if past and has_types and bool(((token_type_ids == 0) & attention_mask.bool())[:, past:].any()):
             raise ValueError(
-                "the prefix cannot be split: tokens in the cache would have to see the new prefix tokens. "
-                "Give image and prefix in one call, then the suffix in as many as you like."
+                "the prefix cannot be split: the tokens in the cache would have to attend to the new prefix tokens. "
+                "Pass image and prefix in one call, then the suffix in any number of calls."
             )
         if pixel_values is not None:
             image_features = self.encode_image(pixel_values)
         elif image_features is None and not past and bool((input_ids == self.config.image_token_index).any()):
-            raise ValueError("input_ids hold <image> tokens but there is no picture: give pixel_values.")
+            raise ValueError("input_ids contain <image> tokens but there is no image. Pass pixel_values.")
         x = self.embed(input_ids, image_features)
         return self.language_model.model(x, attention_mask, token_type_ids, cache)
 
     def forward(self, input_ids: Int[Tensor, "B T"], last_only: bool = False, **inputs) -> Float[Tensor, "B _ V"]:
-        """Logits for every token, or for the last one alone: all that generation needs, and 1/T of the work.
+        """Logits for every token.
 
         Args:
-            input_ids: token ids with P ``<image>`` tokens a row.
-            pixel_values: pictures in [-1, 1]. With fewer pictures than rows, consecutive rows share one.
-            attention_mask: 1 on tokens, 0 on padding, those in the cache included; all ones when not given.
-            token_type_ids: 0 on image and prefix, 1 on the suffix. When not given: no suffix, or, with a filled cache,
-                nothing but suffix.
-            cache: a KV cache, extended in place.
-            image_features: what ``encode_image`` gave, instead of ``pixel_values``.
+            input_ids: Token ids with P ``<image>`` tokens per row.
+            last_only: Return logits for the last token only, which is all that generation needs and 1/T of the work.
+            pixel_values: Images with values in [-1, 1]. With fewer images than rows, consecutive rows share one.
+            attention_mask: 1 on tokens, 0 on padding, including the tokens in the cache. Default: all ones.
+            token_type_ids: 0 on image and prefix, 1 on the suffix, including the tokens in the cache. Default: no
+                suffix, or, if the cache is filled, all new tokens are suffix.
+            cache: A KV cache, extended in place.
+            image_features: The result of ``encode_image``, instead of ``pixel_values``.
 
         Raises:
-            ValueError: shapes that do not fit, or prefix tokens after a filled cache.
+            ValueError: If shapes do not match, or prefix tokens follow a filled cache.
         """
         hidden = self.hidden_states(input_ids, **inputs)
         return self.language_model.logits(hidden[:, -1:] if last_only else hidden)
 
     def loss(self, labels: Int[Tensor, "B T"], **inputs) -> Float[Tensor, ""]:
-        """Mean cross-entropy of the suffix: token t + 1 from hidden state t, where its label is not -100.
+        """Mean cross-entropy of the suffix: hidden state t predicts token t + 1 wherever its label is not -100.
 
-        Only the labeled positions go through the output head. Other arguments as for ``forward``.
+        Only these positions go through the output head. Other arguments as for ``forward``.
         """
         hidden = self.hidden_states(**inputs)
-        wanted = labels[:, 1:] != -100
-        targets = labels[:, 1:][wanted]
+        is_target = labels[:, 1:] != -100
+        targets = labels[:, 1:][is_target]
         if not len(targets):
-            raise ValueError("all labels are -100, so there is nothing to learn: give the processor suffixes.")
-        return F.cross_entropy(self.language_model.logits(hidden[:, :-1][wanted]).float(), targets)
+            raise ValueError("all labels are -100, so there is nothing to learn. Pass suffixes to the processor.")
+        return F.cross_entropy(self.language_model.logits(hidden[:, :-1][is_target]).float(), targets)

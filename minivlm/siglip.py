@@ -1,11 +1,12 @@
-"""SigLIP's vision tower: a picture becomes a sequence of patch vectors.
+"""SigLIP's vision tower: an image becomes a sequence of patch vectors.
 
-    B batch · C colors · H, W pixels · h, w pixels of a patch · P patches · D width · N heads · d width of a head
+    B batch size · C color channels · H, W image height and width · h, w patch height and width, all in pixels
+    P patches · D hidden size · N attention heads · d head dimension
 
-A picture is cut into square patches; each is projected to a vector and told where it stands; then every patch looks at
-every other, layer by layer. The layers are *pre-norm*: each block reads a normalized copy of the stream and adds its
-result to the stream itself. (Only the very last LayerNorm has "post" in its name.) There is no [class] token and no
-pooling: PaliGemma's decoder receives all P vectors.
+The image is cut into square patches. Each patch is projected to a vector and gets a learned position embedding. Then
+every patch attends to every patch, layer by layer. The layers are *pre-norm*: attention and MLP each read a normalized
+copy of the residual stream and add their result to the stream itself. (Only the very last LayerNorm has "post" in its
+name.) There is no [class] token and no pooling: PaliGemma's decoder receives all P vectors.
 
 Sources: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343); big_vision ``models/vit.py``; parameter
 names as in transformers ``models/siglip/modeling_siglip.py``.
@@ -19,33 +20,38 @@ from torch import Tensor, nn
 
 from minivlm.config import SiglipVisionConfig
 
-# --- the pieces ----------------------------------------------------------------------------------------------------
+# --- the functions -------------------------------------------------------------------------------------------------
 
 
 def patchify(pixel_values: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B P Chw"]:
-    """Cut into square patches, row by row from the top left, each laid out in one line: color, row, column."""
+    """Cut into square patches, row by row from the top left. Each is flattened in the order channel, row, column."""
     return F.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
 
 
 def embed_patches(
     pixel_values: Float[Tensor, "B C H W"], weight: Float[Tensor, "D C h w"], bias: Float[Tensor, " D"]
 ) -> Float[Tensor, "B P D"]:
-    """Every patch times the same matrix, plus a bias. It is the convolution whose stride is the size of its kernel."""
+    """Multiply every patch by the same matrix and add a bias: a convolution whose stride equals its kernel size."""
     return F.linear(patchify(pixel_values, weight.shape[-1]), weight.flatten(1), bias)
 
 
 def layer_norm(
     x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], bias: Float[Tensor, " D"], eps: float
 ) -> Float[Tensor, "*B D"]:
-    """Each vector to mean 0 and variance 1 (divided by D), then a scale and a shift of each of its D numbers."""
+    """Normalize each vector to mean 0 and variance 1 (divided by D), then scale and shift each dimension."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def split_heads(x: Float[Tensor, "B P D"], num_heads: int) -> Float[Tensor, "B N P d"]:
+    """Cut each vector into N consecutive slices of d = D / N dimensions, one per head."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def bidirectional_attention(
     q: Float[Tensor, "B Q D"], k: Float[Tensor, "B P D"], v: Float[Tensor, "B P D"], num_heads: int
 ) -> Float[Tensor, "B Q D"]:
-    """Every query takes a weighted mean over all P patches, in each head of d = D / N numbers its own: no mask."""
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, Q or P, d]
+    """Multi-head attention without a mask: in each head, every query takes a weighted mean over all P patches."""
+    q, k, v = (split_heads(x, num_heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)  # scale d ** -0.5
     return out.transpose(1, 2).flatten(2)
 
@@ -53,7 +59,7 @@ def bidirectional_attention(
 def pre_norm_block(
     x: Float[Tensor, "B P D"], norm1: Callable, attention: Callable, norm2: Callable, mlp: Callable
 ) -> Float[Tensor, "B P D"]:
-    """Twice the same: what a normalized copy of the stream gives is added to the stream itself."""
+    """Attention, then MLP: each reads a normalized copy of the residual stream and adds its result to the stream."""
     x = x + attention(norm1(x))
     return x + mlp(norm2(x))
 
@@ -62,7 +68,7 @@ def pre_norm_block(
 
 
 class SiglipVisionEmbeddings(nn.Module):
-    """Pixels → patch vectors + learned positions."""
+    """Pixels → patch vectors plus learned position embeddings."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -76,15 +82,15 @@ class SiglipVisionEmbeddings(nn.Module):
         size, channels = self.config.image_size, self.config.num_channels
         if tuple(pixel_values.shape[1:]) != (channels, size, size):
             raise ValueError(
-                f"pixel_values must be [B, {channels}, {size}, {size}] for this tower, not {list(pixel_values.shape)}: "
-                "let the processor of the same checkpoint prepare the pictures."
+                f"pixel_values must have shape [B, {channels}, {size}, {size}] for this vision tower, not "
+                f"{list(pixel_values.shape)}. Prepare the images with the processor of the same checkpoint."
             )
         patches = embed_patches(pixel_values, self.patch_embedding.weight, self.patch_embedding.bias)
         return patches + self.position_embedding.weight
 
 
 class SiglipAttention(nn.Module):
-    """Every patch looks at every patch: no mask."""
+    """Every patch attends to every patch: there is no mask."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -99,14 +105,14 @@ class SiglipAttention(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, as the function above."""
+    """torch's LayerNorm, computed by the function above."""
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SiglipMLP(nn.Module):
-    """Two biased layers with a tanh-approximated GELU between them."""
+    """Two linear layers with biases and a tanh-approximated GELU between them."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -154,7 +160,7 @@ class SiglipVisionTransformer(nn.Module):
 
 
 class SiglipVisionModel(nn.Module):
-    """The tower as the hub's files name it: everything under ``vision_model``."""
+    """The tower under the names of the hub's files, where every weight is under ``vision_model``."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -165,16 +171,16 @@ class SiglipVisionModel(nn.Module):
         """Patch vectors, row by row from the top left.
 
         Args:
-            pixel_values: pictures in [-1, 1], channels first, ``image_size`` pixels square.
+            pixel_values: Images with values in [-1, 1], channels first, ``image_size`` pixels square.
 
         Raises:
-            ValueError: the pictures have another size than the tower was built for.
+            ValueError: If the images do not have the size that the tower was built for.
         """
         return self.vision_model(pixel_values)
 
 
 def init_linear(module: nn.Module) -> None:
-    """Random start for a layer: weights that keep the variance of their input, biases zero."""
+    """Initialize a layer randomly: weights that preserve the variance of the input, and zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         fan_in = module.weight[0].numel()
         nn.init.trunc_normal_(module.weight, std=fan_in**-0.5)

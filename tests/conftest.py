@@ -1,9 +1,9 @@
 """Tiny random models, the same models in transformers, and batches for both.
 
-The tiny configurations are chosen so that no two numbers that could be mixed up are equal: head_dim is not
-hidden / heads, the query scale is not head_dim ** -0.5, the sliding window is shorter than the sequences, the soft caps
-are low enough to bite, and norm weights and biases are not zero. pyproject.toml has jaxtyping check every shape
-annotation of the package while the tests run.
+In the tiny configurations, no two values that could be confused are equal: head_dim is not hidden / heads, the query
+scale is not head_dim ** -0.5, the sliding window is shorter than the sequences, the soft caps are low enough to matter,
+and norm weights and biases are not zero. With the options in pyproject.toml, jaxtyping checks every shape annotation of
+the package while the tests run.
 """
 
 import copy
@@ -19,7 +19,7 @@ from minivlm.processor import Processor
 from minivlm.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("patient", deadline=None)  # machines differ, and may be busy
+hypothesis.settings.register_profile("patient", deadline=None)  # test machines can be slow or busy
 hypothesis.settings.load_profile("patient")
 
 VISION = SiglipVisionConfig(
@@ -32,7 +32,7 @@ GEMMA = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "head_dim": 12,
-    "rope_theta": 500.0,  # low, so that slow rotations matter within a short sequence
+    "rope_theta": 500.0,  # low, so that even the slowest rotations matter within a short sequence
 }
 GEMMA2 = GEMMA | {
     "model_type": "gemma2",
@@ -45,15 +45,18 @@ GEMMA2 = GEMMA | {
 
 
 def tiny_config(version: int, **text) -> PaliGemmaConfig:
-    """PaliGemma 1, whose <image> lies beyond the embedding table, or PaliGemma 2, whose <image> lies in it."""
+    """PaliGemma 1, with the id of <image> beyond the embedding table, or PaliGemma 2, with the id inside it."""
     text = (GEMMA if version == 1 else GEMMA2) | text
     image = text["vocab_size"] if version == 1 else text["vocab_size"] - 9
     return PaliGemmaConfig(vision_config=VISION, text_config=GemmaConfig(**text), image_token_index=image)
 
 
 def tiny_model(version: int, seed: int = 0, **text) -> PaliGemma:
-    """Random weights everywhere: in norms and biases too, attention sharp enough to depend on positions, and token
-    embeddings small enough for the layers to have a say, or a tied output head makes every token repeat itself."""
+    """A model with random weights everywhere, including norms and biases.
+
+    Attention is sharp enough to depend on positions. Token embeddings are small enough for the layers to matter:
+    otherwise the tied output head predicts every token to repeat.
+    """
     model = PaliGemma(tiny_config(version, **text)).init_weights(seed).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -68,13 +71,13 @@ def tiny_model(version: int, seed: int = 0, **text) -> PaliGemma:
 
 
 def their_name(name: str) -> str:
-    """What transformers 5 calls our weight, in memory."""
+    """The name of our weight in the modules of transformers 5."""
     name = name.replace("vision_tower.vision_model.", "vision_tower.")
     return "model." + name.replace("language_model.model.", "language_model.")
 
 
 def in_transformers(model: PaliGemma, attention: str = "eager"):
-    """The same model in transformers, with copies of the weights. Soft caps work with "eager" attention only."""
+    """The same model in transformers, with copies of the weights. Soft caps only work with "eager" attention."""
     import transformers
 
     config = transformers.PaliGemmaConfig(**model.config.to_dict())
@@ -97,7 +100,7 @@ PAIRS = {"PaliGemma 1 eager": (1, "eager"), "PaliGemma 1 sdpa": (1, "sdpa"), "Pa
 
 @pytest.fixture(scope="session", params=PAIRS.values(), ids=PAIRS.keys())
 def pair(request) -> Pair:
-    """One model twice: here and in transformers."""
+    """The same model in minivlm and in transformers."""
     version, attention = request.param
     ours = tiny_model(version)
     return Pair(ours, in_transformers(ours, attention), attention)
@@ -111,7 +114,7 @@ def model(request) -> PaliGemma:
 def random_batch(
     config: PaliGemmaConfig, prefixes: list[int], suffixes: list[int], side: str = "right", seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Rows of 9 <image>, <bos>, that many more prefix tokens and that many suffix tokens, padded on ``side``."""
+    """A padded batch. Row i: 9 <image>, <bos>, then ``prefixes[i]`` prefix tokens and ``suffixes[i]`` suffix tokens."""
     g = torch.Generator().manual_seed(seed)
     P = config.vision_config.num_image_tokens
     longest = max(p + s for p, s in zip(prefixes, suffixes, strict=True)) + P + 1
@@ -131,7 +134,7 @@ def random_batch(
 
 
 def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """One row of a batch, its padding cut off."""
+    """One row of a batch, without its padding."""
     real = batch["attention_mask"][row].bool()
     return {
         name: value[row : row + 1] if name == "pixel_values" else value[row : row + 1, real]
@@ -140,7 +143,7 @@ def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tenso
 
 
 def with_eos(model: PaliGemma, token: int) -> PaliGemma:
-    """The same model, whose answers end with ``token``."""
+    """The same model with ``token`` as its <eos>."""
     model = copy.copy(model)
     model.config = copy.copy(model.config)
     model.config.eos_token_id = token
@@ -152,14 +155,14 @@ def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference over largest value."""
+    """Largest absolute difference divided by the largest absolute value."""
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.fixture(scope="session")
 def tiny_processor() -> Processor:
-    """For 12-pixel pictures of 9 tokens, with a tokenizer that knows a few words."""
+    """A processor for 12-pixel images of 9 tokens, with a tokenizer trained on a few words."""
     words = ["caption en", "answer en what is left of the red circle?", "detect cat ; dog", "a cat and two dogs"]
     return Processor(train_tokenizer(words, 1600), image_size=12, num_image_tokens=9)
 

@@ -1,4 +1,4 @@
-"""cache.py: however a sequence is cut, and whichever cache holds it, the logits are those of one pass without one."""
+"""cache.py: with any cache, and however the sequence is split, the logits equal those of one pass without a cache."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from minivlm.config import GEMMA2_DEFAULTS, GemmaConfig
 CACHES = {
     "growing": lambda config, batch_size, length: GrowingCache(),
     "static": lambda config, batch_size, length: StaticCache(config, batch_size, length),
-    "static with room to spare": lambda config, batch_size, length: StaticCache(config, batch_size, length + 7),
+    "static with spare slots": lambda config, batch_size, length: StaticCache(config, batch_size, length + 7),
 }
-every_cache = pytest.mark.parametrize("new_cache", CACHES.values(), ids=CACHES.keys())
+all_caches = pytest.mark.parametrize("new_cache", CACHES.values(), ids=CACHES.keys())
 
 
 def in_pieces(model, batch, cache, cuts: list[int]) -> torch.Tensor:
-    """The logits of a batch given to the model piece by piece."""
+    """Logits of a batch that goes through the model in several calls, split at ``cuts``."""
     T = batch["input_ids"].shape[1]
     pieces = []
     for start, end in zip([0, *cuts], [*cuts, T], strict=True):
@@ -31,10 +31,10 @@ def in_pieces(model, batch, cache, cuts: list[int]) -> torch.Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@every_cache
+@all_caches
 @given(data=st.data())
 @settings(max_examples=12)
-def test_any_cut_of_the_suffix_changes_nothing(model, new_cache, data):
+def test_splitting_the_suffix_changes_nothing(model, new_cache, data):
     side = data.draw(st.sampled_from(["left", "right"]), label="side")
     prefixes, suffixes = data.draw(st.sampled_from([([4], [9]), ([8, 2, 5], [3, 9, 8])]), label="prefixes, suffixes")
     batch = random_batch(model.config, prefixes, suffixes, side, seed=data.draw(st.integers(0, 99)))
@@ -48,9 +48,9 @@ def test_any_cut_of_the_suffix_changes_nothing(model, new_cache, data):
     assert relative_error(pieces[real], whole[real]) <= 1e-5
 
 
-@every_cache
-def test_masks_and_types_may_be_left_out(model, new_cache):
-    """What generation does: the prompt, then single tokens, with nothing else said."""
+@all_caches
+def test_masks_and_types_are_optional(model, new_cache):
+    """As in generation: the prompt, then single tokens, without any other input."""
     batch = random_batch(model.config, [6, 6], [5, 5])
     with torch.no_grad():
         whole = model(**batch)
@@ -68,16 +68,16 @@ def test_a_prefix_cannot_be_split(model, side):
             in_pieces(model, batch, GrowingCache(), [cut])
 
 
-def test_a_full_cache_says_so(model):
+def test_a_full_cache_raises(model):
     batch = random_batch(model.config, [6], [4])
     cache = StaticCache(model.config.text_config, 1, 19)
-    with pytest.raises(ValueError, match="the cache holds 19 tokens and 20 are needed"), torch.no_grad():
+    with pytest.raises(ValueError, match="the cache has 19 slots but 20 are needed"), torch.no_grad():
         in_pieces(model, batch, cache, [16, 19])
     assert cache.length == 19
 
 
-@every_cache
-def test_update_returns_all_that_was_stored(model, new_cache):
+@all_caches
+def test_update_returns_everything_stored(model, new_cache):
     config = model.config.text_config
     cache = new_cache(config, 2, 8)
     g = torch.Generator().manual_seed(0)
@@ -90,20 +90,20 @@ def test_update_returns_all_that_was_stored(model, new_cache):
         assert cache.length == end
 
 
-def test_a_static_cache_never_moves(model):
-    """Allocated once: every later pass writes into the same memory."""
+def test_a_static_cache_is_allocated_once(model):
+    """Every later pass writes into the same memory."""
     batch = random_batch(model.config, [6], [4])
     cache = StaticCache(model.config.text_config, 1, 20)
-    where = [memory.data_ptr() for memory in cache.keys + cache.values]
+    addresses = [memory.data_ptr() for memory in cache.keys + cache.values]
     with torch.no_grad():
         in_pieces(model, batch, cache, [16, 17, 18, 19])
-    assert where == [memory.data_ptr() for memory in cache.keys + cache.values]
+    assert addresses == [memory.data_ptr() for memory in cache.keys + cache.values]
     keys, _ = cache.update(0, *[torch.zeros(1, model.config.text_config.num_key_value_heads, 0, 12)] * 2)
-    assert keys.untyped_storage().data_ptr() == where[0]  # a view, not a copy
+    assert keys.untyped_storage().data_ptr() == addresses[0]  # a view, not a copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_bytes_are_the_real_bytes(model, dtype):
+def test_cache_bytes_match_the_tensors(model, dtype):
     config = model.config.text_config
     static = StaticCache(config, 3, 17, dtype=dtype)
     growing = GrowingCache()
@@ -116,6 +116,6 @@ def test_cache_bytes_are_the_real_bytes(model, dtype):
     assert set(stored.values()) == {cache_bytes(config, 17, batch_size=3, dtype=dtype)}
 
 
-def test_kilobytes_a_token_of_the_real_models():
+def test_kilobytes_per_token_of_the_real_models():
     assert cache_bytes(GemmaConfig(), 1) == 18_432  # PaliGemma 3B
     assert cache_bytes(GemmaConfig(model_type="gemma2", **GEMMA2_DEFAULTS), 1) == 106_496  # PaliGemma 2 3B

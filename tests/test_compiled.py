@@ -1,4 +1,4 @@
-"""The decode step whose shapes never change gives what the model gives, and compiled it gives it still."""
+"""compiled.py: the decode step with fixed shapes computes the same as the model, eager and compiled."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import random_batch, relative_error
 
-from minivlm import compiled
+from minivlm import compiled, gemma, masks
 from minivlm.cache import StaticCache
 from minivlm.generation import GenerationConfig
 
@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))), reason="needs a C++ compiler"
 )
 
-# In a process of its own: torch cannot compile functions whose shapes are checked while they run.
+# Runs in a separate process: torch cannot compile functions whose shapes are checked at run time.
 COMPARE = """
 import json, sys
 sys.path.insert(0, "tests")
@@ -62,30 +62,65 @@ def run(code: str, **environment: str) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
-def test_a_step_gives_the_logits_of_the_model(model):
-    """Whatever is in slots that are not filled yet, in padded rows, and beyond the window of Gemma 2."""
-    batch = random_batch(model.config, [8, 2, 5], [9, 9, 9], side="left")
-    T = batch["input_ids"].shape[1]
-    start = T - 9
-    cache = StaticCache(model.config.text_config, 3, T + 5)
+def decode(model, batch: dict[str, torch.Tensor], is_eager: bool) -> torch.Tensor:
+    """Logits of the last 9 tokens, which go through the decode step one by one. Unfilled slots hold random values."""
+    T, B = batch["input_ids"].shape[1], len(batch["input_ids"])
+    start, logits = T - 9, []
+    cache = StaticCache(model.config.text_config, B, T + 5)
     for memory in cache.keys + cache.values:
         memory.normal_()
-    ones = torch.ones(3, T + 5 - start, dtype=torch.long)
-    real = torch.cat((batch["attention_mask"][:, :start], ones), dim=1).bool()
+    is_token = torch.nn.functional.pad(batch["attention_mask"][:, :start], (0, T + 5 - start), value=1).bool()
+    prompt = {name: ids if name == "pixel_values" else ids[:, :start] for name, ids in batch.items()}
     with torch.no_grad():
-        whole = model(**batch)
-        prompt = {name: ids[:, :start] for name, ids in batch.items() if name != "pixel_values"}
-        model(**prompt, pixel_values=batch["pixel_values"], cache=cache)
+        model(**prompt, cache=cache)
         for slot in range(start, T):
             token = batch["input_ids"][:, slot]
-            got = compiled.decode_step(model, token, torch.tensor([slot]), real, cache.keys, cache.values)
-            assert relative_error(got, whole[:, slot]) <= 1e-5
+            if is_eager:
+                mask = is_token[:, : slot + 1].long()
+                logits.append(model(token[:, None], attention_mask=mask, cache=cache)[:, 0])
+            else:
+                step = (model, token, torch.tensor([slot]), is_token, cache.keys, cache.values)
+                logits.append(compiled.decode_step(*step))
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize("is_eager", [True, False], ids=["eager", "fixed shapes"])
+def test_a_step_computes_the_logits_of_the_model(model, is_eager):
+    """With padded rows, and beyond the window of Gemma 2."""
+    batch = random_batch(model.config, [8, 2, 5], [9, 9, 9], side="left")
+    with torch.no_grad():
+        whole = model(**batch)
+    assert relative_error(decode(model, batch, is_eager), whole[:, -9:]) <= 1e-5
+
+
+def two_newest(attention_mask, slot, window):
+    """Another rule: the query attends only to itself and to the token before it."""
+    key = torch.arange(attention_mask.shape[1])
+    mask = ((slot - key >= 0) & (slot - key < 2)).expand(len(attention_mask), 1, -1)
+    return mask, mask
+
+
+RULES = {
+    "masks": (masks, "newest_token_masks", two_newest),
+    "positions": (gemma, "token_positions", lambda mask, queries: 2 * mask.cumsum(-1)[:, -queries:]),
+}
+
+
+@pytest.mark.parametrize("module, name, changed", RULES.values(), ids=RULES.keys())
+def test_eager_and_compiled_decoding_share_their_rules(model, monkeypatch, module, name, changed):
+    """A change of the one function changes both kinds of decode step, and in the same way."""
+    batch = random_batch(model.config, [8, 2, 5], [9, 9, 9], side="left")
+    before = decode(model, batch, is_eager=True)
+    monkeypatch.setattr(module, name, changed)
+    eager, fixed = decode(model, batch, is_eager=True), decode(model, batch, is_eager=False)
+    assert relative_error(eager, before) > 1e-3
+    assert relative_error(fixed, eager) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 300), (1, 300), (2, 1, 300)])
 def test_products_of_one_row(dtype, shape):
-    """Against float64, only the rounding of the result is left; with two rows, the product is torch's own."""
+    """Compared with float64, only the rounding of the result remains. With two rows, torch computes the product."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*size, generator=generator).to(dtype) for size in (shape, (70, 300)))
     with compiled.SingleRowLinear():
@@ -98,30 +133,41 @@ def test_products_of_one_row(dtype, shape):
         assert relative_error(product.double(), exact) <= {8: 1e-15, 4: 2e-7, 2: 2**-9}[dtype.itemsize]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_bias_is_added(rows):
+    layer = torch.nn.Linear(300, 70)
+    x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0))
+    positional, keyword = (layer.weight, layer.bias), {"weight": layer.weight, "bias": layer.bias}
+    with compiled.SingleRowLinear(), torch.no_grad():
+        products = [layer(x), torch.nn.functional.linear(x, *positional), torch.nn.functional.linear(x, **keyword)]
+    for product in products:
+        assert relative_error(product, layer(x)) <= 1e-6
+
+
 @needs_compiler
-def test_compiled_answers_are_those_of_transformers_token_for_token():
+def test_compiled_answers_equal_those_of_transformers_token_for_token():
     lines = [json.loads(line) for line in run(COMPARE)]
     assert len(lines) == 9
-    for same, error, words in lines:
+    for same, error, variety in lines:
         assert same and error <= 1e-5
-        assert words > 3, "answers too dull to tell anything"
+        assert variety > 3, "the answers are too uniform to show a difference"
 
 
 @needs_compiler
-def test_the_parity_of_greedy_answers_holds_with_compile_as_the_default():
+def test_greedy_parity_holds_with_compile_as_the_default():
     assert " passed" in run(PARITY)[-1]
 
 
-def test_without_a_compiler_it_says_what_to_do(tmp_path):
+def test_the_error_without_a_compiler_says_what_to_do(tmp_path):
     (message,) = run(COMPLAIN, CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    assert "install a C++ compiler, or leave compile out" in message
+    assert "Install a C++ compiler, or leave compile out" in message
 
 
 @pytest.mark.parametrize("cache", ["growing", None])
-def test_only_a_static_cache_can_be_compiled_for(cache):
+def test_compile_needs_a_static_cache(cache):
     with pytest.raises(ValueError, match="compile needs cache='static'"):
         GenerationConfig(compile=True, cache=cache)
 
 
-def test_room_comes_in_steps():
+def test_slots_come_in_multiples_of_64():
     assert [compiled.padded_length(n) for n in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 192]

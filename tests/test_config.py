@@ -1,4 +1,4 @@
-"""Configurations: sparse files get the right numbers, whole files go there and back, odd ones are refused."""
+"""config.py: sparse files get the right values, full files survive a round trip, unsupported ones are refused."""
 
 import json
 
@@ -9,7 +9,7 @@ from minivlm.checkpoint import SkipInit
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.paligemma import PaliGemma
 
-# config.json as sparse as on the hub: head_dim, theta, eps, image_size and more are left out
+# as sparse as the hub's config.json: head_dim, theta, eps, image_size and more are left out
 VISION = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -22,7 +22,7 @@ VISION = {
     "torch_dtype": "float32",
     "vision_use_head": False,
 }
-SHELL = {
+TOP_LEVEL = {
     "architectures": ["PaliGemmaForConditionalGeneration"],
     "bos_token_id": 2,
     "eos_token_id": 1,
@@ -60,13 +60,13 @@ GEMMA2 = {
 
 
 def sparse(text: dict, **vision) -> dict:
-    width = text.get("hidden_size", 2304)
-    vision = VISION | {"projection_dim": width} | vision
-    return SHELL | {"hidden_size": 2048, "projection_dim": width, "text_config": text, "vision_config": vision}
+    size = text.get("hidden_size", 2304)
+    vision = VISION | {"projection_dim": size} | vision
+    return TOP_LEVEL | {"hidden_size": 2048, "projection_dim": size, "text_config": text, "vision_config": vision}
 
 
-def gemma2(width: int, layers: int, mlp: int, heads: int, kv_heads: int, **more) -> dict:
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
+def gemma2(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, **more) -> dict:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate}
     return sparse(GEMMA2 | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads} | more)
 
 
@@ -76,7 +76,8 @@ FILES = {
     "PaliGemma 2 10B": gemma2(3584, 42, 14336, 16, 8),
     "PaliGemma 2 28B": gemma2(4608, 46, 36864, 32, 16, head_dim=128, query_pre_attn_scalar=144),
 }
-# width, layers, MLP, heads, KV heads, head_dim, query scale ** -2, cap of attention, of logits, window; 10⁹ parameters
+# hidden size, layers, intermediate size, heads, KV heads, head_dim, query scale ** -2, soft cap of attention and of
+# logits, window; billions of parameters
 SIZES = {
     "PaliGemma 3B": (2048, 18, 16384, 8, 1, 256, 256, None, None, None, 2.923),
     "PaliGemma 2 3B": (2304, 26, 9216, 8, 4, 256, 256, 50.0, 30.0, 4096, 3.03),
@@ -102,15 +103,15 @@ def test_sparse_hub_files_have_the_published_sizes(name):
     assert round(parameters / 1e9, 3 if billions == 2.923 else 2) == billions
 
 
-def test_sparser_still():
-    """What a Gemma 2 file leaves out is not what a Gemma 1 file leaves out."""
-    shell = {"model_type": "paligemma"}
-    assert PaliGemmaConfig.from_dict(shell) == PaliGemmaConfig() == PaliGemmaConfig.from_dict(FILES["PaliGemma 3B"])
-    second = PaliGemmaConfig.from_dict(shell | {"text_config": {"model_type": "gemma2"}})
+def test_even_sparser_files():
+    """The defaults of a Gemma 2 file are not those of a Gemma 1 file."""
+    top_level = {"model_type": "paligemma"}
+    assert PaliGemmaConfig.from_dict(top_level) == PaliGemmaConfig() == PaliGemmaConfig.from_dict(FILES["PaliGemma 3B"])
+    second = PaliGemmaConfig.from_dict(top_level | {"text_config": {"model_type": "gemma2"}})
     assert second == PaliGemmaConfig.from_dict(FILES["PaliGemma 2 3B"])
     assert [second.text_config.window(layer) for layer in range(3)] == [4096, None, 4096]
     assert [PaliGemmaConfig().text_config.window(layer) for layer in range(2)] == [None, None]
-    assert second.text_config.four_norms and not PaliGemmaConfig().text_config.four_norms
+    assert second.text_config.has_post_norms and not PaliGemmaConfig().text_config.has_post_norms
 
 
 @pytest.mark.parametrize("size, tokens", [(224, 256), (448, 1024), (896, 4096)])
@@ -119,8 +120,8 @@ def test_resolutions(size, tokens):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_transformers_reads_the_same_numbers(name):
-    """Its reading of the sparse file, of the file it would save itself, and of ours: all are one configuration."""
+def test_transformers_reads_the_same_values(name):
+    """The sparse file, the file that transformers would save, and ours: all describe the same configuration."""
     from transformers import PaliGemmaConfig as Reference
 
     ours = PaliGemmaConfig.from_dict(FILES[name])
@@ -138,7 +139,7 @@ def test_transformers_reads_the_same_numbers(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_there_and_back(name, tmp_path):
+def test_round_trip(name, tmp_path):
     config = PaliGemmaConfig.from_dict(FILES[name])
     config.text_config.rope_theta, config.vision_config.layer_norm_eps, config.eos_token_id = 500.0, 1e-5, 106
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -159,7 +160,7 @@ def test_theta_of_transformers_4_and_5(text):
     assert theta == 500.0 and type(theta) is float
 
 
-def test_null_means_left_out_except_where_it_means_none():
+def test_null_means_left_out_except_where_none_is_a_value():
     nulls = {"head_dim": None, "rms_norm_eps": None, "hidden_size": None, "query_pre_attn_scalar": None}
     values = FILES["PaliGemma 2 3B"] | {"image_token_index": None, "pad_token_id": None}
     config = PaliGemmaConfig.from_dict(values | {"text_config": GEMMA2 | nulls | {"final_logit_softcapping": None}})
@@ -179,24 +180,27 @@ def test_early_gemma_files_say_gelu():
 
 LAYERS = ["full_attention", "sliding_attention"] * 13
 REFUSED = {
-    "another model": (SHELL | {"model_type": "llava"}, "'llava' model"),
-    "no model type": ({"text_config": GEMMA}, "None model"),
-    "another decoder": (sparse(GEMMA | {"model_type": "llama"}), "'llama' is not known"),
-    "another tower": (sparse(GEMMA, model_type="clip_vision_model"), "'clip_vision_model' is not known"),
+    "another model": (TOP_LEVEL | {"model_type": "llava"}, "'llava' model, not 'paligemma'"),
+    "no model type": ({"text_config": GEMMA}, "None model, not 'paligemma'"),
+    "another decoder": (sparse(GEMMA | {"model_type": "llama"}), "must be 'gemma' or 'gemma2', not 'llama'"),
+    "another tower": (
+        sparse(GEMMA, model_type="clip_vision_model"),
+        "must be 'siglip_vision_model', not 'clip_vision_model'",
+    ),
     "scaled rope": (sparse(GEMMA | {"rope_scaling": {"type": "linear", "factor": 2}}), "rope type"),
     "biases": (sparse(GEMMA | {"attention_bias": True}), "biases"),
-    "untied head": (sparse(GEMMA | {"tie_word_embeddings": False}), "unties"),
+    "untied head": (sparse(GEMMA | {"tie_word_embeddings": False}), "tie_word_embeddings must be true"),
     "order of layers": (sparse(GEMMA2 | {"layer_types": LAYERS}), "layer_types"),
     "relu": (sparse(GEMMA | {"hidden_act": "relu"}), "'relu'"),
     "exact gelu, text": (sparse(GEMMA2 | {"hidden_activation": "gelu"}), "'gelu'"),
     "exact gelu, vision": (sparse(GEMMA, hidden_act="gelu"), "'gelu'"),
-    "projection": (FILES["PaliGemma 3B"] | {"projection_dim": 2304}, "2304 dimensions"),
-    "patches": (sparse(GEMMA, image_size=230), "choose 224"),
+    "projection": (FILES["PaliGemma 3B"] | {"projection_dim": 2304}, "projection_dim in config.json is 2304"),
+    "patches": (sparse(GEMMA, image_size=230), "for example 224"),
     "tower heads": (sparse(GEMMA, num_attention_heads=7), "7 heads"),
-    "decoder heads": (sparse(GEMMA | {"num_key_value_heads": 3}), "8 query heads"),
-    "odd head": (sparse(GEMMA | {"head_dim": 15}), "head_dim 15 is odd"),
+    "decoder heads": (sparse(GEMMA | {"num_key_value_heads": 3}), "8 must be a multiple of num_key_value_heads 3"),
+    "odd head": (sparse(GEMMA | {"head_dim": 15}), "head_dim must be even, not 15"),
     "no layers": (sparse(GEMMA | {"num_hidden_layers": 0}), "num_hidden_layers must be"),
-    "part of another kind": (SHELL | {"text_config": "gemma"}, "has a str"),
+    "not an object": (TOP_LEVEL | {"text_config": "gemma"}, "contains a str where an object is expected"),
 }
 
 
@@ -209,15 +213,15 @@ def test_refused(case):
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[1, 2]", b"null"])
-def test_a_file_that_is_no_configuration(content, tmp_path):
+def test_a_file_that_is_not_a_configuration(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match="config.json .*fetch it again"):
+    with pytest.raises(ValueError, match="config.json .*Download the file again"):
         PaliGemmaConfig.from_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
     "change", [{"sliding_window": 4096}, {"attn_logit_softcapping": 50.0}, {"query_pre_attn_scalar": 144}]
 )
-def test_gemma_2_numbers_cannot_be_saved_as_gemma_1(change):
+def test_gemma_2_values_cannot_be_saved_as_gemma_1(change):
     with pytest.raises(ValueError, match="gemma2"):
         PaliGemmaConfig(text_config=GemmaConfig(**change)).to_dict()

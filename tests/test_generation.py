@@ -1,6 +1,6 @@
-"""generation.py: samplers against definitions in plain Python, and the loop against the model asked anew every time.
+"""generation.py: samplers against definitions in plain Python, and the loop against a full forward pass per token.
 
-That greedy answers are those of transformers, token for token, is in test_parity.py.
+test_parity.py checks that greedy answers equal those of transformers, token for token.
 """
 
 import copy
@@ -22,6 +22,7 @@ from minivlm.generation import (
     generate,
     generate_ids,
     greedy,
+    prepare_inputs,
     sample,
     sample_next_token,
     stream_generate,
@@ -29,10 +30,10 @@ from minivlm.generation import (
     top_p_filter,
 )
 
-PICTURES = [np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8) for i in range(3)]
+IMAGES = [np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8) for i in range(3)]
 PROMPTS = ["caption en", "answer en what is left of the red circle?", "detect cat ; dog"]
 
-# eighths: no two so close that their probabilities are equal
+# multiples of 1/8, so that no two logits are close enough to have equal probabilities
 logit_rows = st.lists(st.integers(-64, 64).map(lambda i: i / 8), min_size=1, max_size=9, unique=True)
 
 
@@ -51,9 +52,9 @@ def kept(filtered: torch.Tensor) -> set[int]:
 @given(logit_rows, st.floats(0.1, 10))
 def test_temperature_is_a_power_of_the_probabilities(row, temperature):
     powers = [p ** (1 / temperature) for p in softmax(row)]
-    wanted = [p / math.fsum(powers) for p in powers]
+    expected = [p / math.fsum(powers) for p in powers]
     got = apply_temperature(torch.tensor([row]), temperature).softmax(-1)[0].tolist()
-    assert got == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    assert got == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @given(logit_rows, st.integers(1, 12))
@@ -64,7 +65,7 @@ def test_top_k_keeps_the_k_largest(row, k):
     assert all(filtered[i] == row[i] for i in largest)
 
 
-def test_top_k_keeps_equals():
+def test_top_k_keeps_ties():
     assert kept(top_k_filter(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), 2)[0]) == {0, 1, 2}
 
 
@@ -77,13 +78,13 @@ def test_top_p_keeps_the_fewest_that_reach_p(row, p):
             break
         nucleus.add(i)
         sums.append(math.fsum(probabilities[j] for j in nucleus))
-    if all(abs(s - p) > 1e-5 for s in sums[:-1]) and (p == 1 or abs(sums[-1] - p) > 1e-5):  # float32 may tip a tie
+    if all(abs(s - p) > 1e-5 for s in sums[:-1]) and (p == 1 or abs(sums[-1] - p) > 1e-5):  # no near ties
         filtered = top_p_filter(torch.tensor([row]), p)[0]
         assert kept(filtered) == nucleus
         assert all(filtered[i] == row[i] for i in nucleus)
 
 
-def test_top_p_at_its_ends():
+def test_top_p_at_its_limits():
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     assert [len(kept(top_p_filter(logits, p)[0])) for p in (1e-9, 0.499, 0.501, 0.749, 0.751)] == [1, 1, 2, 2, 3]
     flat = torch.zeros(1, 50_000)
@@ -91,7 +92,7 @@ def test_top_p_at_its_ends():
     assert len(kept(top_p_filter(flat, 1.0)[0])) == 50_000
 
 
-def test_rows_are_filtered_each_by_itself():
+def test_rows_are_filtered_independently():
     g = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(5, 30, generator=g)
     for function, number in ((top_k_filter, 4), (top_p_filter, 0.7)):
@@ -99,7 +100,7 @@ def test_rows_are_filtered_each_by_itself():
         assert torch.equal(together, torch.cat([function(row[None], number) for row in logits]))
 
 
-def test_sample_draws_with_the_probabilities():
+def test_sample_follows_the_probabilities():
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, -math.inf])
     draws = 40_000
     counts = Counter(sample(logits.expand(draws, -1), torch.Generator().manual_seed(0)).tolist())
@@ -108,16 +109,16 @@ def test_sample_draws_with_the_probabilities():
 
 
 def test_options_apply_in_order(monkeypatch):
-    """Temperature, then top-k, then top-p of what is left; and the functions called are the module's, to be patched."""
+    """Temperature, then top-k, then top-p of the rest, called through the module so that each can be patched."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
-    seen = []
-    monkeypatch.setattr(generation, "sample", lambda logits, generator: seen.append(logits) or greedy(logits))
+    calls = []
+    monkeypatch.setattr(generation, "sample", lambda logits, generator: calls.append(logits) or greedy(logits))
     sample_next_token(logits, GenerationConfig(do_sample=True, temperature=2.0, top_k=4, top_p=0.8))
     probabilities = softmax([1.0, 0.5, 0.25, 0.0])  # of all four: 0.41, 0.25, 0.19, 0.15
     assert sum(probabilities[:2]) < 0.8 < sum(probabilities[:3])
-    assert kept(seen[0][0]) == {0, 1, 2}
-    torch.testing.assert_close(seen[0][0, :3], torch.tensor([1.0, 0.5, 0.25]))
-    assert sum(softmax([1.0, 0.5, 0.25, 0.0, -0.5])[:3]) < 0.8  # before top-k, top-p would have kept a fourth
+    assert kept(calls[0][0]) == {0, 1, 2}
+    torch.testing.assert_close(calls[0][0, :3], torch.tensor([1.0, 0.5, 0.25]))
+    assert sum(softmax([1.0, 0.5, 0.25, 0.0, -0.5])[:3]) < 0.8  # top-p before top-k would have kept a fourth token
     monkeypatch.setattr(generation, "greedy", lambda logits: logits.argmin(-1))
     assert sample_next_token(logits, GenerationConfig()).tolist() == [4]
 
@@ -125,7 +126,7 @@ def test_options_apply_in_order(monkeypatch):
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_is_the_model_asked_anew_for_every_token(model):
+def test_greedy_equals_a_full_forward_pass_per_token(model):
     batch = random_batch(model.config, [7, 7, 7, 7], [0, 0, 0, 0])
     generated = generate_ids(with_eos(model, -1), batch, max_new_tokens=8)
     ids, types = batch["input_ids"], batch["token_type_ids"]
@@ -149,7 +150,7 @@ def test_every_cache_gives_the_same_answers(model, do_sample):
         torch.testing.assert_close(static.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_of_a_batch_is_the_row_alone(model):
+def test_a_row_of_a_batch_equals_the_row_alone(model):
     batch = random_batch(model.config, [7, 2, 5], [0, 0, 0], side="left")
     together = generate_ids(model, batch, max_new_tokens=10)
     for row in range(3):
@@ -158,12 +159,12 @@ def test_a_row_of_a_batch_is_the_row_alone(model):
         torch.testing.assert_close(together.log_probs[row], alone.log_probs[0], atol=1e-5, rtol=1e-5)
 
 
-def test_each_row_ends_with_its_eos(model):
+def test_each_row_ends_at_its_own_eos(model):
     batch = random_batch(model.config, [7, 2, 5, 4], [0, 0, 0, 0], side="left")
     free = generate_ids(model, batch, max_new_tokens=14)
     rows = free.sequences.tolist()
     ends = {stop: [row.index(stop) if stop in row else None for row in rows] for stop in sum(rows, [])}
-    stop = max(ends, key=lambda token: len(set(ends[token])))  # in some rows, not in others, at different places
+    stop = max(ends, key=lambda token: len(set(ends[token])))  # in some rows but not in others, at different positions
     assert len(set(ends[stop])) >= 2
     stopped = generate_ids(with_eos(model, stop), batch, max_new_tokens=14)
     longest = max(14 if end is None else end + 1 for end in ends[stop])
@@ -176,7 +177,7 @@ def test_each_row_ends_with_its_eos(model):
         assert stopped.finished[row] == (end is not None)
 
 
-def test_it_stops_when_all_rows_have_ended(model):
+def test_generation_stops_when_all_rows_have_ended(model):
     batch = random_batch(model.config, [5], [0])
     rows = generate_ids(model, batch, max_new_tokens=9).sequences[0].tolist()
     stop = rows[4]
@@ -185,7 +186,7 @@ def test_it_stops_when_all_rows_have_ended(model):
     assert generated.finished.tolist() == [True]
 
 
-def test_log_probs_are_the_models_own_whatever_the_sampling(model):
+def test_log_probs_are_the_models_own_with_any_sampling(model):
     batch = random_batch(model.config, [7, 2], [0, 0], side="left")
     options = dict(max_new_tokens=8, do_sample=True, temperature=1.7, top_k=20, top_p=0.9, seed=1)
     generated = generate_ids(with_eos(model, -1), batch, **options)
@@ -194,37 +195,37 @@ def test_log_probs_are_the_models_own_whatever_the_sampling(model):
         whole[name] = torch.cat((batch[name], torch.ones_like(generated.sequences)), dim=1)
     with torch.no_grad():
         log_probs = model(**whole)[:, -9:-1].log_softmax(-1)
-    wanted = log_probs.gather(-1, generated.sequences[..., None])[..., 0]
-    torch.testing.assert_close(generated.log_probs, wanted, atol=1e-5, rtol=1e-5)
+    expected = log_probs.gather(-1, generated.sequences[..., None])[..., 0]
+    torch.testing.assert_close(generated.log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_first_tokens_are_drawn_with_the_models_probabilities(model):
+def test_first_tokens_follow_the_models_probabilities(model):
     one = random_batch(model.config, [7], [0])
     with torch.no_grad():
         p = model(**one, last_only=True)[0, 0].softmax(-1)
     rows = {name: value.expand(400, -1) for name, value in one.items() if name != "pixel_values"}
     batch = rows | {"pixel_values": one["pixel_values"]}
     options = {"max_new_tokens": 1, "do_sample": True}
-    drawn = torch.cat([generate_ids(model, batch, seed=seed, **options).sequences[:, 0] for seed in range(5)])
-    counts = torch.bincount(drawn, minlength=len(p))
+    sampled = torch.cat([generate_ids(model, batch, seed=seed, **options).sequences[:, 0] for seed in range(5)])
+    counts = torch.bincount(sampled, minlength=len(p))
     assert ((counts - 2000 * p).abs() <= 4.5 * (2000 * p * (1 - p)).sqrt() + 1).all()
 
 
-def test_a_seed_repeats_itself_and_leaves_torch_alone(model):
+def test_a_seed_is_reproducible_and_leaves_the_global_generator_alone(model):
     batch = random_batch(model.config, [7, 2], [0, 0], side="left")
 
-    def draw(seed):
+    def answers(seed):
         return generate_ids(model, batch, max_new_tokens=8, do_sample=True, seed=seed).sequences.tolist()
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert draw(0) == draw(0)
-    assert len({str(draw(seed)) for seed in range(4)}) > 1
+    assert answers(0) == answers(0)
+    assert len({str(answers(seed)) for seed in range(4)}) > 1
     assert torch.equal(state, torch.get_rng_state())
-    first = draw(None)
+    first = answers(None)
     assert not torch.equal(state, torch.get_rng_state())
     torch.manual_seed(5)
-    assert draw(None) == first
+    assert answers(None) == first
 
 
 def test_top_k_of_one_is_greedy(model):
@@ -233,8 +234,8 @@ def test_top_k_of_one_is_greedy(model):
     assert torch.equal(sampled.sequences, generate_ids(model, batch, max_new_tokens=8).sequences)
 
 
-def test_the_least_work(model, monkeypatch):
-    """One call of the tower, one of the whole prompt, then single tokens; and logits of the last position only."""
+def test_generation_does_no_unnecessary_work(model, monkeypatch):
+    """One call of the tower, one with the whole prompt, then single tokens, and logits of the last position only."""
     tower, decoder, head = [], [], []
     model = with_eos(model, -1)
     hooks = [
@@ -254,7 +255,7 @@ def test_the_least_work(model, monkeypatch):
 
 
 def test_results_can_be_trained_on(model):
-    """They are no inference tensors, which autograd would refuse to keep."""
+    """They are not inference tensors, which autograd cannot save for backward."""
     batch = random_batch(model.config, [5], [0])
     generated = generate_ids(model, batch, max_new_tokens=3)
     assert not any(t.is_inference() for t in (generated.sequences, generated.log_probs, generated.finished))
@@ -269,11 +270,11 @@ def test_bfloat16_generates():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_same_answers(model):
+def test_a_gpu_produces_the_same_answers(model):
     batch = random_batch(model.config, [7, 2, 5], [0, 0, 0], side="left")
-    here = generate_ids(model, batch, max_new_tokens=10).sequences
-    there = generate_ids(copy.deepcopy(model).cuda(), batch, max_new_tokens=10).sequences
-    assert torch.equal(here, there.cpu())
+    on_cpu = generate_ids(model, batch, max_new_tokens=10).sequences
+    on_gpu = generate_ids(copy.deepcopy(model).cuda(), batch, max_new_tokens=10).sequences
+    assert torch.equal(on_cpu, on_gpu.cpu())
     generate_ids(copy.deepcopy(model).cuda(), batch, max_new_tokens=3, do_sample=True, top_k=5, top_p=0.9, seed=0)
 
 
@@ -281,57 +282,69 @@ def test_a_gpu_gives_the_same_answers(model):
 
 
 def test_lists_in_lists_out(talker, tiny_processor):
-    pairs = [generate(talker, tiny_processor, i, p, max_new_tokens=6) for i, p in zip(PICTURES, PROMPTS, strict=True)]
+    pairs = [generate(talker, tiny_processor, i, p, max_new_tokens=6) for i, p in zip(IMAGES, PROMPTS, strict=True)]
     assert all(isinstance(answer, str) and answer for answer in pairs)
-    assert generate(talker, tiny_processor, PICTURES, PROMPTS, max_new_tokens=6) == pairs
-    shared = [generate(talker, tiny_processor, PICTURES[1], p, max_new_tokens=6) for p in PROMPTS]
-    assert generate(talker, tiny_processor, PICTURES[1], PROMPTS, max_new_tokens=6) == shared
-    each = [generate(talker, tiny_processor, i, PROMPTS[0], max_new_tokens=6) for i in PICTURES]
-    assert generate(talker, tiny_processor, PICTURES, PROMPTS[0], max_new_tokens=6) == each
-    assert generate(talker, tiny_processor, PICTURES[0], PROMPTS[:1], max_new_tokens=6) == pairs[:1]
+    assert generate(talker, tiny_processor, IMAGES, PROMPTS, max_new_tokens=6) == pairs
+    shared = [generate(talker, tiny_processor, IMAGES[1], p, max_new_tokens=6) for p in PROMPTS]
+    assert generate(talker, tiny_processor, IMAGES[1], PROMPTS, max_new_tokens=6) == shared
+    each = [generate(talker, tiny_processor, i, PROMPTS[0], max_new_tokens=6) for i in IMAGES]
+    assert generate(talker, tiny_processor, IMAGES, PROMPTS[0], max_new_tokens=6) == each
+    assert generate(talker, tiny_processor, IMAGES[0], PROMPTS[:1], max_new_tokens=6) == pairs[:1]
     assert len({*pairs, *shared, *each}) > 3
 
 
-def test_one_picture_is_encoded_once_for_all_prompts(talker, tiny_processor):
+def test_one_image_is_encoded_once_for_all_prompts(talker, tiny_processor):
     encoded = []
     hook = talker.vision_tower.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    generate(talker, tiny_processor, PICTURES[0], PROMPTS, max_new_tokens=3)
+    generate(talker, tiny_processor, IMAGES[0], PROMPTS, max_new_tokens=3)
     hook.remove()
     assert encoded == [1]
 
 
-def test_the_answer_is_the_decoded_ids_up_to_eos(talker, tiny_processor):
-    batch = tiny_processor(text=PROMPTS[1], images=PICTURES[0])
+def test_one_image_takes_the_memory_of_one_image(talker, tiny_processor):
+    """However many prompts ask about it: no copies, not even behind a view."""
+    batch = prepare_inputs(tiny_processor, IMAGES[0], (PROMPTS * 171)[:512])
+    pixels = batch["pixel_values"]
+    assert len(batch["input_ids"]) == 512 and pixels.shape == (1, 3, 12, 12)
+    assert pixels.untyped_storage().nbytes() == pixels.nbytes == 3 * 12 * 12 * 4
+    pairs = tiny_processor(text=PROMPTS, images=[IMAGES[0]] * 3, padding_side="left")
+    assert all(torch.equal(batch[name][:3], pairs[name][: len(batch[name])]) for name in pairs)
+    answers = [generate(talker, tiny_processor, IMAGES[0], prompt, max_new_tokens=3) for prompt in PROMPTS]
+    assert generate(talker, tiny_processor, IMAGES[0], PROMPTS * 9, max_new_tokens=3) == answers * 9
+
+
+def test_the_answer_decodes_the_ids_up_to_eos(talker, tiny_processor):
+    batch = tiny_processor(text=PROMPTS[1], images=IMAGES[0])
     ids = generate_ids(talker, batch, max_new_tokens=10).sequences[0].tolist()
     stop = ids[6]
-    answer = generate(with_eos(talker, stop), tiny_processor, PICTURES[0], PROMPTS[1], max_new_tokens=10)
+    answer = generate(with_eos(talker, stop), tiny_processor, IMAGES[0], PROMPTS[1], max_new_tokens=10)
     assert answer == tiny_processor.decode(ids[: ids.index(stop) + 1])
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 2, "temperature": 2.0}], ids=["greedy", "sampled"])
-def test_streamed_pieces_are_the_answer(talker, tiny_processor, options):
+def test_streamed_pieces_join_to_the_answer(talker, tiny_processor, options):
     options = {"max_new_tokens": 20, **options}
-    answer = generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], **options)
-    pieces = list(stream_generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], **options))
+    answer = generate(talker, tiny_processor, IMAGES[0], PROMPTS[0], **options)
+    pieces = list(stream_generate(talker, tiny_processor, IMAGES[0], PROMPTS[0], **options))
     assert "".join(pieces) == answer and len(pieces) > 5 and all(pieces)
-    heard = []
-    assert generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], stream=heard.append, **options) == answer
-    assert heard == pieces
+    streamed = []
+    assert generate(talker, tiny_processor, IMAGES[0], PROMPTS[0], stream=streamed.append, **options) == answer
+    assert streamed == pieces
 
 
-def test_pieces_come_as_they_are_written(talker, tiny_processor):
-    """The first piece is there before the last token has been computed."""
+def test_pieces_arrive_while_the_answer_is_generated(talker, tiny_processor):
+    """The first piece arrives before the last token is computed."""
     calls = []
     hook = talker.language_model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    pieces = stream_generate(talker, tiny_processor, PICTURES[0], PROMPTS[0], max_new_tokens=20)
+    pieces = stream_generate(talker, tiny_processor, IMAGES[0], PROMPTS[0], max_new_tokens=20)
     next(pieces)
     hook.remove()
     assert len(calls) < 10
 
 
 @given(st.text(max_size=12).map(lambda text: text.replace("<", "")))  # no special tokens
-def test_no_piece_breaks_a_character(tiny_processor, text):
-    """Most characters are unknown to the tokenizer, and spelled in bytes."""
+def test_no_piece_splits_a_character(tiny_processor, text):
+    """Most characters are not in the vocabulary, so the tokenizer spells them in bytes."""
     stream = TextStream(tiny_processor)
     pieces = [stream.push(i) for i in tiny_processor.encode([text])[0]] + [stream.end()]
     assert "".join(pieces) == text.replace("▁", " ")
@@ -339,7 +352,7 @@ def test_no_piece_breaks_a_character(tiny_processor, text):
 
 
 @given(st.lists(st.integers(0, 400), max_size=12))  # special tokens, bytes, letters, some of <loc…>
-@example([6, 0, 134])  # a byte, a special token that is not shown, a byte
+@example([6, 0, 134])  # a byte, a special token without text, a byte
 def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
     stream = TextStream(tiny_processor)
     assert "".join([stream.push(i) for i in ids] + [stream.end()]) == tiny_processor.decode(ids)
@@ -355,7 +368,7 @@ def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
         ({"temperature": -1.0, "do_sample": True}, "temperature must be above 0"),
         ({"temperature": math.inf, "do_sample": True}, "temperature must be above 0"),
         ({"temperature": math.nan, "do_sample": True}, "temperature must be above 0"),
-        ({"temperature": 0.0}, "leave do_sample out"),
+        ({"temperature": 0.0}, "for the most likely token every time, leave do_sample out"),
         ({"top_p": 0.0, "do_sample": True}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.1, "do_sample": True}, "top_p must be above 0 and at most 1"),
         ({"top_p": math.nan, "do_sample": True}, "top_p must be above 0 and at most 1"),
@@ -369,10 +382,10 @@ def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
         ({"top_p": 0.5}, "need do_sample=True"),
     ],
 )
-def test_options_that_make_no_sense(tiny_processor, options, message):
+def test_invalid_options_raise(tiny_processor, options, message):
     for function in (generate, lambda *arguments, **options: next(stream_generate(*arguments, **options))):
         with pytest.raises(ValueError, match=message) as error:
-            function(tiny_model(1), tiny_processor, PICTURES[0], PROMPTS[0], **options)
+            function(tiny_model(1), tiny_processor, IMAGES[0], PROMPTS[0], **options)
         assert "\n" not in str(error.value)
 
 
@@ -382,25 +395,27 @@ def test_options_that_make_no_sense(tiny_processor, options, message):
 def test_broken_weights_are_named(name, value, do_sample):
     model = tiny_model(1)
     with torch.no_grad():
-        model.get_parameter(name)[-1] = value  # of the embeddings, the row of a word that no prompt here has
+        model.get_parameter(name)[-1] = value  # for the embeddings: the row of a token that is in no prompt here
     with pytest.raises(ValueError, match=f"^1 weight holds NaN or infinity .*: {name}.$"):
         generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"), do_sample=do_sample)
 
 
-def test_logits_beyond_all_numbers_are_no_fault_of_the_weights():
+def test_infinite_logits_are_not_blamed_on_finite_weights():
     model = tiny_model(1)
     model.language_model.logits = lambda hidden: torch.full((len(hidden), 1, 300), math.inf)
-    with pytest.raises(ValueError, match="though the weights are"):
+    with pytest.raises(ValueError, match="though the weights are. Load them as torch.float32"):
         generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"))
 
 
-def test_batches_that_do_not_fit(talker, tiny_processor):
+def test_mismatched_batches_raise(talker, tiny_processor):
     with pytest.raises(ValueError, match="padded on the right"):
-        generate_ids(talker, tiny_processor(text=PROMPTS, images=PICTURES, padding_side="right"))
+        generate_ids(talker, tiny_processor(text=PROMPTS, images=IMAGES, padding_side="right"))
     with pytest.raises(ValueError, match="2 prompts and 3 images"):
-        generate(talker, tiny_processor, PICTURES, PROMPTS[:2])
+        generate(talker, tiny_processor, IMAGES, PROMPTS[:2])
     with pytest.raises(ValueError, match="prompt"):
-        generate(talker, tiny_processor, PICTURES[0], [])
-    for image, prompt in ((PICTURES, PROMPTS), (PICTURES[0], PROMPTS), (PICTURES, PROMPTS[0])):
+        generate(talker, tiny_processor, IMAGES[0], [])
+    with pytest.raises(ValueError, match="prompt"):
+        generate(talker, tiny_processor, IMAGES[0], [PROMPTS[0], " "])
+    for image, prompt in ((IMAGES, PROMPTS), (IMAGES[0], PROMPTS), (IMAGES, PROMPTS[0])):
         with pytest.raises(ValueError, match="one answer can be streamed at a time"):
             generate(talker, tiny_processor, image, prompt, stream=print)

@@ -1,4 +1,4 @@
-"""masks.py against the rule written as a loop over every query and key, and against transformers' own masks."""
+"""masks.py against the rule as a slow loop over every query and key, and against transformers' own masks."""
 
 import jaxtyping
 import pytest
@@ -13,25 +13,25 @@ from minivlm import masks
 
 
 def rule(types: list[int], real: list[int], window: int | None) -> torch.Tensor:
-    """Who sees whom: mask[query][key], one pair at a time."""
+    """Which query attends to which key, one pair at a time: mask[query, key]."""
     S = len(types)
-    table = torch.zeros(S, S, dtype=torch.bool)
+    mask = torch.zeros(S, S, dtype=torch.bool)
     for query in range(S):
         for key in range(S):
-            starts_between = any(types[i] for i in range(query + 1, key + 1))  # a block begins after the query
-            sees = bool(real[key]) and (key <= query or not starts_between)
-            too_far = window is not None and query - key >= window and (types[query] or types[key])
-            table[query, key] = query == key or (sees and not too_far)
-    return table
+            is_later_block = any(types[i] for i in range(query + 1, key + 1))
+            is_allowed = bool(real[key]) and (key <= query or not is_later_block)
+            is_too_far = window is not None and query - key >= window and (types[query] or types[key])
+            mask[query, key] = query == key or (is_allowed and not is_too_far)
+    return mask
 
 
-def as_table(mask: torch.Tensor | None, B: int, T: int, S: int) -> torch.Tensor:
+def expanded(mask: torch.Tensor | None, B: int, T: int, S: int) -> torch.Tensor:
     return torch.ones(B, T, S, dtype=torch.bool) if mask is None else mask.expand(B, T, S)
 
 
 @st.composite
 def sequences(draw):
-    """Rows of prefix and suffix, padded left or right, as (types, real), and how many of the tokens are queries."""
+    """Rows of prefix and suffix, padded left or right, as (types, real), and the number of queries."""
     lengths = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=3))
     S = max(prefix + suffix for prefix, suffix in lengths) + draw(st.integers(0, 1))
     rows, prefix_end = [], 0
@@ -42,7 +42,7 @@ def sequences(draw):
         real = [0] * left + [1] * (prefix + suffix)
         rows.append((types + [0] * (S - len(types)), real + [0] * (S - len(real))))
         prefix_end = max(prefix_end, left + prefix)
-    # either all tokens are queries, or, with a cache, the last ones, which must be of the suffix
+    # the queries are all tokens or, with a cache, only the last ones, which must be suffix tokens
     queries = draw(st.sampled_from(sorted({S, *range(1, S - prefix_end + 1)})))
     return torch.tensor([types for types, _ in rows]), torch.tensor([real for _, real in rows]), queries
 
@@ -53,13 +53,13 @@ def test_masks_follow_the_rule(sequence, window):
     B, S = types.shape
     full, sliding = masks.attention_masks(real, types, queries, window)
     for mask, window_of_layer in ((full, None), (sliding, window)):
-        got = as_table(mask, B, queries, S)
+        got = expanded(mask, B, queries, S)
         for row in range(B):
-            wanted = rule(types[row].tolist(), real[row].tolist(), window_of_layer)[S - queries :]
-            read = real[row, S - queries :].bool()  # what a padding query sees, nobody reads; it must see something
-            assert torch.equal(got[row][read], wanted[read])
-        assert got.any(-1).all()
-        assert mask is None or not mask.all(), "an open mask costs time: it must be None"
+            expected = rule(types[row].tolist(), real[row].tolist(), window_of_layer)[S - queries :]
+            is_used = real[row, S - queries :].bool()  # the output of a padding query is never used
+            assert torch.equal(got[row][is_used], expected[is_used])
+        assert got.any(-1).all()  # but a padding query must have a key, too
+        assert mask is None or not mask.all(), "a mask that blocks nothing costs time: it must be None"
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=9))
@@ -67,8 +67,8 @@ def test_block_mask_follows_the_rule(mask_ar):
     assert torch.equal(masks.block_mask(torch.tensor(mask_ar)), rule(mask_ar, [1] * len(mask_ar), None))
 
 
-def test_a_mask_that_can_be_read():
-    types = torch.tensor([[0, 0, 0, 1, 1]])  # two image tokens, <bos>, two words of the answer
+def test_small_masks_by_hand():
+    types = torch.tensor([[0, 0, 0, 1, 1]])  # two image tokens, <bos>, two tokens of the answer
     assert masks.prefix_lm_mask(types)[0].int().tolist() == [
         [1, 1, 1, 0, 0],
         [1, 1, 1, 0, 0],
@@ -84,30 +84,30 @@ def test_a_mask_that_can_be_read():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("window", [2, 6, 11, 40])
-def test_masks_are_those_of_transformers(side, window):
+def test_masks_equal_those_of_transformers(side, window):
     ours = tiny_config(2, sliding_window=window)
     batch = random_batch(ours, [8, 2, 5], [3, 6, 0], side=side)
     real, types = batch["attention_mask"], batch["token_type_ids"]
     B, S = real.shape
     config = transformers.PaliGemmaConfig(**ours.to_dict()).text_config
-    config._attn_implementation = "eager"  # the backend that always writes its mask out: 0 or the lowest number
+    config._attn_implementation = "eager"  # this backend always builds the mask: 0 or the lowest number
     arguments = {
         "config": config,
         "inputs_embeds": torch.zeros(B, S, ours.text_config.hidden_size),
         "attention_mask": real,
         "past_key_values": None,
         "position_ids": torch.arange(S)[None],
-        "block_sequence_ids": torch.where(types == 0, 0, -1),  # as PaliGemmaModel.forward gives them
+        "block_sequence_ids": torch.where(types == 0, 0, -1),  # as in PaliGemmaModel.forward
     }
     full, sliding = masks.attention_masks(real, types, S, window)
     for mask, create in ((full, create_causal_mask), (sliding, create_sliding_window_causal_mask)):
         theirs = create(**arguments)[:, 0] == 0
-        assert torch.equal(as_table(mask, B, S, S)[real.bool()], theirs[real.bool()])
+        assert torch.equal(expanded(mask, B, S, S)[real.bool()], theirs[real.bool()])
     if window == 2:
         assert not torch.equal(full, sliding)
 
 
-def test_a_window_is_at_least_one_token():
+def test_the_window_must_be_at_least_one_token():
     with pytest.raises(ValueError, match="at least 1"):
         masks.sliding_window_mask(4, 0)
     assert masks.sliding_window_mask(3, 1).int().tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]

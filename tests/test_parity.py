@@ -1,7 +1,7 @@
 """The whole model against transformers: every layer, the loss, every gradient, every generated token.
 
-Errors are relative, the largest difference over the largest value, and at most 1e-5 in float32, ten times these models'
-rounding. token_type_ids are always given: without them transformers is causal in one attention backend and
+Errors are relative (largest difference divided by largest value) and at most 1e-5 in float32, ten times the rounding
+error of these models. Every batch has token_type_ids: without them transformers is causal in one attention backend and
 bidirectional in another.
 """
 
@@ -18,6 +18,8 @@ from conftest import (
     with_eos,
 )
 
+from minivlm import gemma
+from minivlm.cache import GrowingCache, StaticCache
 from minivlm.course.viz import decoder_attention, tower_attention
 from minivlm.generation import generate_ids
 
@@ -27,16 +29,16 @@ BATCHES = {
     "left": dict(prefixes=[8, 2, 5], suffixes=[3, 6, 0], side="left"),
     "right": dict(prefixes=[8, 2, 5], suffixes=[3, 6, 1], side="right"),
 }
-every_batch = pytest.mark.parametrize("shape", BATCHES.values(), ids=BATCHES.keys())
+all_batches = pytest.mark.parametrize("shape", BATCHES.values(), ids=BATCHES.keys())
 
 
 def outputs(model, names: list[str], **batch) -> dict[str, torch.Tensor]:
-    """What the named modules return during one forward pass, and the logits."""
-    seen, hooks = {}, []
+    """The outputs of the named modules in one forward pass, and the logits."""
+    found, hooks = {}, []
     for name in names:
         hooks.append(
             model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, name=name: seen.__setitem__(
+                lambda module, inputs, output, name=name: found.__setitem__(
                     name, output[0] if isinstance(output, tuple) else output
                 )
             )
@@ -45,10 +47,10 @@ def outputs(model, names: list[str], **batch) -> dict[str, torch.Tensor]:
         result = model(**batch)
     for hook in hooks:
         hook.remove()
-    return seen | {"logits": getattr(result, "logits", result)}
+    return found | {"logits": getattr(result, "logits", result)}
 
 
-@every_batch
+@all_batches
 def test_every_layer_is_the_same(pair, shape):
     batch = random_batch(pair.ours.config, **shape)
     tower, decoder = "vision_tower.vision_model.", "language_model.model."
@@ -65,13 +67,13 @@ def test_every_layer_is_the_same(pair, shape):
     real = batch["attention_mask"].bool()
     for name in [*names, "logits"]:
         a, b = ours[name], theirs["logits" if name == "logits" else their_name(name)]
-        if name.startswith(decoder) or name == "logits":  # nobody reads what stands at padding
+        if name.startswith(decoder) or name == "logits":  # the output at padding is never used
             a, b = a[real], b[real]
         assert relative_error(a, b) <= 1e-5, name
 
 
-@every_batch
-def test_a_row_of_a_padded_batch_is_the_row_alone(model, shape):
+@all_batches
+def test_a_row_of_a_padded_batch_equals_the_row_alone(model, shape):
     batch = random_batch(model.config, **shape)
     with torch.no_grad():
         together = model(**batch)
@@ -92,7 +94,7 @@ def test_loss_and_every_gradient_are_the_same(pair, kind):
     theirs.backward()
     gradients = {name: weight.grad for name, weight in pair.theirs.named_parameters()}
     for name, weight in pair.ours.named_parameters():
-        if name.endswith("k_proj.bias"):  # shifts all scores of a query alike: its gradient is zero but for rounding
+        if name.endswith("k_proj.bias"):  # shifts all scores of a query equally: its gradient is zero up to rounding
             scale = gradients[their_name(name).replace("k_proj", "q_proj")].abs().max()
             assert weight.grad.abs().max() <= 1e-5 * scale, name
         else:
@@ -113,18 +115,18 @@ def test_loss_is_the_mean_over_suffix_tokens_by_hand(model):
     assert loss.item() == pytest.approx(-torch.stack(chosen).mean().item(), rel=1e-5)
 
 
-def test_one_picture_serves_consecutive_rows(model):
+def test_consecutive_rows_share_an_image(model):
     batch = random_batch(model.config, [3, 5, 4, 6], [2, 0, 1, 3], side="left")
-    pictures = batch.pop("pixel_values")[:2]
+    images = batch.pop("pixel_values")[:2]
     with torch.no_grad():
-        shared = model(**batch, pixel_values=pictures)
-        repeated = model(**batch, pixel_values=pictures[[0, 0, 1, 1]])
-        swapped = model(**batch, pixel_values=pictures[[0, 1, 0, 1]])
+        shared = model(**batch, pixel_values=images)
+        repeated = model(**batch, pixel_values=images[[0, 0, 1, 1]])
+        swapped = model(**batch, pixel_values=images[[0, 1, 0, 1]])
     assert relative_error(shared, repeated) <= 1e-5
     assert relative_error(shared, swapped) > 1e-3
 
 
-def test_last_only_is_the_last_column(model):
+def test_last_only_returns_the_last_column(model):
     batch = random_batch(model.config, [3, 5], [2, 4], side="left")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch, last_only=True), model(**batch)[:, -1:])
@@ -134,8 +136,8 @@ def test_last_only_is_the_last_column(model):
 def test_greedy_answers_are_the_same_token_for_token(pair, seed):
     batch = random_batch(pair.ours.config, [9, 3, 6, 6], [0, 0, 0, 0], side="left", seed=seed)
     whole = generate_ids(with_eos(pair.ours, -1), batch, max_new_tokens=24).sequences
-    assert len(set(whole.flatten().tolist())) > 12, "answers too dull to tell anything"
-    stop = int(whole[0, 5])  # a token that surely comes: the end-of-text of this test
+    assert len(set(whole.flatten().tolist())) > 12, "the answers are too uniform to show a difference"
+    stop = int(whole[0, 5])  # a token that is certain to appear serves as <eos>
     theirs = pair.theirs.generate(
         **batch, max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=0, bos_token_id=2
     )
@@ -145,8 +147,8 @@ def test_greedy_answers_are_the_same_token_for_token(pair, seed):
 
 @pytest.mark.parametrize("version, attention", [(1, "eager"), (1, "sdpa"), (2, "eager")])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(version, attention):
-    """Both round, in places of their own. Neither may be further from the float32 logits than half as far again."""
-    ours_off, theirs_off = [], []
+    """Both round, but at different points. Our error against the float32 logits is at most 1.5 times theirs."""
+    our_errors, their_errors = [], []
     for seed in range(4):
         ours = tiny_model(version, seed=seed).bfloat16()
         theirs = in_transformers(ours, attention)
@@ -157,24 +159,24 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(version, attention):
             a, b = ours(**rounded), theirs(**rounded).logits
             exact = ours.float()(**rounded | {"pixel_values": rounded["pixel_values"].float()})  # the rounded weights
         assert a.dtype == b.dtype == torch.bfloat16
-        ours_off.append((a - exact)[real].pow(2).mean())
-        theirs_off.append((b - exact)[real].pow(2).mean())
-    ours_off, theirs_off = (torch.stack(off).mean().sqrt().item() for off in (ours_off, theirs_off))
-    assert 0 < ours_off <= 1.5 * theirs_off
-    assert ours_off < 0.1  # of logits that spread by about 1
+        our_errors.append((a - exact)[real].pow(2).mean())
+        their_errors.append((b - exact)[real].pow(2).mean())
+    our_error, their_error = (torch.stack(errors).mean().sqrt().item() for errors in (our_errors, their_errors))
+    assert 0 < our_error <= 1.5 * their_error
+    assert our_error < 0.1  # the logits have a standard deviation of about 1
 
 
-def test_bad_input_is_named(model):
+def test_errors_name_the_bad_input(model):
     batch = random_batch(model.config, [3, 5], [0, 0], side="left")
-    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 12, 12\]"):
+    with pytest.raises(ValueError, match=r"pixel_values must have shape \[B, 3, 12, 12\]"):
         model(**batch | {"pixel_values": torch.zeros(2, 3, 8, 8)})
-    with pytest.raises(ValueError, match="3 pictures of 9 tokens do not fit 2 rows"):
+    with pytest.raises(ValueError, match="3 images of 9 tokens do not match 2 rows"):
         model(**batch | {"pixel_values": torch.zeros(3, 3, 12, 12)})
-    with pytest.raises(ValueError, match=r"do not fit 2 rows with \[8, 9\] <image> tokens"):
+    with pytest.raises(ValueError, match=r"do not match 2 rows with \[8, 9\] <image> tokens"):
         fewer = batch["input_ids"].clone()
         fewer[0, 2] = 5
         model(**batch | {"input_ids": fewer})
-    with pytest.raises(ValueError, match="there is no picture"):
+    with pytest.raises(ValueError, match="there is no image"):
         model(batch["input_ids"])
     with pytest.raises(ValueError, match="all labels are -100"):
         model.loss(labels_of(batch), **batch)
@@ -187,7 +189,7 @@ def test_bad_input_is_named(model):
 # --- attention weights ----------------------------------------------------------------------------------------------
 
 
-def test_decoder_attention_is_that_of_transformers(model):
+def test_decoder_attention_equals_that_of_transformers(model):
     batch = random_batch(model.config, [3, 5], [4, 2])
     weights = decoder_attention(model, **batch)
     with torch.no_grad():
@@ -198,7 +200,47 @@ def test_decoder_attention_is_that_of_transformers(model):
         assert relative_error(ours.transpose(1, 2)[real], other.transpose(1, 2)[real]) < 1e-5
 
 
-def test_tower_attention_is_that_of_transformers(model):
+@pytest.mark.parametrize("new_cache", [GrowingCache, None], ids=["growing", "static"])
+def test_decoder_attention_of_a_decode_step_is_the_last_row(model, new_cache):
+    batch = random_batch(model.config, [3, 5], [4, 2], side="left")
+    with torch.no_grad():
+        logits = model(**batch)
+    whole = decoder_attention(model, **batch)
+    T = batch["input_ids"].shape[1]
+    cache = new_cache() if new_cache else StaticCache(model.config.text_config, 2, T + 3)
+    prompt = {name: ids if name == "pixel_values" else ids[:, : T - 1] for name, ids in batch.items()}
+    prefill = decoder_attention(model, **prompt, cache=cache)
+    token = {name: batch[name] for name in ("attention_mask", "token_type_ids")}
+    step = decoder_attention(model, input_ids=batch["input_ids"][:, -1:], **token, cache=cache)
+    assert cache.length == T
+    for full, first, last in zip(whole, prefill, step, strict=True):
+        assert last.shape == (*full.shape[:2], 1, T)
+        assert relative_error(last, full[:, :, -1:]) <= 1e-5
+        used = batch["attention_mask"][:, :-1].bool()
+        assert relative_error(first.transpose(1, 2)[used], full[:, :, :-1, :-1].transpose(1, 2)[used]) <= 1e-5
+    with torch.no_grad():
+        assert torch.equal(model(**batch), logits)  # looking changes nothing
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_attention_is_the_weights_times_the_values(cap):
+    """By hand: one query head at a time, with the key/value head it shares."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, tokens, 6, generator=g) for heads, tokens in ((6, 3), (2, 5), (2, 5)))
+    mask = torch.rand(2, 3, 5, generator=g) < 0.5
+    mask[..., 0] = True
+    weights = gemma.attention_weights(q, k, mask, 0.4, cap)
+    out = gemma.grouped_query_attention(q, k, v, mask, 0.4, cap)
+    assert not weights.transpose(0, 1)[:, ~mask].any()
+    for head in range(6):
+        scores = q[:, head] @ k[:, head // 3].transpose(1, 2) * 0.4
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        expected = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        torch.testing.assert_close(weights[:, head], expected)
+        torch.testing.assert_close(out[:, head], expected @ v[:, head // 3])
+
+
+def test_tower_attention_equals_that_of_transformers(model):
     pixels = random_batch(model.config, [1], [1])["pixel_values"]
     weights = tower_attention(model, pixels)
     tower = in_transformers(model).model.vision_tower

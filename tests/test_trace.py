@@ -70,7 +70,7 @@ def test_every_layer_adds_up(talker, traced):
     parts = ("post_attention_layernorm", "post_feedforward_layernorm")
     before = "inputs_embeds"
     for i in range(4):
-        blocks = parts if talker.config.text_config.four_norms else ("self_attn", "mlp")
+        blocks = parts if talker.config.text_config.has_post_norms else ("self_attn", "mlp")
         total = traced.tensor(before) + sum(traced.tensor(f"{LAYERS}{i}.{block}") for block in blocks)
         torch.testing.assert_close(total, traced.tensor(f"{LAYERS}{i}"), rtol=1e-5, atol=1e-5)
         before = f"{LAYERS}{i}"
@@ -104,7 +104,7 @@ def test_every_tensor_is_recorded_in_the_order_of_computation(talker, traced):
     ):
         assert traced.names.index(first) < traced.names.index(second)
     mask = 2 if "sliding_mask" in traced else 1
-    per_layer = 7 if talker.config.text_config.four_norms else 5
+    per_layer = 7 if talker.config.text_config.has_post_norms else 5
     assert len(traced) == 1 + (2 + 3 * 5 + 1) + 1 + 3 + mask + (4 * per_layer + 1) + 1 == len(set(traced.names))
 
 

@@ -190,7 +190,7 @@ def steps(model: PaliGemma) -> Iterator[Step]:
     yield PROJECTED
     yield LOOKED_UP
     for i in range(model.config.text_config.num_hidden_layers):
-        parts = DECODER2_LAYER if model.config.text_config.four_norms else DECODER_LAYER
+        parts = DECODER2_LAYER if model.config.text_config.has_post_norms else DECODER_LAYER
         for part, title in parts.items():
             yield decoder_step(f"{DECODER}layers.{i}.{part}", title, layer=i)
         yield decoder_step(f"{DECODER}layers.{i}", f"Residual stream after layer {i}", layer=i)

@@ -1,36 +1,41 @@
-"""The attention weights that a model really used, which its fused attention never stores.
+"""The attention weights of a forward pass, which the model's fused attention never stores.
 
-B rows · H heads · T queries · S keys · P patches · D width · N heads of the tower
+    B batch size · H heads · T queries · S keys · P patches · N heads of the vision tower
+
+Forward hooks read the inputs of each attention layer and compute its weights from them with the model's own functions.
 """
 
-from unittest.mock import patch
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minivlm import gemma
+from minivlm.cache import Cache
+from minivlm.gemma import attention_weights
 from minivlm.paligemma import PaliGemma
+from minivlm.siglip import split_heads
 
 
 @torch.no_grad()
-def decoder_attention(model: PaliGemma, **inputs: Tensor) -> list[Float[Tensor, "B H T S"]]:
-    """Weights of every decoder layer for one forward pass: rows of probabilities, 0 where the mask forbids.
+def decoder_attention(model: PaliGemma, **inputs: Tensor | Cache) -> list[Float[Tensor, "B H T S"]]:
+    """Weights of every decoder layer: each row sums to 1 and is 0 where the mask blocks.
 
-    ``inputs`` are those of ``model(...)``: input_ids, pixel_values, attention_mask, token_type_ids.
+    ``inputs`` are those of ``model(...)``. A ``cache`` is extended as usual. The queries are then the new tokens, and
+    the keys are all tokens.
     """
     weights = []
-    attend = gemma.grouped_query_attention
 
-    def recording(q, k, v, mask, scale, cap=None):
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = gemma.soft_cap(q @ keys.transpose(2, 3) * scale, cap)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        weights.append(scores.softmax(-1, dtype=torch.float32))
-        return attend(q, k, v, mask, scale, cap)
+    def record(attention, arguments, output):
+        x, cos, sin, mask, cache = arguments
+        q, k, v = attention.project(x, cos, sin)
+        if cache is not None:  # the layer has stored k and v already: adding no token returns all keys
+            k, _ = cache.update(attention.layer, k[:, :, :0], v[:, :, :0])
+        weights.append(attention_weights(q, k, mask, attention.scale, attention.config.attn_logit_softcapping))
 
-    with patch.object(gemma, "grouped_query_attention", recording):
+    with ExitStack() as hooks:
+        for layer in model.language_model.model.layers:
+            hooks.callback(layer.self_attn.register_forward_hook(record).remove)
         model.hidden_states(**inputs)
     return weights
 
@@ -40,18 +45,13 @@ def tower_attention(model: PaliGemma, pixel_values: Float[Tensor, "B 3 H W"]) ->
     """Weights of every layer of the vision tower: how much each patch (query) takes from each patch (key)."""
     weights = []
 
-    def record(attention, inputs, _):
-        (x,) = inputs
-        B, P, D = x.shape
-        heads = (B, P, attention.num_heads, D // attention.num_heads)
-        q, k = (project(x).view(heads).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
-        weights.append((q @ k.transpose(2, 3) * heads[-1] ** -0.5).softmax(-1, dtype=torch.float32))
+    def record(attention, arguments, output):
+        (x,) = arguments
+        q, k = (split_heads(proj(x), attention.num_heads) for proj in (attention.q_proj, attention.k_proj))
+        weights.append(attention_weights(q, k, None, q.shape[-1] ** -0.5))
 
-    layers = model.vision_tower.vision_model.encoder.layers
-    hooks = [layer.self_attn.register_forward_hook(record) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.vision_tower.vision_model.encoder.layers:
+            hooks.callback(layer.self_attn.register_forward_hook(record).remove)
         model.vision_tower(pixel_values.to(model.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return weights
