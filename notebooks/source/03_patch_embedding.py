@@ -199,8 +199,8 @@ assert difference < 1e-5 * patches.abs().max()
 # %% [markdown]
 # ### How many tokens
 #
-# PaliGemma has 256 = (224 / 14)² image tokens. The number of tokens grows with the square of the image's side. Attention
-# compares all tokens with all tokens, so its cost grows with the fourth power.
+# PaliGemma has 256 = (224 / 14)² image tokens. The number of tokens grows with the square of the image's side.
+# Attention compares all tokens with all tokens, so its cost grows with the fourth power.
 
 # %%
 from minivlm.config import SiglipVisionConfig
@@ -253,8 +253,8 @@ assert correct_reshaped < correct
 #
 # ## Where each patch is: position embeddings
 #
-# So far nothing says *where* in the image a patch was. SigLIP learns a table `[P, D]`, one vector per position, and adds
-# it:
+# So far nothing says *where* in the image a patch was. SigLIP learns a table `[P, D]`, one vector per position, and
+# adds it:
 
 # %%
 position_table = tower.embeddings.position_embedding.weight
@@ -266,8 +266,8 @@ assert torch.allclose(embedded, patches + position_table, rtol=1e-5, atol=1e-5)
 # ### What the tower loses without them
 #
 # Attention takes weighted means over the patches, and everything else in the tower works on each patch separately.
-# Neither depends on the order of the patches. So without the table, shuffled patches produce the same vectors, shuffled.
-# If we then average them into one vector for the whole image, no trace of the order is left:
+# Neither depends on the order of the patches. So without the table, shuffled patches produce the same vectors,
+# shuffled. If we then average them into one vector for the whole image, no trace of the order is left:
 
 # %%
 shuffle = torch.randperm(49, generator=torch.Generator().manual_seed(0))
@@ -333,16 +333,16 @@ assert results["learned", "in order"][0] > results["none", "shuffled"][0]
 # %% [markdown]
 # How to read this:
 #
-# * **In order**: the gap between the two lines is what the table alone contributes. It is small, because the decoder
-#   still knows the order of its tokens.
+# * **In order**: the gap between the two lines is what the table alone contributes. There is hardly any, because the
+#   decoder still knows the order of its tokens.
 # * **Mirrored**: the answers are correct except that left and right are swapped. The decoder believes the order of the
 #   tokens, even against the table.
 # * **Shuffled**: the order no longer says anything about the image. Answers are correct only by chance, and the table
 #   does not save them.
 #
 # People say that without position embeddings a model cannot tell left from right. That is exactly true of a tower whose
-# vectors are pooled into one, which is how SigLIP is trained. It is not true of PaliGemma as a whole, where the order of
-# the image tokens carries the positions, too.
+# vectors are pooled into one, which is how SigLIP is trained. It is not true of PaliGemma as a whole, where the order
+# of the image tokens carries the positions, too.
 #
 # What did the table learn to tell apart? Each small map compares the embedding of one position with all 49. In large
 # towers, the embeddings of neighbors and of positions in the same row or column are similar (arXiv:2010.11929,
@@ -470,8 +470,8 @@ viz.lines(curves, "Internal covariate shift", "training step", "standard deviati
 
 # %% [markdown]
 # The shift is real, both norms stop it, and the loss ends up lower. Whether it is lower *because* the shift stopped is
-# disputed. Later work (arXiv:1805.11604) added noise after the norms so that the shift came back, and training went just
-# as well. The authors credit a smoother loss landscape instead.
+# disputed. Later work (arXiv:1805.11604) added noise after the norms so that the shift came back, and training went
+# just as well. The authors credit a smoother loss landscape instead.
 #
 # ## Pre-norm or post-norm?
 #
@@ -626,10 +626,10 @@ viz.lines(
 #
 # ## Every patch attends to every patch
 #
-# Start with one attention head. Each patch has a *query* (what it is looking for), a *key* (what it can be found by) and
-# a *value* (what it passes on). The score of a pair is the dot product of query and key, divided by √d, where d is their
-# dimension. For each query, a softmax turns its scores into weights that sum to 1, and the output is the weighted mean of
-# the values. Three patches, d = 2, one at a time:
+# Start with one attention head. Each patch has a *query* (what it is looking for), a *key* (what it can be found by)
+# and a *value* (what it passes on). The score of a pair is the dot product of query and key, divided by √d, where d is
+# their dimension. For each query, a softmax turns its scores into weights that sum to 1, and the output is the weighted
+# mean of the values. Three patches, d = 2, one at a time:
 
 # %%
 import math
@@ -649,8 +649,8 @@ assert torch.allclose(slow, (q @ k.T / math.sqrt(2)).softmax(-1) @ v, rtol=1e-5)
 # There is no mask: attention in the tower is *bidirectional*. Text is written from left to right, but an image is there
 # all at once, and its top left corner can attend to its bottom right corner.
 #
-# With several *heads*, the D numbers are split into N groups of d = D / N. Each group does this on its own, with its own
-# attention weights, and the results are concatenated.
+# With several *heads*, the D numbers are split into N groups of d = D / N. Each group does this on its own, with its
+# own attention weights, and the results are concatenated.
 #
 # ## Exercise 3.5 · Bidirectional attention
 #
@@ -705,8 +705,8 @@ by_attention = bidirectional_attention(learned_vector, features, features, 4)[:,
 assert by_class.shape == by_mean.shape == by_attention.shape == (1, 192)
 
 # %% [markdown]
-# SigLIP's own head also has matrices for query, key and value, and an MLP at the end. Here is the one from transformers,
-# with random weights, and your function doing its attention:
+# SigLIP's own head also has matrices for query, key and value, and an MLP at the end. Here is the one from
+# transformers, with random weights, and your function doing its attention:
 
 # %%
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
@@ -722,8 +722,8 @@ assert (pooled[:, 0] - head(features)).abs().max() < 1e-5 * pooled.abs().max()
 
 # %% [markdown]
 # **PaliGemma drops this head** and passes all patch vectors to the decoder. In the config this is the setting
-# `vision_use_head: false`, and the tower has no weights for a head. What would a single vector lose? We give the decoder
-# the mean at every position:
+# `vision_use_head: false`, and the tower has no weights for a head. What would a single vector lose? We give the
+# decoder the mean at every position:
 
 # %%
 assert not [name for name in model.vision_tower.state_dict() if "head" in name]
@@ -755,8 +755,8 @@ shown = ((weight - low) / (high - low))[largest].permute(0, 2, 3, 1)  # channels
 viz.image_row(list(shown), columns=8, title="24 of the 192 filters")
 
 # %% [markdown]
-# Many are soft blobs with one color next to its opposite. Such a filter responds where the color changes inside a patch.
-# The fine grain is noise: the training was too short to smooth it away. Large towers have cleaner filters
+# Many are soft blobs with one color next to its opposite. Such a filter responds where the color changes inside a
+# patch. The fine grain is noise: the training was too short to smooth it away. Large towers have cleaner filters
 # (arXiv:2010.11929, figure 7).
 #
 # **What a patch attends to** in each layer, averaged over the heads. The query is the patch at the center of the first
@@ -780,9 +780,9 @@ viz.attention_on_image(
 )
 
 # %% [markdown]
-# The weights show where a head reads from, not what it reads, so treat such figures as a hint. Three numbers are safe to
-# read: how much of its attention a patch spends on itself, on its neighbors and on all other patches. Uniform attention
-# would be 2%, 13% and 85%.
+# The weights show where a head reads from, not what it reads, so treat such figures as a hint. Three numbers are safe
+# to read: how much of its attention a patch spends on itself, on its neighbors and on all other patches. Uniform
+# attention would be 2%, 13% and 85%.
 
 # %%
 row_and_column = torch.stack([torch.arange(49) // 7, torch.arange(49) % 7], dim=1)
@@ -825,8 +825,8 @@ for name, other in (("the package", tower(pixels)), ("transformers", reference))
 # %% [markdown]
 # ## Recap
 #
-# * An image becomes P = (side / patch size)² vectors: each patch is flattened and multiplied by the same matrix. This is
-#   a convolution whose stride equals its kernel size.
+# * An image becomes P = (side / patch size)² vectors: each patch is flattened and multiplied by the same matrix. This
+#   is a convolution whose stride equals its kernel size.
 # * A learned table says where each patch is. Without it the tower cannot know the order of the patches. PaliGemma's
 #   decoder also has the order of its tokens.
 # * Layer norm works on one vector, batch norm on the batch.
