@@ -6,7 +6,7 @@
 # | | |
 # |---|---|
 # | know first | matrix products; what a layer with weights is |
-# | you will build | the parts of SigLIP's vision tower: patches, their embedding, layer norm, the pre-norm block, attention |
+# | you will build | the parts of SigLIP's vision tower: patch embedding, layer norm, pre-norm block, attention |
 # | runs on | CPU, nothing to download |
 
 # %%
@@ -231,7 +231,8 @@ scenes = [emoji.make_scene(seed, "validation") for seed in range(12)]
 def count_correct_captions():
     """How many captions are correct, and the first caption."""
     answers = minivlm.generate(model, processor, [s.image for s in scenes], "caption en")
-    return sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, scenes, strict=True)), answers[0]
+    correct = [emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, scenes, strict=True)]
+    return sum(correct), answers[0]
 
 
 def reshaped(pixel_values, weight, bias):
@@ -327,7 +328,7 @@ tables = {"learned": learned, "none": torch.zeros_like(learned)}
 cases = [(t, o) for o in orders for t in tables]
 results = {(t, o): count_correct_answers(tables[t], orders[o]) for t, o in tqdm(cases, unit="run")}
 for (t, o), (right, swapped) in results.items():
-    print(f"table {t:8} image tokens {o:9} correct {right:2}   left and right swapped {swapped:2}   of {len(questions)}")
+    print(f"table {t:8} image tokens {o:9} correct {right:2}, left and right swapped {swapped:2}, of {len(questions)}")
 assert results["learned", "in order"][0] > results["none", "shuffled"][0]
 
 # %% [markdown]
