@@ -375,7 +375,7 @@ assert torch.allclose(standardize(x, 1)[0], standardize(x, 1)[1])  # the second 
 # −1.5 / √1.25 = −1.34.
 #
 # **Layer norm** (arXiv:1607.06450) takes mean and variance over the numbers of one vector. **Batch norm**
-# (arXiv:1502.03167) takes them over the batch, separately for each of the numbers. So with batch norm, the result for
+# (arXiv:1502.03167) takes them over the batch, separately for each feature. So with batch norm, the result for
 # one image depends on the other images in its batch:
 
 # %%
@@ -486,8 +486,8 @@ viz.lines(curves, "Internal covariate shift", "training step", "standard deviati
 #
 # ## Exercise 3.4 · The pre-norm block
 #
-# Write one layer of the tower: attention, then the MLP, each with its own norm. All four arguments are functions that
-# you can call.
+# Write one layer of the tower: attention, then the MLP, each with its own norm. `norm1`, `attention`, `norm2` and `mlp`
+# are functions that you can call.
 #
 # <details><summary>Hint</summary>
 #
@@ -627,10 +627,10 @@ viz.lines(
 #
 # ## Every patch attends to every patch
 #
-# Start with one attention head. Each patch has a *query* (what it is looking for), a *key* (what it can be found by)
-# and a *value* (what it passes on). The score of a pair is the dot product of query and key, divided by √d, where d is
-# their dimension. For each query, a softmax turns its scores into weights that sum to 1, and the output is the weighted
-# mean of the values. Three patches, d = 2, one at a time:
+# Start with one attention head. Each patch has a *query* (what it is looking for), a *key* (what queries are matched
+# against) and a *value* (what it passes on). The score of a pair is the dot product of query and key, divided by √d,
+# where d is their dimension. For each query, a softmax turns its scores into weights that sum to 1, and the output is
+# the weighted mean of the values. Three patches, d = 2, one at a time:
 
 # %%
 import math

@@ -308,8 +308,9 @@ for text in ("caption en\n", "answer en how many zebras are there?", "Caption en
 #
 # PaliGemma adds tokens that no ordinary text contains:
 #
-# * `<loc0000>` … `<loc1023>`: positions along one side of the image. Four of them are a box.
-# * `<seg000>` … `<seg127>`: codes for shapes. Sixteen of them are the mask of an object (chapter 08 decodes them).
+# * `<loc0000>` … `<loc1023>`: positions along one side of the image. Four of them describe a box.
+# * `<seg000>` … `<seg127>`: codes for shapes. Sixteen of them describe the mask of an object (chapter 08 decodes
+#   them).
 #   There are **128**, not 108 as some explanations say. 108 is something else: the id of the newline in Gemma's
 #   vocabulary.
 # * `<image>`: a placeholder for one patch.
@@ -587,7 +588,7 @@ print(f"the package: all ids equal, largest difference between pixels {differenc
 assert difference < 1e-5
 
 # %% [markdown]
-# And the package with transformers, which opens the same folder:
+# Then we compare the package with transformers, which opens the same folder:
 
 # %%
 import transformers

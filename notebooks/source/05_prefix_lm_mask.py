@@ -398,9 +398,9 @@ exercises.score(sliding_window_mask, points=2, seed=1)
 # %%
 types = torch.tensor([[0] * 5 + [1] * 6])
 full, sliding = masks.attention_masks(torch.ones_like(types), types, queries=11, window=3)
-tokens = ["img1", "img2", "img3", "caption", "en", "a", "cat", "and", "two", "dogs", "<eos>"]
+names = ["img1", "img2", "img3", "caption", "en", "a", "cat", "and", "two", "dogs", "<eos>"]
 assert torch.equal(sliding[0, :5, :5], full[0, :5, :5])  # the prefix is unchanged
-viz.compare_masks({"layers 1, 3, 5 …": full[0], "layers 0, 2, 4 …, window 3": sliding[0]}, tokens)
+viz.compare_masks({"layers 1, 3, 5 …": full[0], "layers 0, 2, 4 …, window 3": sliding[0]}, names)
 
 # %% [markdown]
 # ## Attention weights over the mask
@@ -485,10 +485,9 @@ viz.compare_masks({"what the model does": used, "what the visualizer shows": sho
 #
 # **Three questions**
 #
-# <details><summary>1. A model writes two answers about one image. Neither should attend to the other. What is its
-# mask_ar?</summary>
+# <details><summary>1. Two answers about one image must not attend to each other. Which mask_ar does that?</summary>
 #
-# There is none: blocks are ordered, and a later block attends to all earlier ones. You need two rows of a batch, or a
+# None: blocks are ordered, and a later block attends to all earlier ones. You need two rows of a batch, or a
 # mask that does not follow this rule.
 #
 # </details>
