@@ -1,13 +1,12 @@
 # %% [markdown]
 # # 03 · Patch embedding
 #
-# **How does a picture become a sequence?**
+# **How does an image become a sequence?**
 #
 # | | |
 # |---|---|
-# | time | 100 minutes, 53 of them exercises |
 # | know first | matrix products; what a layer with weights is |
-# | you will build | the parts of SigLIP's vision tower: patches, their embedding, layer norm, the pre-norm block, attention |
+# | you will build | the parts of SigLIP's vision tower: patch embedding, layer norm, pre-norm block, attention |
 # | runs on | CPU, nothing to download |
 
 # %%
@@ -22,50 +21,50 @@ viz.you_are_here("03")
 # %% [markdown]
 # ## Predict first
 #
-# A transformer reads a sequence of vectors. A picture is a square of pixels. Decide, before you go on:
+# A transformer takes a sequence of vectors. An image is a grid of pixels. Before you go on, decide:
 #
-# 1. A picture of 224 × 224 pixels is cut into patches of 14 × 14. How many vectors is that, and how many for a picture
-#    of twice the side?
-# 2. Somebody shuffles the patches. Can a vision tower without position embeddings notice?
-# 3. Each block of the tower (attention, MLP) comes with a norm. Does it stand before the block or after it?
+# 1. An image of 224 × 224 pixels is cut into patches of 14 × 14. How many vectors is that? How many for an image twice
+#    as wide and twice as high?
+# 2. You shuffle the patches. Can a vision tower without position embeddings notice?
+# 3. Attention and MLP each come with a norm. Is the norm applied before them or after them?
 #
 # <details><summary>Answers, to open at the end of the chapter</summary>
 #
 # 1. (224 / 14)² = 16² = 256, and four times as many, 1024.
 # 2. No. The same vectors come out, shuffled in the same way.
-# 3. Before. Many explanations say after; the code and an experiment below say before.
+# 3. Before. Many explanations say after. The code and an experiment below show that it is before.
 #
 # </details>
 
 # %% [markdown]
-# ## A toy: sixteen pixels, four patches
+# ## A toy example: sixteen pixels, four patches
 #
-# `B` pictures of `C` colors, `H` rows and `W` columns are a tensor `[B, C, H, W]`. Here is one picture of one color,
-# with 4 × 4 pixels:
+# A batch of `B` images with `C` color channels, `H` rows and `W` columns is a tensor `[B, C, H, W]`. Here is one image
+# with one channel and 4 × 4 pixels:
 
 # %%
 tiny = torch.arange(16.0).reshape(1, 1, 4, 4)
 print(tiny[0, 0])
 
 # %% [markdown]
-# Cut into patches of 2 × 2 and read as a page is, it becomes the sequence 0 1 4 5, then 2 3 6 7, then 8 9 12 13, then
-# 10 11 14 15. Mind that 1 and 4 are neighbors in their patch, but not in memory.
+# Cut it into patches of 2 × 2 and read them like a page, left to right and top to bottom. You get the patches 0 1 4 5,
+# then 2 3 6 7, then 8 9 12 13, then 10 11 14 15. Note that 1 and 4 are neighbors in their patch, but not in memory.
 #
 # ### The slow loop
 #
-# Patch after patch, from the top left along the first row. Inside of a patch the order is color, row, column.
+# Take one patch at a time, row by row from the top left. Inside a patch the order is color, row, column.
 
 
 # %%
 def patchify_slowly(pixel_values, patch_size):
-    """[B, C, H, W] → [B, P, C·h·w], one patch after the other."""
+    """[B, C, H, W] → [B, P, C·h·w], one patch at a time."""
     H, W = pixel_values.shape[2:]
-    found = []
+    patches = []
     for top in range(0, H, patch_size):
         for left in range(0, W, patch_size):
             patch = pixel_values[:, :, top : top + patch_size, left : left + patch_size]
-            found.append(patch.flatten(1))
-    return torch.stack(found, dim=1)
+            patches.append(patch.flatten(1))
+    return torch.stack(patches, dim=1)
 
 
 slow = patchify_slowly(tiny, 2)
@@ -75,24 +74,25 @@ assert slow[0, 0].tolist() == [0, 1, 4, 5] and slow[0, 2].tolist() == [8, 9, 12,
 # %% [markdown]
 # ### See it
 #
-# A scene of our own, 112 × 112 pixels, cut into patches of 16 × 16, as the small model of this course does:
+# One of our emoji scenes, 112 × 112 pixels, cut into patches of 16 × 16. That is the patch size of the small model in
+# this course.
 
 # %%
 from minivlm import emoji
 
-many = (emoji.make_scene(seed, "validation") for seed in range(99))
-scene = next(s for s in many if len({thing.name for thing in s.objects}) == len(s.objects) == 2)
+candidates = (emoji.make_scene(seed, "validation") for seed in range(99))
+scene = next(s for s in candidates if len({obj.name for obj in s.objects}) == len(s.objects) == 2)
 viz.patch_grid(scene.image, 16)
 
 # %% [markdown]
-# ## Exercise 3.1 · Patchify ★★☆ (12 minutes)
+# ## Exercise 3.1 · Patchify
 #
-# The same without a loop. `patch_size` divides `H` and `W`.
+# Do the same without a loop. `H` and `W` are multiples of `patch_size`.
 #
 # <details><summary>Hint</summary>
 #
-# Split both sides: `reshape(B, C, H // p, p, W // p, p)` has the axes B, C, row of patches, row, column of patches,
-# column. `permute` them to B, row of patches, column of patches, C, row, column, then flatten two groups of axes.
+# Split both sides: `reshape(B, C, H // p, p, W // p, p)` has the axes B, C, patch row, row, patch column, column.
+# `permute` them to B, patch row, patch column, C, row, column, then flatten two groups of axes.
 #
 # </details>
 
@@ -103,8 +103,8 @@ def patchify(pixel_values, patch_size):
     ### BEGIN SOLUTION
     B, C, H, W = pixel_values.shape
     p = patch_size
-    cut = pixel_values.reshape(B, C, H // p, p, W // p, p)
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    split = pixel_values.reshape(B, C, H // p, p, W // p, p)
+    return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     ### END SOLUTION
 
 
@@ -115,14 +115,14 @@ exercises.score(patchify, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# From here on the chapter uses your function if it passed, and the package's if not:
+# From here on, the chapter uses your function if it passed, and the package's if it did not:
 
 # %%
 patchify = exercises.piece("patchify")
 assert torch.equal(patchify(tiny, 2), slow)
 
 # %% [markdown]
-# torch has it too, under the name *unfold*:
+# torch can do this too. It calls the operation *unfold*:
 
 # %%
 assert torch.equal(F.unfold(tiny, kernel_size=2, stride=2).transpose(1, 2), slow)
@@ -131,45 +131,46 @@ assert torch.equal(F.unfold(tiny, kernel_size=2, stride=2).transpose(1, 2), slow
 # ## From pixels to vectors: one matrix for all patches
 #
 # A patch of our model is 3 · 16 · 16 = 768 numbers. A matrix `[D, 768]` and a bias turn it into a vector of the tower's
-# width `D`. Every patch meets the same matrix, and each row of the matrix is a *filter*: a small picture that is
+# hidden size `D`. All patches share the same matrix. Each row of the matrix is a *filter*: a small image that is
 # compared with the patch.
 
 # %%
 import minivlm
 
-model = minivlm.PaliGemma.from_pretrained().requires_grad_(False)  # nothing is trained here
+model = minivlm.PaliGemma.from_pretrained().requires_grad_(False)  # this chapter does not train the model
 processor = minivlm.Processor.from_pretrained()
 tower = model.vision_tower.vision_model
 weight, bias = tower.embeddings.patch_embedding.weight, tower.embeddings.patch_embedding.bias
-pixels = processor.preprocess_images([scene.image])  # what this does is told in chapter 04
+pixels = processor.preprocess_images([scene.image])  # chapter 04 explains this step
 print("pixels", list(pixels.shape), " weight", list(weight.shape), " bias", list(bias.shape))
 
 # %% [markdown]
-# The weights have the shape `[D, C, h, w]` of a convolution. By its definition, with a stride (the step from one place
-# to the next) that is the size of the filter:
+# The weights have the shape `[D, C, h, w]` of a convolution. Its stride, the step from one position to the next, equals
+# the size of the filter. Written out from the definition:
 
 # %%
 by_hand = torch.empty(49, 5)  # the first five filters
-for number in range(49):
-    top, left = number // 7 * 16, number % 7 * 16
+for index in range(49):
+    top, left = index // 7 * 16, index % 7 * 16
     patch = pixels[0, :, top : top + 16, left : left + 16]
-    for k in range(5):
-        by_hand[number, k] = (patch * weight[k]).sum() + bias[k]
+    for d in range(5):
+        by_hand[index, d] = (patch * weight[d]).sum() + bias[d]
 
 as_convolution = F.conv2d(pixels, weight, bias, stride=16)
 print("convolution:", list(as_convolution.shape))
 assert (as_convolution[0, :5].flatten(1).T - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
 
 # %% [markdown]
-# ## Exercise 3.2 · The patch embedding ★☆☆ (8 minutes)
+# ## Exercise 3.2 · The patch embedding
 #
-# Convolution = unfold + one matrix product. Write it that way, with `patchify`, or with `F.conv2d`; the result is
+# A convolution is unfold plus one matrix product. Write it that way, with `patchify`, or use `F.conv2d`. The result is
 # `[B, P, D]`.
 #
 # <details><summary>Hint</summary>
 #
 # `weight.flatten(1)` is `[D, C·h·w]`, each row in the order of `patchify`. `F.linear(x, matrix, bias)` computes
-# `x @ matrix.T + bias`. With `F.conv2d` you get `[B, D, rows, columns]`: two axes must be flattened, then moved.
+# `x @ matrix.T + bias`. With `F.conv2d` you get `[B, D, rows, columns]`: flatten the last two axes, then swap the last
+# two of the result.
 #
 # </details>
 
@@ -192,14 +193,14 @@ exercises.score(embed_patches, points=2, seed=1)
 embed_patches = exercises.piece("embed_patches")
 patches = embed_patches(pixels, weight, bias)
 difference = (patches - as_convolution.flatten(2).transpose(1, 2)).abs().max()
-print(f"unfold + matmul {list(patches.shape)}, largest difference to the convolution {difference:.1e}")
+print(f"unfold + matmul {list(patches.shape)}, largest difference from the convolution {difference:.1e}")
 assert difference < 1e-5 * patches.abs().max()
 
 # %% [markdown]
 # ### How many tokens
 #
-# 256 = (224 / 14)²: the number of image tokens of PaliGemma. It grows with the square of the picture's side, and the work
-# of attention, which compares all with all, grows with its fourth power.
+# PaliGemma has 256 = (224 / 14)² image tokens. The number of tokens grows with the square of the image's side.
+# Attention compares all tokens with all tokens, so its cost grows with the fourth power.
 
 # %%
 from minivlm.config import SiglipVisionConfig
@@ -212,23 +213,26 @@ for side, patch_size in ((112, 16), (224, 14), (448, 14), (896, 14)):
 # %% [markdown]
 # ## Break it: a reshape that fits and is wrong
 #
-# A convolution gives `[B, D, rows, columns]`, the sequence wants `[B, P, D]`. Both of these have the right shape:
+# A convolution returns `[B, D, rows, columns]`, but the sequence has to be `[B, P, D]`. Both of these have the right
+# shape:
 #
-# * `x.flatten(2).transpose(1, 2)` moves the axes;
-# * `x.flatten(2).reshape(B, P, D)` cuts the same memory in another way: every "patch" is now a piece of one filter's
-#   answers.
+# * `x.flatten(2).transpose(1, 2)` moves the axes.
+# * `x.flatten(2).reshape(B, P, D)` cuts the same memory in a different way. Every "patch" is now a stretch of one
+#   filter's outputs.
 #
-# Nothing crashes. What the model says of twelve scenes:
+# Neither crashes. Here is what each does to the model's captions of twelve scenes:
 
 # %%
 from unittest.mock import patch as replace
 
-some = [emoji.make_scene(seed, "validation") for seed in range(12)]
+scenes = [emoji.make_scene(seed, "validation") for seed in range(12)]
 
 
-def captions_right():
-    answers = minivlm.generate(model, processor, [s.image for s in some], "caption en")
-    return sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True)), answers[0]
+def count_correct_captions():
+    """How many captions are correct, and the first caption."""
+    answers = minivlm.generate(model, processor, [s.image for s in scenes], "caption en")
+    correct = [emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, scenes, strict=True)]
+    return sum(correct), answers[0]
 
 
 def reshaped(pixel_values, weight, bias):
@@ -237,79 +241,82 @@ def reshaped(pixel_values, weight, bias):
 
 
 # %%
-right, answer = captions_right()
+correct, first = count_correct_captions()
 with replace.object(siglip, "embed_patches", reshaped):
-    wrong, nonsense = captions_right()
-print(f"transposed: {right} of {len(some)} captions right, the first: {answer}")
-print(f"reshaped:   {wrong} of {len(some)} captions right, the first: {nonsense}")
-assert wrong < right
+    correct_reshaped, nonsense = count_correct_captions()
+print(f"transposed: {correct} of {len(scenes)} captions correct, the first: {first}")
+print(f"reshaped:   {correct_reshaped} of {len(scenes)} captions correct, the first: {nonsense}")
+assert correct_reshaped < correct
 
 # %% [markdown]
-# Fluent, and about nothing. The decoder still writes captions; they no longer depend on the picture in any way that makes
-# sense.
+# No error, no warning, and nonsense instead of captions. The decoder still gets 49 vectors of the right size, but none
+# of them describes a patch.
 #
-# ## Where a patch stands: position embeddings
+# ## Where each patch is: position embeddings
 #
-# Nothing so far says *where* a patch was. SigLIP learns a table `[P, D]`, one vector a place, and adds it:
+# So far nothing says *where* in the image a patch was. SigLIP learns a table `[P, D]`, one vector per position, and
+# adds it:
 
 # %%
-table = tower.embeddings.position_embedding.weight
+position_table = tower.embeddings.position_embedding.weight
 embedded = tower.embeddings(pixels)
-assert table.shape == (49, 192)
-assert torch.allclose(embedded, patches + table, rtol=1e-5, atol=1e-5)
+assert position_table.shape == (49, 192)
+assert torch.allclose(embedded, patches + position_table, rtol=1e-5, atol=1e-5)
 
 # %% [markdown]
-# ### What is lost without them, exactly
+# ### What the tower loses without them
 #
-# Attention takes weighted means over patches, and everything else in the tower works on each patch alone. Neither
-# knows an order. So without the table, shuffled patches give the same vectors, shuffled; and if a picture is summed up
-# in one vector, the mean of all, no trace of the order is left:
+# Attention takes weighted means over the patches, and everything else in the tower works on each patch separately.
+# Neither depends on the order of the patches. So without the table, shuffled patches produce the same vectors,
+# shuffled. If we then average them into one vector for the whole image, no trace of the order is left:
 
 # %%
 shuffle = torch.randperm(49, generator=torch.Generator().manual_seed(0))
-seen, seen_shuffled = tower.encoder(patches), tower.encoder(patches[:, shuffle])
-assert (seen[:, shuffle] - seen_shuffled).abs().max() < 1e-5 * seen.abs().max()
-same = (seen.mean(1) - seen_shuffled.mean(1)).norm() / seen.mean(1).norm()
+out, out_shuffled = tower.encoder(patches), tower.encoder(patches[:, shuffle])
+assert (out[:, shuffle] - out_shuffled).abs().max() < 1e-5 * out.abs().max()
+without_table = (out.mean(1) - out_shuffled.mean(1)).norm() / out.mean(1).norm()
 
-placed, placed_shuffled = tower.encoder(patches + table), tower.encoder(patches[:, shuffle] + table)
-other = (placed.mean(1) - placed_shuffled.mean(1)).norm() / placed.mean(1).norm()
-print("mean vector of a picture and of its shuffled patches, relative difference:")
-print(f"without the table {same:.0e}, with it {other:.3f}")
-assert same < 1e-5 < other
+out, out_shuffled = tower.encoder(patches + position_table), tower.encoder(patches[:, shuffle] + position_table)
+with_table = (out.mean(1) - out_shuffled.mean(1)).norm() / out.mean(1).norm()
+print("relative difference between the mean vectors of an image and of its shuffled patches:")
+print(f"without the table {without_table:.0e}, with it {with_table:.3f}")
+assert without_table < 1e-5 < with_table
 
 # %% [markdown]
-# ### What is lost without them, in the whole model
+# ### What the whole model loses without them
 #
-# PaliGemma does not sum up: all patch vectors go on to the decoder, in reading order, and the decoder has positions of its
-# own (RoPE, chapter 06). So it has two sources that tell left from right: the table and the order of the image tokens.
-# We take away one, the other, and both, and put questions such as "where is the cat?":
+# PaliGemma does not average. All patch vectors go on to the decoder in reading order, and the decoder has positions of
+# its own (RoPE, chapter 06). So two sources tell left from right: the table and the order of the image tokens. We
+# remove the table, change the order, do both, and ask questions such as "where is the cat?":
 
 # %%
-scenes_asked = [emoji.make_scene(seed, "validation") for seed in range(40)]
 SWAP = {"left": "right", "right": "left"}
 
 
-def mirrored(place):
-    return " ".join(SWAP.get(word, word) for word in place.split())
+def swap_left_right(answer):
+    return " ".join(SWAP.get(word, word) for word in answer.split())
 
 
-asked = [
-    (s, e) for s in scenes_asked for e in s.examples if e.kind == "where" and mirrored(e.answers[0]) != e.answers[0]
+questions = [
+    (s, e)
+    for s in (emoji.make_scene(seed, "validation") for seed in range(40))
+    for e in s.examples
+    if e.kind == "where" and swap_left_right(e.answers[0]) != e.answers[0]
 ]
-print(len(asked), "questions, such as:", asked[0][1].prompt, "→", asked[0][1].answers[0])
+print(len(questions), "questions, such as:", questions[0][1].prompt, "→", questions[0][1].answers[0])
 
 # %%
-learned, encode = table.clone(), model.encode_image
+learned, encode = position_table.clone(), model.encode_image
 
 
-def ask(positions, order):
-    """Answers with this position table, the image tokens handed to the decoder in this order."""
-    table.data = positions
+def count_correct_answers(table, order):
+    """With this position table and this order of the image tokens: correct answers, and those with left ↔ right."""
+    position_table.data = table
     with replace.object(model, "encode_image", lambda x: encode(x)[:, order]):
-        answers = minivlm.generate(model, processor, [s.image for s, _ in asked], [e.prompt for _, e in asked])
-    table.data = learned
-    truths = [e.answers[0] for _, e in asked]
-    return [sum(a == f(t) for a, t in zip(answers, truths, strict=True)) for f in (str, mirrored)]
+        answers = minivlm.generate(model, processor, [s.image for s, _ in questions], [e.prompt for _, e in questions])
+    position_table.data = learned
+    truths = [e.answers[0] for _, e in questions]
+    return [sum(a == f(t) for a, t in zip(answers, truths, strict=True)) for f in (str, swap_left_right)]
 
 
 # %%
@@ -319,72 +326,79 @@ reading = torch.arange(49)
 orders = {"in order": reading, "mirrored": reading.view(7, 7).flip(1).flatten(), "shuffled": shuffle}
 tables = {"learned": learned, "none": torch.zeros_like(learned)}
 cases = [(t, o) for o in orders for t in tables]
-found = {(t, o): ask(tables[t], orders[o]) for t, o in tqdm(cases, unit="run")}
-for (t, o), (true, swapped) in found.items():
-    print(f"table {t:8} image tokens {o:9} right {true:2}   right but for left and right {swapped:2}   of {len(asked)}")
-assert found["learned", "in order"][0] > found["none", "shuffled"][0]
+results = {(t, o): count_correct_answers(tables[t], orders[o]) for t, o in tqdm(cases, unit="run")}
+for (t, o), (right, swapped) in results.items():
+    print(f"table {t:8} image tokens {o:9} correct {right:2}, left and right swapped {swapped:2}, of {len(questions)}")
+assert results["learned", "in order"][0] > results["none", "shuffled"][0]
 
 # %% [markdown]
-# Read it like this. Between the first two lines lies what the table alone is worth: if it is little, the decoder has made
-# up for the loss, since it still counts its tokens. In the mirrored lines, an answer that is right but for left and right
-# says that the decoder believed the order of the tokens. In the last line both sources are gone: the decoder reads the
-# places off an order that has nothing to do with the picture, so it is right only by chance.
+# How to read this:
 #
-# So the sentence "without position embeddings the model cannot tell left from right" is exact for a tower whose vectors
-# are summed up, as SigLIP is trained, and not for PaliGemma as a whole: there the order of the tokens tells the places,
-# too.
+# * **In order**: the gap between the two lines is what the table alone contributes. There is hardly any, because the
+#   decoder still knows the order of its tokens.
+# * **Mirrored**: the answers are correct except that left and right are swapped. The decoder believes the order of the
+#   tokens, even against the table.
+# * **Shuffled**: the order no longer says anything about the image. Answers are correct only by chance, and the table
+#   does not save them.
 #
-# What did the table learn to tell apart? Each small map compares the embedding of one place with those of all 49. In the
-# tables of large towers, neighbors and places of one row or column are alike (arXiv:2010.11929, figure 7). Ours has
-# less to do, for the reason above, and learned mainly one thing: the rim of the picture against its inside.
+# People say that without position embeddings a model cannot tell left from right. That is exactly true of a tower whose
+# vectors are pooled into one, which is how SigLIP is trained. It is not true of PaliGemma as a whole, where the order
+# of the image tokens carries the positions, too.
+#
+# What did the table learn to tell apart? Each small map compares the embedding of one position with all 49. In large
+# towers, the embeddings of neighbors and of positions in the same row or column are similar (arXiv:2010.11929,
+# figure 7). Our table has less to do, as you just saw, and learned mainly one thing: the border of the image versus its
+# interior.
 
 # %%
-viz.position_similarity(table, title="Learned positions: which places are alike?")
+viz.position_similarity(position_table, title="Learned positions: which ones are similar?")
 
 # %% [markdown]
 # ## Norms: keeping numbers in range
 #
-# Between the blocks of the tower stand norms. Three pictures, four numbers each:
+# The tower normalizes its vectors again and again. Here is a batch of three images, four numbers each:
 
 # %%
 x = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [0, 0, 6, 6]])
 
 
-def standardise(x, axis):
+def standardize(x, axis):
     return (x - x.mean(axis, keepdim=True)) / x.std(axis, keepdim=True, unbiased=False)
 
 
-print("layer norm, each row by itself:\n", standardise(x, 1))
-print("batch norm, each column by itself:\n", standardise(x, 0))
-assert torch.allclose(standardise(x, 1)[0], standardise(x, 1)[1])  # the second row is ten times the first
+print("layer norm, each row separately:\n", standardize(x, 1))
+print("batch norm, each column separately:\n", standardize(x, 0))
+assert torch.allclose(standardize(x, 1)[0], standardize(x, 1)[1])  # the second row is ten times the first
 
 # %% [markdown]
-# By hand, the first row: mean 2.5, variance (1.5² + 0.5² + 0.5² + 1.5²) / 4 = 1.25, so 1 becomes −1.5 / √1.25 = −1.34.
+# By hand, the first row: the mean is 2.5 and the variance (1.5² + 0.5² + 0.5² + 1.5²) / 4 = 1.25, so 1 becomes
+# −1.5 / √1.25 = −1.34.
 #
 # **Layer norm** (arXiv:1607.06450) takes mean and variance over the numbers of one vector. **Batch norm**
-# (arXiv:1502.03167) takes them over the batch, one number at a time. So with batch norm, what is computed for a picture
-# depends on the company it is in:
+# (arXiv:1502.03167) takes them over the batch, separately for each feature. So with batch norm, the result for
+# one image depends on the other images in its batch:
 
 # %%
-company = x.clone()
-company[2] = 100.0  # another third picture
+other_batch = x.clone()
+other_batch[2] = 100.0  # a different third image
 for name, axis in (("layer norm", 1), ("batch norm", 0)):
-    before, after = standardise(x, axis)[0], standardise(company, axis)[0]
-    print(f"{name}: the first picture changes by at most {(before - after).abs().max():.2f}")
-assert torch.equal(standardise(x, 1)[0], standardise(company, 1)[0])
+    before, after = standardize(x, axis)[0], standardize(other_batch, axis)[0]
+    print(f"{name}: the numbers of the first image change by at most {(before - after).abs().max():.2f}")
+assert torch.equal(standardize(x, 1)[0], standardize(other_batch, 1)[0])
 
 # %% [markdown]
-# Batch norm therefore keeps running means for later use, behaves differently in training and in use, and needs large
-# batches. Transformers use layer norm or its relatives.
+# That is why batch norm keeps running statistics for inference, behaves differently in training and inference, and
+# needs large batches. Transformers use layer norm or a relative of it.
 #
-# ## Exercise 3.3 · Layer norm ★☆☆ (8 minutes)
+# ## Exercise 3.3 · Layer norm
 #
-# Each vector (the last axis) gets mean 0 and variance 1, then each of its D numbers a learned scale, `weight`, and shift,
-# `bias`. To spare a division by zero, the variance is increased by a small number, `eps`, before the root.
+# Each vector (the last axis) gets mean 0 and variance 1. Then each of its D numbers gets a learned scale, `weight`, and
+# a learned shift, `bias`. To avoid a division by zero, add a small number, `eps`, to the variance before you take the
+# square root.
 #
 # <details><summary>Hint</summary>
 #
-# `x.mean(-1, keepdim=True)`, `x.var(-1, keepdim=True, unbiased=False)`: divided by D, not by D − 1.
+# `x.mean(-1, keepdim=True)` and `x.var(-1, keepdim=True, unbiased=False)`, which divides by D, not by D − 1.
 #
 # </details>
 
@@ -408,9 +422,10 @@ exercises.score(layer_norm, points=2, seed=1)
 # %% [markdown]
 # ### Internal covariate shift
 #
-# Batch norm was invented with this reason: while a network learns, each layer's input keeps changing, because the layers
-# before it learn too. Its authors called that *internal covariate shift*. Six small layers learn a function, without a
-# norm and with either; we watch the spread of what the sixth one receives. First the network, cut before its sixth layer:
+# Batch norm was invented for this reason: while a network trains, the input of each layer keeps changing, because the
+# layers before it train too. The authors called that *internal covariate shift*. We train a network of six small layers
+# three times, with no norm, with batch norm and with layer norm, and track the spread of the input of layer 6. First
+# the network, split before layer 6:
 
 
 # %%
@@ -418,7 +433,7 @@ from torch import nn
 
 
 def build(norm):
-    """256 random inputs; five layers and the norm of the sixth; the sixth and an output layer."""
+    """256 random inputs; layers 1 to 5 and the norm of layer 6; layer 6 and an output layer."""
     torch.manual_seed(0)
     linear = [nn.Linear(32, 32) for _ in range(6)]
     for layer in linear:
@@ -429,15 +444,15 @@ def build(norm):
 
 
 # %%
-def watch(norm, steps=200):
-    """Trains six layers; returns the standard deviation of what the last one receives at each step, and the loss."""
+def train(norm, steps=200):
+    """Train the network; return the standard deviation of layer 6's input at each step, and the final loss."""
     x, before, last = build(norm)
     optimizer = torch.optim.SGD([*before.parameters(), *last.parameters()], lr=0.05, momentum=0.9)
     spread = []
     for _ in range(steps):
-        received = before(x)
-        spread.append(received.std().item())
-        loss = F.mse_loss(last(received), torch.sin(2 * x[:, :4]))
+        hidden = before(x)
+        spread.append(hidden.std().item())
+        loss = F.mse_loss(last(hidden), torch.sin(2 * x[:, :4]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -446,36 +461,37 @@ def watch(norm, steps=200):
 
 # %%
 norms = {"no norm": nn.Identity, "batch norm": nn.BatchNorm1d, "layer norm": nn.LayerNorm}
-watched = {name: watch(norm) for name, norm in tqdm(norms.items(), unit="network")}
-for name, (spread, loss) in watched.items():
-    print(f"{name:10} smallest spread {min(spread):.2f}, largest {max(spread):.2f}   loss at the end {loss:.4f}")
-ratio = {name: max(spread) / min(spread) for name, (spread, _) in watched.items()}
+runs = {name: train(norm) for name, norm in tqdm(norms.items(), unit="network")}
+for name, (spread, loss) in runs.items():
+    print(f"{name:10} smallest spread {min(spread):.2f}, largest {max(spread):.2f}   final loss {loss:.4f}")
+ratio = {name: max(spread) / min(spread) for name, (spread, _) in runs.items()}
 assert ratio["no norm"] > 1.4 and max(ratio["batch norm"], ratio["layer norm"]) < 1.2
-curves = {name: (range(len(spread)), spread) for name, (spread, _) in watched.items()}
+curves = {name: (range(len(spread)), spread) for name, (spread, _) in runs.items()}
 viz.lines(curves, "Internal covariate shift", "training step", "standard deviation of the input of layer 6")
 
 # %% [markdown]
-# The shift is real, norms stop it, and training goes better. Whether it goes better *because* of that is disputed: later
-# work (arXiv:1805.11604) put noise behind the norms, so that the shift came back, and training was as good; it credits
-# a smoother loss instead.
+# The shift is real, both norms stop it, and the loss ends up lower. Whether it is lower *because* the shift stopped is
+# disputed. Later work (arXiv:1805.11604) added noise after the norms so that the shift came back, and training went
+# just as well. The authors credit a smoother loss landscape instead.
 #
 # ## Pre-norm or post-norm?
 #
-# Around each block runs a *residual connection*: what the block computes is added to the *stream*, the vectors that flow
-# through the tower. The norm can stand in two places:
+# Attention and MLP are the two *sublayers* of a layer. Each has a *residual connection*: its output is added to the
+# *residual stream*, the vectors that flow through the tower. There are two places for the norm:
 #
-# | | the formula | stands in |
+# | | formula | used in |
 # |---|---|---|
-# | post-norm | `x = norm(x + block(x))` | the first transformer (arXiv:1706.03762), BERT |
-# | pre-norm | `x = x + block(norm(x))` | ViT (arXiv:2010.11929), SigLIP, Gemma |
+# | post-norm | `x = norm(x + sublayer(x))` | the first transformer (arXiv:1706.03762), BERT |
+# | pre-norm | `x = x + sublayer(norm(x))` | ViT (arXiv:2010.11929), SigLIP, Gemma |
 #
-# ## Exercise 3.4 · The pre-norm block ★★☆ (7 minutes)
+# ## Exercise 3.4 · The pre-norm block
 #
-# One layer of the tower: attention, then the MLP, each with a norm of its own. All four are functions that you can call.
+# Write one layer of the tower: attention, then the MLP, each with its own norm. `norm1`, `attention`, `norm2` and `mlp`
+# are functions that you can call.
 #
 # <details><summary>Hint</summary>
 #
-# Two lines. The stream `x` itself never goes through a norm.
+# Two lines. The residual stream `x` itself is never normalized.
 #
 # </details>
 
@@ -498,8 +514,8 @@ exercises.score(pre_norm_block, points=2, seed=1)
 # %% [markdown]
 # ### Which one is SigLIP?
 #
-# Common explanations of PaliGemma, among them the blog that this course grew from, draw SigLIP as post-norm. The names of
-# the weights may be the reason: one of them has "post" in it.
+# Common explanations of PaliGemma, among them the blog that this course grew from, draw SigLIP as post-norm. The reason
+# may be the names of the weights: one of them contains "post".
 
 # %%
 import re
@@ -508,8 +524,8 @@ names = {re.sub(r"\.\d+", ".0", name) for name in model.vision_tower.state_dict(
 print(*sorted(names), sep="\n")
 
 # %% [markdown]
-# That one comes once, after the last layer. The order inside of a layer does not show in names; it shows in the code that
-# transformers runs:
+# That one exists only once, after the last layer. Names do not show the order inside a layer. The code in transformers
+# does:
 
 # %%
 import inspect
@@ -520,8 +536,8 @@ source = inspect.getsource(SiglipEncoderLayer.forward)
 print(source[source.index("        residual =") :])
 
 # %% [markdown]
-# First the norm, then the block, then the sum: pre-norm. And by experiment: one layer of ours in both orders, against the
-# same layer in transformers.
+# First the norm, then the sublayer, then the sum: pre-norm. Now the experiment: we run one of our layers in both orders
+# and compare with the same layer in transformers.
 
 # %%
 import transformers
@@ -542,26 +558,27 @@ def post_norm_block(x, norm1, attention, norm2, mlp):
 
 
 layer = tower.encoder.layers[0]
-pieces = (layer.layer_norm1, layer.self_attn, layer.layer_norm2, layer.mlp)
+parts = (layer.layer_norm1, layer.self_attn, layer.layer_norm2, layer.mlp)
 with torch.no_grad():
-    truth = their_tower.encoder.layers[0](embedded, attention_mask=None)
+    reference = their_tower.encoder.layers[0](embedded, attention_mask=None)
 pre, post = (
-    float((block(embedded, *pieces) - truth).abs().max() / truth.abs().max())
+    float((block(embedded, *parts) - reference).abs().max() / reference.abs().max())
     for block in (pre_norm_block, post_norm_block)
 )
-print(f"largest relative difference to transformers: pre-norm {pre:.1e}, post-norm {post:.1e}")
+print(f"largest relative difference from transformers: pre-norm {pre:.1e}, post-norm {post:.1e}")
 assert pre < 1e-5 and post > 0.01
 
 # %% [markdown]
 # ### Why it matters: depth
 #
-# Towers with random weights, from 3 to 48 layers (SigLIP So400m has 27). Of each we take the spread of the stream at the
-# end, how much of the input is still in it (the cosine with the input), and the gradient that the last layer's weights get.
+# We build towers with random weights and 3 to 48 layers (SigLIP So400m has 27). For each one we measure the spread of
+# the residual stream at the end, how much of the input is left in it (its cosine with the input), and the gradient of
+# the last layer's weights.
 
 
 # %%
 def measure(depth, block):
-    """Spread of the stream, its cosine with the input, and the norm of the gradient of the last layer's weights."""
+    """Spread of the residual stream, its cosine with the input, and the gradient norm of the last layer's weights."""
     torch.manual_seed(0)
     config = SiglipVisionConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=depth, num_attention_heads=4)
     encoder = siglip.SiglipEncoder(config).apply(siglip.init_linear)
@@ -575,17 +592,17 @@ def measure(depth, block):
 
 # %%
 depths = [3, 6, 12, 24, 48]
-kinds = {"pre-norm": pre_norm_block, "post-norm": post_norm_block}
-measured = {name: [measure(d, f) for d in tqdm(depths, desc=name, unit="tower")] for name, f in kinds.items()}
+blocks = {"pre-norm": pre_norm_block, "post-norm": post_norm_block}
+measured = {name: [measure(d, f) for d in tqdm(depths, desc=name, unit="tower")] for name, f in blocks.items()}
 for name, rows in measured.items():
     for depth, (spread, cosine, gradient) in zip(depths, rows, strict=True):
-        print(f"{name:9} {depth:2} layers: spread {spread:5.2f}   input left {cosine:5.2f}   gradient {gradient:5.2f}")
+        print(f"{name:9} {depth:2} layers: spread {spread:5.2f}   cosine {cosine:5.2f}   gradient {gradient:5.2f}")
 assert measured["pre-norm"][-1][0] > 3 and abs(measured["post-norm"][-1][0] - 1) < 0.01
 
 # %%
 viz.lines(
     {name: (depths, [spread for spread, _, _ in rows]) for name, rows in measured.items()},
-    "Spread of the stream behind the last layer",
+    "Spread of the residual stream after the last layer",
     "layers",
     "standard deviation",
 )
@@ -599,20 +616,21 @@ viz.lines(
 )
 
 # %% [markdown]
-# * **Pre-norm**: every block adds about as much, so the stream grows with the root of the depth, and part of the input
-#   reaches the end. The gradient of a layer shrinks with the root of the depth, as the next norm divides the grown
-#   stream. No depth makes the first steps too large, so pre-norm can be trained without a warm-up (arXiv:2002.04745).
-#   It takes one last norm to bring the stream back to size: that is `post_layernorm`.
-# * **Post-norm**: every norm brings the stream back to 1 and thins what was there before, until nothing of the input is
-#   left. The last layers' gradient is as large at 48 layers as at 3. That is why post-norm transformers need a careful
-#   warm-up of the learning rate (arXiv:2002.04745, which proves both laws of the gradient).
+# * **Pre-norm**: every sublayer adds about the same amount, so the residual stream grows with the square root of the
+#   depth, and part of the input reaches the end. The last norm divides by that larger stream, so the gradient of the
+#   last layer shrinks with the square root of the depth. Early updates do not get too large at any depth, so pre-norm
+#   trains without a warm-up (arXiv:2002.04745). It needs one last norm to bring the stream back to size:
+#   `post_layernorm`.
+# * **Post-norm**: every norm brings the stream back to size 1 and shrinks what was there before, until nothing of the
+#   input is left. The gradient of the last layer is about as large at 48 layers as at 3. That is why post-norm
+#   transformers need a careful warm-up of the learning rate (arXiv:2002.04745 proves both gradient laws).
 #
-# ## Every patch looks at every patch
+# ## Every patch attends to every patch
 #
-# Attention, for one head: each patch has a *query* (what it looks for), a *key* (what it offers to be found by) and a
-# *value* (what it gives). The score of a pair is the dot product of query and key, divided by √d, where d is their width. A
-# softmax makes the scores of one query sum to 1; with these weights it takes the mean of the values. Three patches, d = 2,
-# one after the other:
+# Start with one attention head. Each patch has a *query* (what it is looking for), a *key* (what queries are matched
+# against) and a *value* (what it passes on). The score of a pair is the dot product of query and key, divided by √d,
+# where d is their dimension. For each query, a softmax turns its scores into weights that sum to 1, and the output is
+# the weighted mean of the values. Three patches, d = 2, one at a time:
 
 # %%
 import math
@@ -629,20 +647,20 @@ print(weights.round(decimals=2))
 assert torch.allclose(slow, (q @ k.T / math.sqrt(2)).softmax(-1) @ v, rtol=1e-5)
 
 # %% [markdown]
-# There is no mask: attention in the tower is *bidirectional*. Text is written from left to right; a picture is all there
-# at once, and its upper left corner may look at its lower right one.
+# There is no mask: attention in the tower is *bidirectional*. Text is written from left to right, but an image is there
+# all at once, and its top left corner can attend to its bottom right corner.
 #
-# With several *heads*, the D numbers are split into N groups of d = D / N, and each group does this by itself, with weights
-# of its own. The results are put side by side again.
+# With several *heads*, the D numbers are split into N groups of d = D / N. Each group does this on its own, with its
+# own attention weights, and the results are concatenated.
 #
-# ## Exercise 3.5 · Bidirectional attention ★★★ (18 minutes)
+# ## Exercise 3.5 · Bidirectional attention
 #
-# `q`, `k` and `v` are `[B, P, D]`; head 0 owns the first d numbers of each, head 1 the next d, and so on.
+# `q`, `k` and `v` are `[B, P, D]`. Head 0 has the first d numbers of each vector, head 1 the next d, and so on.
 #
 # <details><summary>Hint</summary>
 #
 # `x.unflatten(-1, (num_heads, -1))` is `[B, P, N, d]`. Matrix products work on the last two axes, so move N before P.
-# `k.transpose(-1, -2)` turns the keys. At the end the heads must be moved back before they are flattened.
+# `k.transpose(-1, -2)` transposes the keys. At the end, move the heads back before you flatten them.
 #
 # </details>
 
@@ -668,18 +686,17 @@ bidirectional_attention = exercises.piece("bidirectional_attention")
 assert torch.allclose(bidirectional_attention(q[None], k[None], v[None], 1)[0], slow, rtol=1e-5)
 
 # %% [markdown]
-# ## One vector for a whole picture: three ways
+# ## One vector for a whole image: three ways
 #
-# CLIP and SigLIP compare pictures with texts (chapters 01 and 02), so they need *one* vector a picture.
+# CLIP and SigLIP compare images with texts (chapters 01 and 02), so they need *one* vector per image.
 #
-# * **[class] token** (BERT, ViT, CLIP): a learned vector goes in front of the patches and through the tower; what comes
-#   out in its place stands for the picture.
-# * **Mean**: of all patches.
-# * **Attention pooling** (SigLIP): a learned query, the *probe*, looks at all patches once, at the end.
+# * **[class] token** (BERT, ViT, CLIP): put a learned vector in front of the patches. Its output represents the image.
+# * **Mean**: average all patch vectors.
+# * **Attention pooling** (SigLIP): a learned query, the *probe*, attends to all patches once, at the end.
 
 # %%
 generator = torch.Generator().manual_seed(0)
-learned_vector = torch.randn(1, 1, 192, generator=generator)  # stands for what training would find
+learned_vector = torch.randn(1, 1, 192, generator=generator)  # random here; training would learn it
 
 with_class = torch.cat([learned_vector, embedded], dim=1)  # [1, 1 + 49, 192]
 by_class = tower.encoder(with_class)[:, 0]
@@ -689,8 +706,8 @@ by_attention = bidirectional_attention(learned_vector, features, features, 4)[:,
 assert by_class.shape == by_mean.shape == by_attention.shape == (1, 192)
 
 # %% [markdown]
-# SigLIP's own head has matrices for query, key and value, and an MLP behind. The one in transformers, with random weights,
-# and its attention done with yours:
+# SigLIP's own head also has matrices for query, key and value, and an MLP at the end. Here is the one from
+# transformers, with random weights, and your function doing its attention:
 
 # %%
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
@@ -705,80 +722,81 @@ print("SigLIP's head:", list(features.shape), "→", list(pooled[:, 0].shape))
 assert (pooled[:, 0] - head(features)).abs().max() < 1e-5 * pooled.abs().max()
 
 # %% [markdown]
-# **PaliGemma throws this head away** and hands all patch vectors to the decoder. In the files this is the setting
-# `vision_use_head: false`, and the tower has no weights of a head. What would be lost with a single vector? We give the
-# decoder the mean in every place:
+# **PaliGemma drops this head** and passes all patch vectors to the decoder. In the config this is the setting
+# `vision_use_head: false`, and the tower has no weights for a head. What would a single vector lose? We give the
+# decoder the mean at every position:
 
 # %%
 assert not [name for name in model.vision_tower.state_dict() if "head" in name]
 
 
-def mean_only(pixel_values):
+def encode_to_mean(pixel_values):
     features = encode(pixel_values)
     return features.mean(1, keepdim=True).expand_as(features)
 
 
-with replace.object(model, "encode_image", mean_only):
-    pooled_right, _ = captions_right()
-print(f"captions right, of {len(some)}: all patches {right}, their mean {pooled_right}")
-assert pooled_right < right
+with replace.object(model, "encode_image", encode_to_mean):
+    correct_pooled, _ = count_correct_captions()
+print(f"correct captions, of {len(scenes)}: all patches {correct}, their mean {correct_pooled}")
+assert correct_pooled < correct
 
 # %% [markdown]
-# To be fair: this model never learned to live with a mean. But also one that did would have to hold in 192 numbers what now
-# stands in 49 × 192.
+# To be fair, this model was never trained on a mean. But even a model that was would have to fit into 192 numbers what
+# now takes 49 × 192.
 #
-# ## The trained tower, opened
+# ## Inside the trained tower
 #
-# **The filters** of the patch embedding with the largest weights, each stretched to its own range of colors. What do they
-# look for?
+# **The filters** of the patch embedding. These are the ones with the largest weights, each stretched to the full color
+# range. What do they respond to?
 
 # %%
 largest = weight.flatten(1).norm(dim=1).topk(24).indices
 low, high = weight.amin((1, 2, 3), keepdim=True), weight.amax((1, 2, 3), keepdim=True)
-shown = ((weight - low) / (high - low))[largest].permute(0, 2, 3, 1)  # colors last, as pictures have them
+shown = ((weight - low) / (high - low))[largest].permute(0, 2, 3, 1)  # channels last, for plotting
 viz.image_row(list(shown), columns=8, title="24 of the 192 filters")
 
 # %% [markdown]
-# Soft blobs, one color beside its opposite: such a filter answers where the color changes inside of a patch. The fine
-# grain is noise that so little training did not smooth away; large towers have cleaner ones (arXiv:2010.11929, figure
-# 7).
+# Many are soft blobs with one color next to its opposite. Such a filter responds where the color changes inside a
+# patch. The fine grain is noise: the training was too short to smooth it away. Large towers have cleaner filters
+# (arXiv:2010.11929, figure 7).
 #
-# **What a patch attends to**, in each layer, as the mean of its heads. The patch that looks is the one in the middle of
-# the first object; the orange frame marks the patch that it looks at most:
+# **What a patch attends to** in each layer, averaged over the heads. The query is the patch at the center of the first
+# object. The orange frame marks the patch that gets the most weight:
 
 # %%
 weights = viz.tower_attention(model, pixels)
 assert all(w.shape == (1, 4, 49, 49) and torch.allclose(w.sum(-1), torch.ones(1, 4, 49)) for w in weights)
 x, y = scene.objects[0].center
-looker = int(y // 16) * 7 + int(x // 16)
-by_layer = torch.stack([w[0, :, looker].mean(0) for w in weights])
+query = int(y // 16) * 7 + int(x // 16)
+by_layer = torch.stack([w[0, :, query].mean(0) for w in weights])
 titles = [f"layer {number}" for number in range(len(weights))]
-viz.attention_on_image(scene.image, by_layer, titles, f"What patch {looker} looks at ({scene.objects[0].name})")
+viz.attention_on_image(scene.image, by_layer, titles, f"What patch {query} attends to ({scene.objects[0].name})")
 
 # %% [markdown]
-# And the four heads of the last layer one by one:
+# And the four heads of the last layer, one at a time:
 
 # %%
 viz.attention_on_image(
-    scene.image, weights[-1][0, :, looker], [f"head {h}" for h in range(4)], "The last layer, head by head"
+    scene.image, weights[-1][0, :, query], [f"head {h}" for h in range(4)], "The last layer, head by head"
 )
 
 # %% [markdown]
-# Weights say where a head took from, not what it took; treat such pictures as a hint. Three numbers are safe: how much
-# of its attention a patch spends on itself, its neighbors, and the rest. Spread evenly it would be 2%, 13% and 85%.
+# The weights show where a head reads from, not what it reads, so treat such figures as a hint. Three numbers are safe
+# to read: how much of its attention a patch spends on itself, on its neighbors and on all other patches. Uniform
+# attention would be 2%, 13% and 85%.
 
 # %%
-place = torch.stack([torch.arange(49) // 7, torch.arange(49) % 7], dim=1)
-distance = (place[:, None] - place[None]).abs().amax(-1)  # 0 itself, 1 the eight around it
+row_and_column = torch.stack([torch.arange(49) // 7, torch.arange(49) % 7], dim=1)
+distance = (row_and_column[:, None] - row_and_column[None]).abs().amax(-1)  # 0 itself, 1 the eight around it
 for number, w in enumerate(weights):
     mean = w[0].mean(0)
     itself, near, far = (float(mean[mask].sum() / 49) for mask in (distance == 0, distance == 1, distance > 1))
-    print(f"layer {number}: itself {itself:4.0%}   neighbors {near:4.0%}   further away {far:4.0%}")
+    print(f"layer {number}: itself {itself:4.0%}   neighbors {near:4.0%}   farther away {far:4.0%}")
 
 # %% [markdown]
 # ## It matches
 #
-# Your pieces, one after the other, make the whole tower. Against the package, and against transformers:
+# Your functions, one after the other, make up the whole tower. We compare it with the package and with transformers:
 
 # %%
 layer_norm = exercises.piece("layer_norm")
@@ -792,7 +810,7 @@ def attention(module):
     return lambda x: module.out_proj(bidirectional_attention(module.q_proj(x), module.k_proj(x), module.v_proj(x), 4))
 
 
-x = embed_patches(pixels, weight, bias) + table
+x = embed_patches(pixels, weight, bias) + position_table
 for layer in tower.encoder.layers:
     x = pre_norm_block(x, norm(layer.layer_norm1), attention(layer.self_attn), norm(layer.layer_norm2), layer.mlp)
 mine = norm(tower.post_layernorm)(x)
@@ -808,35 +826,35 @@ for name, other in (("the package", tower(pixels)), ("transformers", reference))
 # %% [markdown]
 # ## Recap
 #
-# * A picture becomes P = (side / patch size)² vectors: patches, laid out in one line and multiplied by one matrix. It is
-#   a convolution whose stride is its size.
-# * A learned table says where each patch stands. Without it the tower is blind to order; PaliGemma's decoder has the order
-#   of its tokens besides.
-# * Layer norm looks at one vector, batch norm at the batch.
-# * SigLIP is pre-norm. The stream grows with depth, and one last norm brings it back.
-# * Attention in the tower has no mask. SigLIP pools with a probe; PaliGemma keeps every patch.
+# * An image becomes P = (side / patch size)² vectors: each patch is flattened and multiplied by the same matrix. This
+#   is a convolution whose stride equals its kernel size.
+# * A learned table says where each patch is. Without it the tower cannot know the order of the patches. PaliGemma's
+#   decoder also has the order of its tokens.
+# * Layer norm works on one vector, batch norm on the batch.
+# * SigLIP is pre-norm. The residual stream grows with depth, and one last norm brings it back.
+# * Attention in the tower has no mask. SigLIP pools with a probe; PaliGemma uses every patch.
 #
 # **Three questions**
 #
-# <details><summary>1. A tower was trained on 224 pixels and gets 448. What fits, and what does not?</summary>
+# <details><summary>1. A tower was trained on 224 pixels and gets 448. Which weights fit, and which do not?</summary>
 #
-# The filters, norms, attention and MLPs fit: none of them knows P. The position table does not: it has 256 rows and
-# 1024 are needed. It is usually stretched like a picture, and the model trained a little longer.
-#
-# </details>
-#
-# <details><summary>2. Why is the patch embedding no worse for having no nonlinearity?</summary>
-#
-# It only has to bring a patch to the tower's width and keep what matters (here 768 numbers become 192; in SigLIP So400m
-# 588 become 1152). The MLPs of the layers that follow bring the nonlinearity.
+# The filters, norms, attention and MLPs fit: none of them depends on P. The position table does not: it has 256 rows,
+# and 1024 are needed. It is usually interpolated like an image, and the model is trained a little longer.
 #
 # </details>
 #
-# <details><summary>3. Layer norm forgets the length of a vector. What can the next block not know?</summary>
+# <details><summary>2. Why is it fine that the patch embedding has no nonlinearity?</summary>
 #
-# Whether the stream was large or small at this patch: the vector and ten times the vector look the same to it. The
-# stream itself still holds it, since in a pre-norm layer only the copy is normalized.
+# It only has to bring a patch to the tower's hidden size and preserve what matters (here 768 numbers become 192; in
+# SigLIP So400m 588 become 1152). The MLPs of the following layers bring the nonlinearity.
 #
 # </details>
 #
-# **Next:** [04 · The processor](04_processor.ipynb), which makes the pixels that this chapter took for granted.
+# <details><summary>3. Layer norm discards the length of a vector. What does the next sublayer not know?</summary>
+#
+# Whether the residual stream was large or small at this patch: a vector and ten times that vector look the same to it.
+# The stream itself still has its size, because in a pre-norm layer only the copy is normalized.
+#
+# </details>
+#
+# **Next:** [04 · The processor](04_processor.ipynb), which produces the pixels that this chapter took for granted.
