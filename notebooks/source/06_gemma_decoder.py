@@ -1,13 +1,12 @@
 # %% [markdown]
 # # 06 · The Gemma decoder
 #
-# **What turns embeddings into the next word?**
+# **How does the decoder turn embeddings into the next token?**
 #
 # | | |
 # |---|---|
-# | time | 120 minutes, 68 of them exercises |
-# | know first | what a linear layer and a softmax are; who may look at whom (chapter 05) |
-# | you will build | RMSNorm, rotary positions, grouped-query attention, GeGLU, and of them a whole layer of Gemma |
+# | know first | what a linear layer and a softmax are; which token can attend to which (chapter 05) |
+# | you will build | RMSNorm, rotary positions, grouped-query attention, GeGLU, and from them a complete Gemma layer |
 # | runs on | CPU, nothing to download |
 
 # %%
@@ -22,72 +21,73 @@ viz.you_are_here("06")
 # %% [markdown]
 # ## Predict first
 #
-# 1. A layer of PaliGemma's decoder holds an attention block and a feed-forward block. Which has more weights, and by how
-#    much?
-# 2. Every token has a position. If all positions of picture, prompt and answer grew by 100, what would change?
-# 3. In the end a vector of 2,048 numbers becomes scores for 257,216 words. How many weights does that step have of its
-#    own?
+# 1. Each layer of PaliGemma's decoder has an attention block and an MLP. Which one has more weights, and by how much?
+# 2. Every token has a position. If you add 100 to every position in image, prompt and answer, what changes?
+# 3. At the very end, a vector of 2,048 numbers becomes logits for 257,216 tokens. How many additional weights does that
+#    step need?
 #
 # <details><summary>Answers, to open at the end of the chapter</summary>
 #
-# 1. The feed-forward block, by more than ten times.
-# 2. Nothing but rounding: only the distance between two tokens counts.
-# 3. None. The table of embeddings is used a second time.
+# 1. The MLP, by more than a factor of ten.
+# 2. Nothing, apart from rounding: only the distance between two tokens matters.
+# 3. None. The embedding table is used a second time.
 #
 # </details>
 
 # %% [markdown]
-# ## The way through a layer
+# ## One layer, start to finish
 #
-# Embeddings go through a pile of equal layers: 18 in PaliGemma 3B, 4 in the small model that comes with this course. Each
-# layer has two blocks, and each block **adds** to what came in:
+# Embeddings pass through a stack of identical layers: 18 in PaliGemma 3B, 4 in the small model that comes with this
+# course. The vectors that travel through the stack are called the *residual stream*. Each layer has two blocks, and
+# each block reads the residual stream and **adds** its output to it:
 
 # %%
-way = [["x", "RMSNorm", "attention\ntokens look at\neach other", "x + …"]]
-way += [["RMSNorm ", "GeGLU\neach token\nby itself", "x + … ", "next layer"]]
-viz.blocks(way, title="One layer of Gemma 1")
+stages = [["x", "RMSNorm", "attention\ntokens attend to\neach other", "x + …"]]
+stages += [["RMSNorm ", "GeGLU MLP\neach token\non its own", "x + … ", "next layer"]]
+viz.blocks(stages, title="One layer of Gemma 1")
 
 # %% [markdown]
-# The letters of this chapter: **B** rows of a batch, **T** tokens, **D** width of the model (2,048), **H** query heads,
-# **K** key heads, **d** width of a head.
+# Shape letters in this chapter: **B** batch size, **T** tokens, **D** hidden size (2,048), **H** query heads, **K** key
+# heads (one per set of keys and values), **d** the dimension of one head.
 #
-# ## RMSNorm: forget the length, keep the direction
+# ## RMSNorm: drop the length, keep the direction
 #
-# A toy vector, (3, 4). The mean of its squares is (9 + 16) / 2 = 12.5, the root of that 3.54: this is the *root mean
-# square*, RMS. Divided by it the vector becomes (0.85, 1.13), whose own RMS is 1. Then each number is multiplied by
-# **1 + w**, where w is learned, one a dimension. The slow loop:
+# Take a toy vector, (3, 4). The mean of its squares is (9 + 16) / 2 = 12.5, and the square root of that is 3.54. This
+# is the *root mean square*, RMS. Divide the vector by it and you get (0.85, 1.13), whose RMS is 1. Then each number is
+# multiplied by **1 + w**, where w is learned, one value per dimension. As a slow loop:
 
 # %%
 rows, w, eps = [[3.0, 4.0], [30.0, 40.0], [-1.0, 1.0]], [0.0, 1.0], 1e-6
 slow = []
 for row in rows:
-    rms = (sum(number**2 for number in row) / len(row) + eps) ** 0.5  # eps: a row of zeros must not divide by 0
-    slow.append([number / rms * (1 + weight) for number, weight in zip(row, w, strict=True)])
-    print(row, "→", [round(number, 3) for number in slow[-1]])
+    rms = (sum(value**2 for value in row) / len(row) + eps) ** 0.5  # eps: a row of zeros must not divide by 0
+    slow.append([value / rms * (1 + weight) for value, weight in zip(row, w, strict=True)])
+    print(row, "→", [round(value, 3) for value in slow[-1]])
 
 # %% [markdown]
-# The first two rows point the same way and come out the same. Three things to know about Gemma's RMSNorm
+# The first two rows point in the same direction, so they come out the same. Three things to know about Gemma's RMSNorm
 # ([transformers](https://github.com/huggingface/transformers) `models/gemma/modeling_gemma.py`):
 #
-# * It does **not** subtract the mean and has no bias. LayerNorm, in the vision tower of chapter 03, does both.
-# * It multiplies by 1 + w. A stored w of 0 means "leave it".
-# * It computes in float32, whatever type the model has, and casts **last**.
+# * It does **not** subtract the mean and has no bias. LayerNorm, which the vision tower in chapter 03 uses, does both.
+# * It multiplies by 1 + w. A stored w of 0 means "leave it alone".
+# * It computes in float32, whatever the model's dtype, and casts back at the **very end**.
 #
-# ## Exercise 6.1 · RMSNorm ★☆☆ (10 minutes)
+# ## Exercise 6.1 · RMSNorm
 #
-# `x` has any number of axes, the last one of width D; `weight` has shape `[D]`. Return the same shape and type as `x`.
+# `x` has any number of axes; the last one has size D. `weight` has shape `[D]`. Return a tensor with the shape and
+# dtype of `x`.
 #
 # <details><summary>Hint</summary>
 #
-# Begin with `x.float()`, end with `.type_as(x)`, and take `weight.float()` in between. `.mean(-1, keepdim=True)` leaves
-# an axis of length 1, so that each vector is divided by its own number.
+# Start with `x.float()`, use `weight.float()`, and end with `.type_as(x)`. `.mean(-1, keepdim=True)` keeps an axis of
+# length 1, so that each vector is divided by its own RMS.
 #
 # </details>
 
 
 # %%
 def rms_norm(x, weight, eps):
-    """x / √(mean(x²) + eps) · (1 + weight), over the last axis, computed in float32, returned in the type of x."""
+    """x / √(mean(x²) + eps) · (1 + weight) over the last axis, computed in float32, returned in the dtype of x."""
     ### BEGIN SOLUTION
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
@@ -102,7 +102,8 @@ exercises.score(rms_norm, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# From here on the chapter uses your function if it passed, and the package's if not. It gives what the loop gave:
+# From here on the chapter uses your function if it passed the check, and the package's otherwise. It agrees with the
+# loop:
 
 # %%
 rms_norm = exercises.piece("rms_norm")
@@ -110,91 +111,92 @@ fast = rms_norm(torch.tensor(rows), torch.tensor(w), eps)
 assert fast.shape == (3, 2) and torch.allclose(fast, torch.tensor(slow))
 
 # %% [markdown]
-# Why float32? bfloat16, the type in which large models run, keeps eight bits of a number, two to three decimal digits.
-# Each step rounds again. How far from the truth does the same norm come out, with every step in bfloat16 and with one
-# rounding at the end?
+# Why float32? Large models usually run in bfloat16, which has eight significant bits: two to three decimal digits.
+# Every operation rounds again. How large is the error of the same norm if every operation runs in bfloat16, and if we
+# round only once, at the end?
 
 # %%
 g = torch.Generator().manual_seed(0)
 x, weight = torch.randn(64, 2048, generator=g).bfloat16(), (torch.randn(2048, generator=g) / 4).bfloat16()
-truth = rms_norm(x.float(), weight.float(), eps)
-careful = rms_norm(x, weight, eps)
-careless = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1 + weight)
-off = {"cast last": careful, "all in bfloat16": careless}
-off = {name: float((y.float() - truth).abs().mean() / truth.abs().mean()) for name, y in off.items()}
-print({name: f"{error:.2%}" for name, error in off.items()})
-assert off["cast last"] < off["all in bfloat16"]
+exact = rms_norm(x.float(), weight.float(), eps)
+cast_last = rms_norm(x, weight, eps)
+all_bfloat16 = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1 + weight)
+errors = {"cast last": cast_last, "all in bfloat16": all_bfloat16}
+errors = {name: float((y.float() - exact).abs().mean() / exact.abs().mean()) for name, y in errors.items()}
+print({name: f"{error:.2%}" for name, error in errors.items()})
+assert errors["cast last"] < errors["all in bfloat16"]
 
 # %% [markdown]
-# A large model has dozens of norms, one after the other.
+# A large model runs dozens of norms one after another, so these errors accumulate.
 #
-# ## Where does a token stand?
+# ## How does a token know its position?
 #
-# Attention compares a query with a key by their dot product, q·k, and q and k are made from the tokens alone. Shuffle
-# the tokens and every query finds the same keys with the same scores:
+# Attention compares a query with a key through their dot product, q·k, and both q and k are computed from the token
+# alone. Shuffle the tokens and every query finds the same keys with the same scores:
 
 # %%
 from torch.nn.functional import scaled_dot_product_attention
 
 q, k, v = torch.randn(3, 1, 1, 5, 8, generator=g)
 shuffled = torch.tensor([3, 0, 4, 2, 1])
-plain = scaled_dot_product_attention(q, k, v)
-assert torch.allclose(plain, scaled_dot_product_attention(q, k[..., shuffled, :], v[..., shuffled, :]), atol=1e-6)
+in_order = scaled_dot_product_attention(q, k, v)
+assert torch.allclose(in_order, scaled_dot_product_attention(q, k[..., shuffled, :], v[..., shuffled, :]), atol=1e-6)
 
 # %% [markdown]
-# "Dog bites man" and "man bites dog" would be the same wherever all tokens see each other, as in the prompt. (Where
-# each sees only what came before, the mask alone betrays a little of the order.) *Rotary positions* (RoPE,
-# arXiv:2104.09864) put the order into the dot product itself. A toy: q and k of two numbers each are arrows in a plane.
-# Turn each arrow by as many radians as the number of its position, then take the dot product.
+# So "dog bites man" and "man bites dog" would be the same wherever all tokens attend to each other, as they do in the
+# prompt. (Under a causal mask, the mask itself leaks some information about the order.) *Rotary position embeddings*
+# (RoPE, arXiv:2104.09864) put the order into the dot product itself. Toy version: q and k have two numbers each, so
+# they are arrows in a plane. Rotate each arrow by its position, in radians, then take the dot product.
 
 # %%
 import math
 
 
-def turn(arrow, angle):
+def rotate(arrow, angle):
     x, y = arrow
     return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
 
 def score(query_position, key_position, query=(1.0, 0.0), key=(0.6, 0.8)):
-    a, b = turn(query, query_position), turn(key, key_position)
+    a, b = rotate(query, query_position), rotate(key, key_position)
     return a[0] * b[0] + a[1] * b[1]
 
 
-for places in ((5, 3), (105, 103), (3, 5), (4, 4)):
-    print("query at {:3}, key at {:3}: q·k = {:+.3f}".format(*places, score(*places)))
+for pair in ((5, 3), (105, 103), (3, 5), (4, 4)):
+    print("query at {:3}, key at {:3}: q·k = {:+.3f}".format(*pair, score(*pair)))
 assert math.isclose(score(5, 3), score(105, 103)) and not math.isclose(score(5, 3), score(3, 5))
 
 # %% [markdown]
-# Two arrows that turn by the same angle keep the angle between them. So positions 5 and 3 give what 105 and 103 give:
-# the score knows the **distance**, with its sign, and nothing else. That is the relative property.
+# If you rotate two arrows by the same angle, the angle between them doesn't change. So positions 5 and 3 give the same
+# score as 105 and 103. The positions affect the score only through their signed **distance**. That is why RoPE is
+# called a *relative* position encoding.
 #
-# ### Fast and slow hands
+# ### Fast and slow clock hands
 #
-# A head has more than two numbers. They are taken as d/2 pairs, and every pair turns at a speed of its own, as the hands
-# of a clock do: pair i by θ^(−2i/d) radians a token, with θ = 10,000 in Gemma.
+# A real head has more than two numbers. They are grouped into d/2 pairs, and each pair rotates at its own speed, like
+# the hands of a clock. Pair i rotates by θ^(−2i/d) radians per token. In Gemma, θ = 10,000.
 
 # %%
 d, theta = 8, 10_000.0
 for i in range(d // 2):
     speed = theta ** (-2 * i / d)
-    print(f"pair {i}: {speed:.3f} radians a token, once round in {2 * math.pi / speed:6,.0f} tokens")
+    print(f"pair {i}: {speed:.3f} radians per token, a full turn every {2 * math.pi / speed:6,.0f} tokens")
 
 # %% [markdown]
-# Which two numbers make a pair? Often one reads "neighbors: (0, 1), (2, 3), …", and so it stands in the RoPE paper
-# (section 3.2.2). In Gemma's weights, as transformers runs them, it is **not** so: pair i is made of the numbers **i and
-# i + d/2**, one from each half of the head. The slow loop, for a single vector at position 3:
+# Which two numbers form a pair? Many descriptions, including the RoPE paper (section 3.2.2), pair neighbors: (0, 1),
+# (2, 3), … Gemma's weights, as transformers runs them, do **not**. There, pair i consists of numbers **i and i + d/2**,
+# one from each half of the head. The slow loop, for a single vector at position 3:
 
 # %%
 x = torch.randn(d, generator=g)
 slow = torch.empty(d)
 for i in range(d // 2):
     pair = (float(x[i]), float(x[i + d // 2]))
-    slow[i], slow[i + d // 2] = turn(pair, 3 * theta ** (-2 * i / d))
+    slow[i], slow[i + d // 2] = rotate(pair, 3 * theta ** (-2 * i / d))
 
 # %% [markdown]
-# To do it for all at once the package first makes two tables, the cosine and the sine of every position's angles. Each
-# angle stands there twice, once for either half, so that the tables are as wide as a head:
+# To vectorize this, the package first builds two tables with the cosine and sine of every position's angles. Each angle
+# appears twice, once for each half, so the tables are as wide as a head:
 
 # %%
 cos, sin = gemma.rotary_table(torch.tensor([[3]]), d, theta)  # positions [B, T]
@@ -202,26 +204,27 @@ assert cos.shape == sin.shape == (1, 1, d)
 assert torch.equal(cos[..., : d // 2], cos[..., d // 2 :])
 
 # %% [markdown]
-# ## Exercise 6.2 · Rotate ★★☆ (12 minutes)
+# ## Exercise 6.2 · Rotate
 #
-# `x` is `[B, H, T, d]`, `cos` and `sin` are `[B, T, d]`, the same for all heads. Call the halves of a head *first* and
-# *second*. After the turn the first half is first·cos − second·sin, the second half is second·cos + first·sin.
+# `x` is `[B, H, T, d]`. `cos` and `sin` are `[B, T, d]`, the same for all heads. Call the two halves of a head *first*
+# and *second*. After the rotation, the first half is first·cos − second·sin, and the second half is second·cos +
+# first·sin.
 #
 # <details><summary>Hint</summary>
 #
-# `first, second = x.chunk(2, dim=-1)`. With `turned = torch.cat((-second, first), dim=-1)` it is one line. `cos[:, None]`
-# has shape `[B, 1, T, d]`.
+# `first, second = x.chunk(2, dim=-1)`. With `swapped = torch.cat((-second, first), dim=-1)`, the result is one line.
+# `cos[:, None]` has shape `[B, 1, T, d]`.
 #
 # </details>
 
 
 # %%
 def apply_rotary(x, cos, sin):
-    """[B, H, T, d], tables [B, T, d] → [B, H, T, d]: each pair (i, i + d/2) turned by its angle."""
+    """[B, H, T, d], tables [B, T, d] → [B, H, T, d]: each pair (i, i + d/2) rotated by its angle."""
     ### BEGIN SOLUTION
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    swapped = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + swapped * sin[:, None]
     ### END SOLUTION
 
 
@@ -238,81 +241,83 @@ assert torch.allclose(apply_rotary(x.view(1, 1, 1, d), cos, sin).flatten(), slow
 # %% [markdown]
 # ### See it
 #
-# One query and one key, put at every pair of positions from 0 to 31: each map has the query's position downwards and the
-# key's to the right, bright for a high score. All three are made of diagonal stripes: the same distance, the same score.
+# We place one query and one key at every pair of positions from 0 to 31. In each map, the query's position runs down
+# and the key's position runs to the right; bright means a high score. All three maps consist of diagonal stripes: same
+# distance, same score.
 
 
 # %%
 def scores_at(q, k, positions):
     """q and k, [d] each, at every pair of positions [T] → scores [T, T]."""
     cos, sin = gemma.rotary_table(positions[None], len(q), theta)
-    places = [x.expand(1, 1, len(positions), -1) for x in (q, k)]
-    q, k = (apply_rotary(x, cos, sin)[0, 0] for x in places)
+    q, k = (apply_rotary(x.expand(1, 1, len(positions), -1), cos, sin)[0, 0] for x in (q, k))
     return q @ k.T
 
 
 positions = torch.arange(32)
 q, k = torch.randn(2, 64, generator=g)
-fast, slow = (torch.arange(64) % 32 == pair for pair in (0, 8))  # the numbers of one pair
-maps = [scores_at(q * chosen, k * chosen, positions) for chosen in (fast, slow, fast | ~fast)]
+fast_pair, slow_pair = (torch.arange(64) % 32 == pair for pair in (0, 8))  # both numbers of one pair
+all_pairs = torch.ones(64, dtype=torch.bool)
+maps = [scores_at(q * chosen, k * chosen, positions) for chosen in (fast_pair, slow_pair, all_pairs)]
 viz.image_row(maps, ["the fastest pair", "a slower pair", "all 32 pairs"])
 
 # %%
-whole = maps[-1]
-assert (whole[1:, 1:] - whole[:-1, :-1]).abs().max() < 1e-5 * whole.abs().max()  # constant along every diagonal
+scores = maps[-1]
+assert (scores[1:, 1:] - scores[:-1, :-1]).abs().max() < 1e-5 * scores.abs().max()  # constant along every diagonal
 shifted = scores_at(q, k, positions + 1000)
-change = (shifted - whole).abs().max()
-print(f"all positions 1,000 further on: scores up to {whole.abs().max():.1f} change by {change:.4f}")
-assert change < 1e-3 * whole.abs().max()
+change = (shifted - scores).abs().max()
+print(f"all positions shifted by 1,000: scores up to {scores.abs().max():.1f} change by {change:.4f}")
+assert change < 1e-3 * scores.abs().max()
 
 # %% [markdown]
-# What little changes is rounding: an angle of 1,000 radians has fewer digits left behind the point.
+# The small change is rounding: at an angle of 1,000 radians, float32 has fewer digits left after the decimal point.
 #
-# That is also why the table is computed in float32. In bfloat16 not even the position itself would survive: of numbers
-# above 256 only every second one exists. A picture of 224 pixels takes positions 1 to 256, so its text begins at 257.
+# This is also why the table is computed in float32. In bfloat16 not even the position itself would survive: above 256
+# only every other integer can be represented. An image of 224 pixels takes positions 1 to 256, so its text starts at
+# 257.
 
 # %%
 assert torch.tensor(257.0).bfloat16() == torch.tensor(256.0).bfloat16()
 
 # %% [markdown]
-# ### Are neighbors wrong?
+# ### Is pairing neighbors wrong?
 #
-# Not in themselves. With its numbers in another order, a head rotated by neighbors gives the same scores. But released
-# weights have one order, and with the other they are garbage, as "Break it" will show. So: a checkpoint and the code
-# must agree, and Gemma's say halves.
+# Not in itself. A head that pairs neighbors returns the same scores if you reorder its numbers accordingly. But
+# released weights come in one order, and run with the other order they produce garbage, as "Break it" will show.
+# Checkpoint and code must agree, and Gemma's checkpoints pair the halves.
 
 
 # %%
-def by_neighbors(x, cos, sin):
-    """The pairs (0, 1), (2, 3), …: wrong for Gemma."""
+def rotate_neighbors(x, cos, sin):
+    """Rotates the pairs (0, 1), (2, 3), …: wrong for Gemma."""
     cos, sin = (table[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1)[:, None] for table in (cos, sin))
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    swapped = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos + swapped * sin
 
 
 x = torch.randn(1, 1, 4, 8, generator=g)
 cos, sin = gemma.rotary_table(torch.arange(4)[None], 8, theta)
-order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the partners i and i + 4 become neighbors
-assert torch.allclose(by_neighbors(x[..., order], cos, sin), apply_rotary(x, cos, sin)[..., order], atol=1e-6)
-assert not torch.allclose(by_neighbors(x, cos, sin), apply_rotary(x, cos, sin), atol=0.1)
+order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # puts the partners i and i + 4 next to each other
+assert torch.allclose(rotate_neighbors(x[..., order], cos, sin), apply_rotary(x, cos, sin)[..., order], atol=1e-6)
+assert not torch.allclose(rotate_neighbors(x, cos, sin), apply_rotary(x, cos, sin), atol=0.1)
 
 # %% [markdown]
 # ## Many queries, few keys
 #
-# Attention runs in H heads side by side. In *multi-head attention* (MHA) each query head has keys and values of its own.
-# But keys and values of all tokens must be kept while an answer is written (chapter 07), and that memory is dear. So
-# heads may share them: *multi-query attention* (MQA, arXiv:1911.02150) has one set for all, *grouped-query attention*
-# (GQA, arXiv:2305.13245) one for each group of neighboring heads.
+# Attention runs in H heads in parallel. In *multi-head attention* (MHA), each query head has its own keys and values.
+# But while the model generates an answer, the keys and values of all tokens have to stay in memory (chapter 07), and
+# that memory is expensive. So heads can share them. In *multi-query attention* (MQA, arXiv:1911.02150) all heads share
+# one set. In *grouped-query attention* (GQA, arXiv:2305.13245) each group of neighboring heads shares one.
 
 # %%
 models = {"PaliGemma 3B": (8, 1, 256), "PaliGemma 2 3B": (8, 4, 256), "10B": (16, 8, 256), "28B": (32, 16, 128)}
 for name, (H, K, d) in models.items():
-    now, with_all = (2 * heads * d * 2 for heads in (K, H))  # keys and values, two bytes a number
-    print(f"{name:14} {H // K} query heads share keys: {now:5,} bytes a token and layer, multi-head {with_all:6,}")
+    shared, unshared = (2 * heads * d * 2 for heads in (K, H))  # keys and values, two bytes per number
+    print(f"{name:14} {H // K} query heads per key head: {shared:5,} bytes per token and layer; MHA: {unshared:6,}")
 
 # %% [markdown]
-# A toy with four query heads on two key heads: heads 0 and 1 read keys 0, heads 2 and 3 read keys 1. For each query: its
-# scores with all keys, a softmax over them, and the mean of the values with these weights.
+# A toy with four query heads and two key heads: query heads 0 and 1 use key head 0, query heads 2 and 3 use key head 1.
+# For each query, compute its scores with all keys, apply a softmax, and average the values with the resulting weights.
 
 # %%
 H, K, T, d, scale = 4, 2, 3, 6, 0.4
@@ -320,49 +325,51 @@ q, k, v = (torch.randn(1, heads, T, d, generator=g) for heads in (H, K, K))
 mask = torch.ones(1, T, T, dtype=torch.bool).tril()
 slow = torch.empty(1, H, T, d)
 for head in range(H):
-    shared = head // (H // K)
+    key_head = head // (H // K)
     for query in range(T):
-        scores = torch.stack([q[0, head, query] @ k[0, shared, key] * scale for key in range(T)])
+        scores = torch.stack([q[0, head, query] @ k[0, key_head, key] * scale for key in range(T)])
         scores[~mask[0, query]] = -torch.inf
-        slow[0, head, query] = scores.softmax(0) @ v[0, shared]
+        slow[0, head, query] = scores.softmax(0) @ v[0, key_head]
 
 # %% [markdown]
-# The **scale** is 1/√d in Gemma 1: a sum of d products spreads √d times as wide as one of them, and a softmax over wide
-# scores looks at one key only.
+# In Gemma 1 the **scale** is 1/√d. A sum of d products has √d times the spread of a single product, and with scores
+# that far apart the softmax would put nearly all the weight on one key.
 #
-# ### A soft cap
+# ### Soft capping
 #
-# Gemma 2 (arXiv:2408.00118) bends scores that grow too large: *s* becomes cap · tanh(*s* / cap), close to *s* while
-# small, and never beyond ±cap. The cap is 50 for the scores of attention, and 30 for the scores of words at the end.
+# Gemma 2 (arXiv:2408.00118) limits scores that grow too large. A score *s* becomes cap · tanh(*s* / cap). That is close
+# to *s* while *s* is small and never exceeds ±cap. The cap is 50 for attention scores and 30 for the final logits.
 
 # %%
 s = torch.linspace(-120, 120, 49)
 curves = {"no cap": (s, s)} | {f"cap {cap:.0f}": (s, gemma.soft_cap(s, cap)) for cap in (50.0, 30.0)}
-viz.lines(curves, "cap · tanh(score / cap)", "score", "what the softmax gets")
+viz.lines(curves, "cap · tanh(score / cap)", "score", "capped score")
 
 # %% [markdown]
-# The cap comes **before** the mask. The other way round, the −∞ of a hidden key becomes −cap, and is no longer hidden. At
-# 50 nobody would notice, which is the danger of it; the lower the cap, the more shows through:
+# The cap is applied **before** the mask. In the opposite order, the −∞ of a masked key becomes −cap, and the key is no
+# longer masked. With a cap of 50 you would never notice, which makes the bug dangerous. The lower the cap, the more
+# attention leaks through:
 
 # %%
 scores, visible = torch.tensor([2.0, 1.0, 3.0]), torch.tensor([True, True, False])
 for cap in (50.0, 5.0, 1.0):
-    right = gemma.soft_cap(scores, cap).masked_fill(~visible, -torch.inf).softmax(0)
-    wrong = gemma.soft_cap(scores.masked_fill(~visible, -torch.inf), cap).softmax(0)
-    print(f"cap {cap:2.0f}: attention to the hidden key {right[2]:.0f}, masked first {wrong[2]:.1e}")
-assert right[2] == 0 < wrong[2]
+    cap_first = gemma.soft_cap(scores, cap).masked_fill(~visible, -torch.inf).softmax(0)
+    mask_first = gemma.soft_cap(scores.masked_fill(~visible, -torch.inf), cap).softmax(0)
+    leaks = f"{cap_first[2]:.0f} if the cap comes first, {mask_first[2]:.1e} if the mask comes first"
+    print(f"cap {cap:2.0f}: attention to the masked key is {leaks}")
+assert cap_first[2] == 0 < mask_first[2]
 
 # %% [markdown]
-# ## Exercise 6.3 · Grouped-query attention ★★★ (20 minutes)
+# ## Exercise 6.3 · Grouped-query attention
 #
-# `q` is `[B, H, T, d]`, `k` and `v` are `[B, K, S, d]` with S keys, `mask` is `[B, T, S]` of booleans (1 row may stand
-# for all B) or None: all visible. `cap` is a number or None. In this order: q·k times `scale`, cap, mask, softmax over
-# the keys, mean of the values.
+# `q` is `[B, H, T, d]`. `k` and `v` are `[B, K, S, d]`, with S keys. `mask` is a boolean `[B, T, S]` (its first axis
+# may be 1 and then applies to the whole batch), or None if every query can attend to every key. `cap` is a number or
+# None. Apply the steps in this order: q·k times `scale`, cap, mask, softmax over the keys, weighted mean of the values.
 #
 # <details><summary>Hint</summary>
 #
-# `k.repeat_interleave(H // K, dim=1)` copies each key head for its group: 0 0 1 1. `q @ k.transpose(2, 3)` has shape
-# `[B, H, T, S]`, and `mask[:, None]` fits it. `masked_fill(~mask, -torch.inf)` hides.
+# `k.repeat_interleave(H // K, dim=1)` repeats each key head for its group: 0 0 1 1. `q @ k.transpose(2, 3)` has shape
+# `[B, H, T, S]`, and `mask[:, None]` broadcasts to it. `masked_fill(~mask, -torch.inf)` masks scores.
 #
 # </details>
 
@@ -371,8 +378,8 @@ assert right[2] == 0 < wrong[2]
 def grouped_query_attention(q, k, v, mask, scale, cap=None):
     """[B, H, T, d] queries, [B, K, S, d] keys and values → [B, H, T, d]."""
     ### BEGIN SOLUTION
-    shared_by = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(shared_by, dim=1), v.repeat_interleave(shared_by, dim=1)
+    group_size = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
     scores = q @ k.transpose(2, 3) * scale
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
@@ -394,43 +401,44 @@ fast = grouped_query_attention(q, k, v, mask, scale)
 assert fast.shape == (1, H, T, d) and torch.allclose(fast, slow, atol=1e-6)
 
 # %% [markdown]
-# Sharing is nothing new, then: it is multi-head attention in which some heads happen to have the same keys. Written out
-# with repeated heads it gives the same; the package lays the queries of a group one behind the other instead, and never
-# copies a key.
+# So sharing adds no new mechanism: it is multi-head attention in which some heads happen to have the same keys and
+# values. With the key heads written out repeatedly, the result is the same. The package instead lines up the queries of
+# a group one after another, so it never copies a key.
 
 # %%
 repeated = [x.repeat_interleave(H // K, dim=1) for x in (k, v)]
 multi_head = grouped_query_attention(q, *repeated, mask, scale)  # K = H: plain multi-head attention
 package = gemma.grouped_query_attention(q, k, v, mask, scale)
 assert torch.allclose(multi_head, fast, atol=1e-6) and torch.allclose(package, fast, atol=1e-6)
-print("numbers kept for multi-head:", sum(x.numel() for x in repeated), " grouped:", k.numel() + v.numel())
+print("numbers stored: multi-head", sum(x.numel() for x in repeated), " grouped", k.numel() + v.numel())
 
 # %% [markdown]
 # ### See it
 #
-# The small model has four query heads and one set of keys. The queries still differ, so the heads look at different
-# places. Here is what each looks at from the last token of the prompt, in the layer that looks at the picture most:
+# The small model has four query heads and one set of keys and values. The queries still differ, so the heads can attend
+# to different patches. The figure shows what each head attends to from the last token of the prompt, in the layer that
+# attends to the image most:
 
 # %%
 model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
 scene = emoji.make_scene(0, "validation")
 prompt = processor(text=["caption en"], images=[scene.image])
 weights = torch.stack(viz.decoder_attention(model, **prompt))[:, 0]  # [layers, H, T, T]
-looks = weights[:, :, -1, : processor.num_image_tokens]
-layer = int(looks.sum(-1).mean(1).argmax())
-titles = [f"head {head}: {share:.0%}" for head, share in enumerate(looks[layer].sum(-1))]  # of its attention
-viz.attention_on_image(scene.image, looks[layer], titles, title=f"Layer {layer}: four queries, one set of keys")
+to_image = weights[:, :, -1, : processor.num_image_tokens]
+layer = int(to_image.sum(-1).mean(1).argmax())
+titles = [f"head {head}: {share:.0%}" for head, share in enumerate(to_image[layer].sum(-1))]  # share of its attention
+viz.attention_on_image(scene.image, to_image[layer], titles, title=f"Layer {layer}: four query heads, one key head")
 
 # %% [markdown]
-# ## GeGLU: a gate
+# ## GeGLU: an MLP with a gate
 #
-# The other block looks at each token by itself. The vision tower's is wide, GELU, narrow. Gemma's goes up **twice**: one
-# projection, the *gate*, passes through GELU, and is multiplied with the other, *up* (GeGLU, arXiv:2002.05202). Then
-# *down* makes the result narrow again.
+# The second block, the MLP, processes each token on its own. The vision tower's MLP projects up, applies GELU, and
+# projects down. Gemma's projects up **twice**: one projection, the *gate*, goes through GELU and is then multiplied by
+# the other, *up* (GeGLU, arXiv:2002.05202). Then *down* projects the product back to the hidden size.
 #
-# GELU lets positive numbers pass and shuts for negative ones. Exactly, it is x times the probability that a normal random
-# number is below x; Gemma was trained with an approximation by tanh. The approximation, written out for one number, and
-# how far it is from the exact one:
+# GELU lets positive numbers through and nearly blocks negative ones. Exact GELU is x times the probability that a
+# standard normal random variable is below x. Gemma was trained with a tanh approximation. Here it is, written out for a
+# single number, with its distance from the exact version:
 
 
 # %%
@@ -439,9 +447,9 @@ def gelu(x):
 
 
 x = torch.linspace(-4, 4, 161)
-tanh_gelu, exact = torch.nn.functional.gelu(x, approximate="tanh"), torch.nn.functional.gelu(x)
-assert torch.allclose(tanh_gelu, torch.tensor([gelu(float(number)) for number in x]), atol=1e-6)
-print(f"tanh and exact differ by at most {(tanh_gelu - exact).abs().max():.1e}")
+tanh_gelu, exact_gelu = torch.nn.functional.gelu(x, approximate="tanh"), torch.nn.functional.gelu(x)
+assert torch.allclose(tanh_gelu, torch.tensor([gelu(float(value)) for value in x]), atol=1e-6)
+print(f"the tanh version differs from the exact one by at most {(tanh_gelu - exact_gelu).abs().max():.1e}")
 for gate, up in ((-3.0, 2.0), (0.0, 2.0), (3.0, 2.0), (3.0, -2.0)):
     print(f"gate {gate:4}  up {up:4}  →  {gelu(gate) * up:+.3f}")
 
@@ -450,7 +458,7 @@ curves = {"GELU (Gemma)": (x, tanh_gelu), "SiLU (Llama)": (x, x * x.sigmoid()), 
 viz.lines(curves, "What the gate lets through", "gate", "factor on up")
 
 # %% [markdown]
-# ## Exercise 6.4 · GeGLU ★☆☆ (6 minutes)
+# ## Exercise 6.4 · GeGLU
 #
 # `gate` and `up` have the same shape. Return their GeGLU.
 #
@@ -463,7 +471,7 @@ viz.lines(curves, "What the gate lets through", "gate", "factor on up")
 
 # %%
 def geglu(gate, up):
-    """Two tensors of one shape → one: up, opened and shut by the gate."""
+    """Two tensors of the same shape → one: GELU(gate) · up."""
     ### BEGIN SOLUTION
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
     ### END SOLUTION
@@ -476,28 +484,28 @@ exercises.score(geglu, points=2, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Where are the weights of a layer? Counted for PaliGemma 3B, whose feed-forward block is 16,384 wide inside:
+# Where are a layer's weights? Here is the count for PaliGemma 3B, whose MLP has an intermediate size of 16,384:
 
 # %%
 geglu = exercises.piece("geglu")
-big = minivlm.PaliGemmaConfig().text_config
-D, H, K, d = big.hidden_size, big.num_attention_heads, big.num_key_value_heads, big.head_dim
-attention = D * H * d + 2 * D * K * d + H * d * D  # q; k and v; o, which joins the heads
-feed_forward = 3 * D * big.intermediate_size  # gate, up, down
-print(f"attention {attention / 1e6:.1f} million weights, feed-forward {feed_forward / 1e6:.1f} million")
-assert feed_forward > 10 * attention
+config_3b = minivlm.PaliGemmaConfig().text_config
+D, H, K, d = config_3b.hidden_size, config_3b.num_attention_heads, config_3b.num_key_value_heads, config_3b.head_dim
+attention = D * H * d + 2 * D * K * d + H * d * D  # q; k and v; o, which combines the heads
+mlp = 3 * D * config_3b.intermediate_size  # gate, up, down
+print(f"attention {attention / 1e6:.1f} million weights, MLP {mlp / 1e6:.1f} million")
+assert mlp > 10 * attention
 
 # %% [markdown]
-# ## Exercise 6.5 · The whole layer ★★★ (20 minutes)
+# ## Exercise 6.5 · The whole layer
 #
-# Put your four pieces together, as in the picture at the top. `weights` has the fields `attention_norm` `[D]`, `q`, `k`,
-# `v`, `o`, `mlp_norm` `[D]`, `gate`, `up` and `down`. The matrices are `[out, in]`, as `nn.Linear` keeps them, so a
-# projection is `x @ weights.q.T`. eps is 1e-6, the scale `head_dim ** -0.5`, and there is no cap.
+# Put your four functions together, following the diagram at the top. `weights` has the fields `attention_norm` `[D]`,
+# `q`, `k`, `v`, `o`, `mlp_norm` `[D]`, `gate`, `up` and `down`. The matrices are `[out, in]`, as in `nn.Linear`, so a
+# projection is `x @ weights.q.T`. Use eps = 1e-6, scale = `head_dim ** -0.5`, and no cap.
 #
 # <details><summary>Hint</summary>
 #
-# `y @ weights.q.T` is `[B, T, H·d]`; `.view(B, T, -1, head_dim).transpose(1, 2)` makes `[B, H, T, d]` of it, and
-# `.transpose(1, 2).reshape(B, T, -1)` leads back. Queries and keys are rotated, values are not.
+# `y @ weights.q.T` is `[B, T, H·d]`. `.view(B, T, -1, head_dim).transpose(1, 2)` turns it into `[B, H, T, d]`, and
+# `.transpose(1, 2).reshape(B, T, -1)` turns that back. Queries and keys are rotated; values are not.
 #
 # </details>
 
@@ -524,7 +532,8 @@ exercises.score(decoder_layer, points=4, seed=1)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# With the weights of the trained model, layer after layer, it takes the embeddings where the package takes them:
+# Now run your layer with the weights of the trained model, one layer after another, from the same embeddings that the
+# package uses:
 
 # %%
 from minivlm.course.exercises.ch06 import LayerWeights
@@ -537,44 +546,46 @@ with torch.no_grad():
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [getattr(attention, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        gates = [getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
+        mlp_weights = [getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
         norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-        x = decoder_layer(x, LayerWeights(norms[0], *projections, norms[1], *gates), cos, sin, None, head_dim)
+        x = decoder_layer(x, LayerWeights(norms[0], *projections, norms[1], *mlp_weights), cos, sin, None, head_dim)
 
 # %% [markdown]
-# (All of the prompt sees all of it, so the mask is None. And a trap for those who read the hub's files: Gemma 1 calls the
-# norm *before* the feed-forward block `post_attention_layernorm`.)
+# (Every prompt token can attend to every other, so the mask is None. And beware when you read the hub's files: Gemma 1
+# calls the norm *before* the MLP `post_attention_layernorm`.)
 #
-# ## From vector to word
+# ## From vector to token
 #
-# One more norm, and then the scores of all words, the *logits*: the dot product of the vector with **every row of the
-# embedding table**. Input and output are *tied*, one matrix.
+# After one more norm come the scores of all tokens, the *logits*: the dot product of the vector with **every row of the
+# embedding table**. The input embedding and the output head are *tied*: they are the same matrix.
 
 # %%
-table = decoder.embed_tokens.weight  # [V, D], V words
+table = decoder.embed_tokens.weight  # [V, D], V tokens in the vocabulary
 with torch.no_grad():
     logits = rms_norm(x, decoder.norm.weight, 1e-6) @ table.T
     package = model(**prompt)
-print(f"largest difference to the package: {(logits - package).abs().max() / package.abs().max():.1e} relative")
+print(f"largest relative difference from the package: {(logits - package).abs().max() / package.abs().max():.1e}")
 assert (logits - package).abs().max() < 1e-5 * package.abs().max()
-viz.sampling_distribution(logits[0, -1], processor, top=5, title="The first word of the caption")
+viz.sampling_distribution(logits[0, -1], processor, top=5, title="The first token of the caption")
 
 # %% [markdown]
-# What does tying save? A second table of V × D numbers. The real PaliGemma 3B, built without memory for its weights
-# (torch's device "meta" keeps shapes only), to be counted:
+# How much does tying save? A second table of V × D numbers. To count them, we build the real PaliGemma 3B without
+# allocating memory for its weights. (Tensors on torch's "meta" device have a shape but no data.)
 
 # %%
 with torch.device("meta"):
-    real = minivlm.PaliGemma(minivlm.PaliGemmaConfig())
-total, tied = sum(p.numel() for p in real.parameters()), real.language_model.model.embed_tokens.weight.numel()
-print(f"PaliGemma 3B: {total:,} weights, {tied:,} of them in the table ({tied / total:.0%})")
-print(f"a second table would take {tied * 2 / 1e9:.2f} GB more in bfloat16")
+    paligemma_3b = minivlm.PaliGemma(minivlm.PaliGemmaConfig())
+total = sum(p.numel() for p in paligemma_3b.parameters())
+tied = paligemma_3b.language_model.model.embed_tokens.weight.numel()
+print(f"PaliGemma 3B: {total:,} weights, {tied:,} of them in the embedding table ({tied / total:.0%})")
+print(f"a second table would take another {tied * 2 / 1e9:.2f} GB in bfloat16")
 assert tied == 257_216 * 2_048
 
 # %% [markdown]
-# Tying has a price. As the output head the rows should be short, or the logits get out of hand; as the input they should be
-# long enough to count beside the picture's vectors. So Gemma multiplies what it looks up by **√D**, and what comes from
-# the picture not (chapter 08 says more about these two scales).
+# Tying has a cost, because the same rows have to serve two purposes. In the output head they should be short, or the
+# logits get too large. As inputs they should be long enough to hold their own next to the image features. So Gemma
+# multiplies the embeddings it looks up by **√D**. Image features are not multiplied. (Chapter 08 says more about the
+# two scales.)
 
 # %%
 with torch.no_grad():
@@ -585,38 +596,40 @@ assert torch.allclose(scaled, looked_up * model.config.text_config.hidden_size**
 # %% [markdown]
 # ### Logits in float32
 #
-# bfloat16 has eight bits for a number, whatever its size. Between 16 and 32 that leaves steps of 1/8: words closer than
-# that may get the **same** score, and the winner is whoever stands first in the table. The logits of the prompt's last
-# token, rounded:
+# A bfloat16 number has eight significant bits, however large it is. Between 16 and 32 that means steps of 1/8. Tokens
+# whose logits are closer than that can get the **same** score, and then argmax picks the one with the lowest id. Here
+# are the logits of the prompt's last token, rounded:
 
 # %%
 row = logits[0, -1]
 rounded = row.bfloat16()
-print(f"{len(row)} words: {len(row.unique())} different scores in float32, {len(rounded.unique())} in bfloat16")
+print(f"{len(row)} tokens: {len(row.unique())} distinct logits in float32, {len(rounded.unique())} in bfloat16")
 assert len(rounded.unique()) < len(row.unique())
 close = torch.tensor([20.00, 20.05, 20.06])
-print("20.00, 20.05, 20.06 in bfloat16:", close.bfloat16().tolist(), " best:", int(close.bfloat16().argmax()))
+print("20.00, 20.05, 20.06 in bfloat16:", close.bfloat16().tolist(), " argmax:", int(close.bfloat16().argmax()))
 assert close.argmax() == 2 and close.bfloat16().argmax() == 0
 
 # %% [markdown]
-# And the loss? The rounded logits have changed it already, and a loss that is kept in bfloat16 can, between 1 and 2,
-# only be a multiple of 1/128. With PaliGemma's vocabulary, the loss of the third word above:
+# And the loss? Rounding the logits already changes it. On top of that, a loss stored in bfloat16 can only be a multiple
+# of 1/128 when it is between 1 and 2. With PaliGemma's vocabulary, the loss of the third token above:
 
 # %%
 many = torch.full((257_216,), 3.0)
 many[:3] = close
 exact = -many.double().log_softmax(0)[2]
-cast, low = -many.bfloat16().double().log_softmax(0)[2], -many.bfloat16().log_softmax(0)[2]
-print(f"loss {exact:.4f}; of logits rounded to bfloat16 {cast:.4f}; all in bfloat16 {float(low):.4f}")
-assert abs(cast - exact) > 0.01 and float(low) * 128 == round(float(low) * 128)
+rounded_logits, all_bfloat16 = -many.bfloat16().double().log_softmax(0)[2], -many.bfloat16().log_softmax(0)[2]
+print(f"loss {exact:.4f}; with logits rounded to bfloat16 {rounded_logits:.4f}; all in bfloat16 {all_bfloat16:.4f}")
+assert abs(rounded_logits - exact) > 0.01 and float(all_bfloat16) * 128 == round(float(all_bfloat16) * 128)
 
 # %% [markdown]
-# So the package casts logits to float32 before any softmax (`generation.py`, `PaliGemma.loss`), as transformers does for
-# its loss. What a model in bfloat16 has rounded by then is lost; what follows is not.
+# So the package casts logits to float32 before any softmax (`generation.py`, `PaliGemma.loss`), as transformers does
+# for its loss. That can't restore what a bfloat16 model has already rounded away, but it prevents further loss of
+# precision.
 #
 # ## Break it
 #
-# Four bugs, each a line long, in the trained model; and one difference that is none. None of them raises an error.
+# We put four one-line bugs into the trained model, plus one difference that turns out to be harmless. None of them
+# raises an error.
 
 # %%
 from unittest.mock import patch
@@ -624,98 +637,98 @@ from unittest.mock import patch
 from tqdm.auto import tqdm
 
 bugs = {
-    "as it should be": (gemma, "geglu", gemma.geglu),
+    "correct": (gemma, "geglu", gemma.geglu),
     "w instead of 1 + w": (gemma, "rms_norm", lambda x, weight, eps, norm=gemma.rms_norm: norm(x, weight - 1, eps)),
-    "neighbors rotated": (gemma, "apply_rotary", by_neighbors),
+    "neighbors rotated": (gemma, "apply_rotary", rotate_neighbors),
     "no positions at all": (gemma, "apply_rotary", lambda x, cos, sin: x),
     "embeddings without √D": (gemma.GemmaModel, "embed", lambda self, ids: self.embed_tokens(ids)),
-    "exact GELU for tanh": (gemma, "geglu", lambda gate, up: torch.nn.functional.gelu(gate) * up),
+    "exact GELU, not tanh": (gemma, "geglu", lambda gate, up: torch.nn.functional.gelu(gate) * up),
 }
 
 # %%
-some = [emoji.make_scene(seed, "validation") for seed in range(12)]
-right = {}
-for bug, (place, name, function) in tqdm(bugs.items()):
-    with patch.object(place, name, function):
-        answers = minivlm.generate(model, processor, [s.image for s in some], "caption en")
-    right[bug] = sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, some, strict=True))
-    print(f"{bug:22} {right[bug]:2} of {len(some)} captions right; the first: {answers[0]!r}")
+scenes = [emoji.make_scene(seed, "validation") for seed in range(12)]
+correct = {}
+for bug, (owner, name, function) in tqdm(bugs.items()):
+    with patch.object(owner, name, function):
+        answers = minivlm.generate(model, processor, [s.image for s in scenes], "caption en")
+    correct[bug] = sum(emoji.same_caption(a, s.examples[0].answers[0]) for a, s in zip(answers, scenes, strict=True))
+    print(f"{bug:22} {correct[bug]:2} of {len(scenes)} captions correct; the first: {answers[0]!r}")
 
 # %%
-assert all(right[bug] < right["as it should be"] for bug in list(bugs)[1:5])
+assert all(correct[bug] < correct["correct"] for bug in list(bugs)[1:5])
 
 # %% [markdown]
-# Repairing is taking the line back. Finding it is the work, and what finds it is a comparison with numbers known to be
-# right, layer by layer, as below.
+# Fixing such a bug means reverting one line. The hard part is finding it. The way to find it is a layer-by-layer
+# comparison with numbers known to be right, as at the end of this chapter.
 #
 # ## Gemma 2: four norms, two caps
 #
-# PaliGemma 2 has Gemma 2 for its decoder. It normalizes what each block **returns** as well, before it is added: x +
-# norm(attention(norm(x))). A tiny one, with random weights, beside a tiny Gemma 1:
+# PaliGemma 2 uses Gemma 2 as its decoder, which also normalizes what each block **returns**, before adding it to x:
+# `x + norm(attention(norm(x)))`. Let's build a tiny Gemma 2 with random weights, next to a tiny Gemma 1:
 
 # %%
 from minivlm.config import GemmaConfig, SiglipVisionConfig
 
-tower = SiglipVisionConfig(24, 40, 2, 2, image_size=12, patch_size=4)
+vision_config = SiglipVisionConfig(24, 40, 2, 2, image_size=12, patch_size=4)
 sizes = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4, "head_dim": 12}
 caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 6, "query_pre_attn_scalar": 20}
-one = GemmaConfig(**sizes, num_attention_heads=4)
-two = GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, model_type="gemma2", **caps)
+gemma1 = GemmaConfig(**sizes, num_attention_heads=4)
+gemma2 = GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, model_type="gemma2", **caps)
 
 
 # %%
 def tiny(text_config):
-    """A PaliGemma with random weights, those of the norms too."""
-    config = minivlm.PaliGemmaConfig(tower, text_config, image_token_index=119)
+    """A PaliGemma with random weights, including those of the norms."""
+    config = minivlm.PaliGemmaConfig(vision_config, text_config, image_token_index=119)
     tiny_model = minivlm.PaliGemma(config).init_weights(seed=6).eval()
     with torch.no_grad():
         for name, parameter in tiny_model.named_parameters():
             if parameter.ndim == 1:
                 parameter += torch.randn(parameter.shape, generator=g) / 3
             if "q_proj.weight" in name:
-                parameter *= 2  # scores large enough for the cap to bite
+                parameter *= 2  # makes the scores large enough for the cap to matter
     return tiny_model
 
 
-tiny_models = {"Gemma 1": tiny(one), "Gemma 2": tiny(two)}
+tiny_models = {"Gemma 1": tiny(gemma1), "Gemma 2": tiny(gemma2)}
 for name, tiny_model in tiny_models.items():
     norms = [n for n, _ in tiny_model.language_model.model.layers[0].named_children() if "norm" in n]
-    print(name, len(norms), "norms a layer:", ", ".join(norms))
+    print(name, len(norms), "norms per layer:", ", ".join(norms))
 
 # %% [markdown]
-# Here `post_attention_layernorm` really stands behind attention. What the caps do to the scores, before the softmax and
-# at the end:
+# In Gemma 2, `post_attention_layernorm` really does come after attention. Now see what the caps do to the attention
+# scores and to the final logits:
 
 # %%
 ids, types = torch.tensor([[119] * 9 + [2, 7, 8, 9, 10, 11, 12]]), torch.tensor([[0] * 12 + [1] * 4])
 batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
 batch["pixel_values"] = torch.rand(1, 3, 12, 12, generator=g) * 2 - 1
-seen = {}
+recorded = {}
 
 
-def watching(x, cap, soft_cap=gemma.soft_cap):
-    seen["logits" if x.shape[-1] == 120 else "attention"] = (x.abs().max(), soft_cap(x, cap).abs().max(), cap)
+def recording_soft_cap(x, cap, soft_cap=gemma.soft_cap):
+    recorded["logits" if x.shape[-1] == 120 else "attention"] = (x.abs().max(), soft_cap(x, cap).abs().max(), cap)
     return soft_cap(x, cap)
 
 
-with torch.no_grad(), patch.object(gemma, "soft_cap", watching):
+with torch.no_grad(), patch.object(gemma, "soft_cap", recording_soft_cap):
     tiny_models["Gemma 2"](**batch)
-for where, (before, after, cap) in seen.items():
-    print(f"{where:9} largest score {before:.2f}, capped at {cap}: {after:.2f}")
+for where, (before, after, cap) in recorded.items():
+    print(f"{where:9} largest score {before:.2f}, with cap {cap}: {after:.2f}")
     assert after < cap and after < before
 
 # %% [markdown]
-# And a number that is easily taken for another: the scale of the queries. It is d^−½ nearly everywhere, but PaliGemma 2
-# 28B has heads of 128 and a scale of **144**^−½, since 144 is its width divided by its heads: 4608 / 32.
+# One more number that is easy to get wrong is the query scale. It is d^−½ nearly everywhere, but PaliGemma 2 28B has
+# heads of dimension 128 and a scale of **144**^−½. 144 is its hidden size divided by its number of heads: 4608 / 32.
 
 # %%
 assert 4608 // 32 == 144 != 128
-print("scale of the tiny Gemma 2: 20 ** -0.5 =", round(20**-0.5, 3), " and not 12 ** -0.5 =", round(12**-0.5, 3))
+print("scale of the tiny Gemma 2: 20 ** -0.5 =", round(20**-0.5, 3), " not 12 ** -0.5 =", round(12**-0.5, 3))
 
 # %% [markdown]
 # ## It matches
 #
-# Both tiny models, written to a folder in the hub's format, opened by transformers, and compared after every layer:
+# We save both tiny models in the hub's format, load them in transformers, and compare after every layer:
 
 # %%
 import tempfile
@@ -727,7 +740,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def in_transformers(ours):
-    """The same weights in transformers; soft caps need its "eager" attention."""
+    """The same weights in transformers. Soft capping needs its "eager" attention."""
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         load = transformers.PaliGemmaForConditionalGeneration.from_pretrained
@@ -736,45 +749,51 @@ def in_transformers(ours):
 
 # %%
 for name, ours in tiny_models.items():
-    states, hooks = [], []
+    states = []
     for layer in [*ours.language_model.model.layers[:-1], ours.language_model.model.norm]:
-        hooks.append(layer.register_forward_hook(lambda *call, states=states: states.append(call[-1])))
+        layer.register_forward_hook(lambda *call, states=states: states.append(call[-1]))
     with torch.no_grad():
-        logits, out = ours(**batch), in_transformers(ours)(**batch, output_hidden_states=True)
-    pairs = zip([*states, logits], [*out.hidden_states[1:], out.logits], strict=True)
-    off = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
-    print(f"{name}: after each layer and for the logits, relative:", " ".join(f"{error:.0e}" for error in off))
-    assert len(off) == 5 and max(off) < 1e-5
+        logits, theirs = ours(**batch), in_transformers(ours)(**batch, output_hidden_states=True)
+    pairs = zip([*states, logits], [*theirs.hidden_states[1:], theirs.logits], strict=True)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
+    print(f"{name}: relative difference after each layer and of the logits:", " ".join(f"{e:.0e}" for e in errors))
+    assert len(errors) == 5 and max(errors) < 1e-5
 
 # %% [markdown]
 # ## Recap
 #
-# * A layer adds twice to x: what attention gathers, and what the gated feed-forward block makes of it.
-# * RMSNorm divides by the root mean square, multiplies by 1 + w, in float32.
-# * RoPE turns pairs (i, i + d/2) of queries and keys; a score depends on the distance of two tokens alone.
-# * Grouped queries share keys: the same attention, less to keep. PaliGemma 3B shares one set among all eight heads.
-# * Input and output are one table: looked up it is multiplied by √D; as a head it gives logits, best kept in float32.
-# * Gemma 2 adds two norms a layer and two soft caps, each applied before the mask or the softmax.
+# * A layer adds to the residual stream twice: the output of attention, then the output of the gated MLP.
+# * RMSNorm divides by the root mean square and multiplies by 1 + w, in float32.
+# * RoPE rotates the pairs (i, i + d/2) of queries and keys, so positions affect a score only through their distance.
+# * Grouped queries share keys and values: the same attention with less to store. In PaliGemma 3B all eight query heads
+#   share one set.
+# * The embedding table is also the output head. Embeddings are multiplied by √D on the way in. Keep the logits in
+#   float32.
+# * Gemma 2 adds two norms per layer and two soft caps: one on the attention scores, before the mask, and one on the
+#   final logits.
 #
 # **Three questions**
 #
-# <details><summary>1. All weights w of all norms are 0. What does the norm do, and what would it do in Llama?</summary>
+# <details><summary>1. If the weights w of all norms are 0, what does a norm do? And in Llama?</summary>
 #
-# In Gemma it divides by the root mean square and leaves the rest. Llama multiplies by w itself: everything would be 0.
+# In Gemma it divides by the root mean square and changes nothing else. Llama multiplies by w itself, so everything
+# would become 0.
 #
 # </details>
 #
 # <details><summary>2. Why are values not rotated?</summary>
 #
-# Rotation is there to make the score depend on the distance. Values are what is fetched once it is decided how much to
-# look; turned by their positions they would say different things at different places, and nothing would turn them back.
+# Rotation makes the score depend on the distance. Values are averaged after the scores are settled. If they were
+# rotated by their positions, the same content would mean different things at different positions, and nothing would
+# rotate it back.
 #
 # </details>
 #
-# <details><summary>3. A friend loads PaliGemma and gets fluent nonsense, with no error. What do you look at first?</summary>
+# <details><summary>3. A friend's PaliGemma writes fluent nonsense, with no error. What do you check first?</summary>
 #
-# The details of this chapter: 1 + w, halves or neighbors, √D on the text and not on the picture, the scale; each is one
-# line, and each keeps all shapes. Compare with transformers after every layer: the first layer that differs has it.
+# The details of this chapter: 1 + w, halves or neighbors, √D on the text but not on the image, the query scale. Each is
+# a single line, and getting it wrong changes no shape. Compare with transformers after every layer: the bug is in the
+# first layer that differs.
 #
 # </details>
 #
