@@ -145,7 +145,7 @@ def call(function: Callable, arguments: tuple) -> Outcome:
     copied = copy.deepcopy(arguments)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # much faster than torch.manual_seed, which seeds GPUs too
             value = function(*copied)
     except (Exception, SystemExit) as error:  # a learner's function can do anything
         return Outcome(error=error)
