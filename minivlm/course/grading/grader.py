@@ -127,7 +127,7 @@ def find_students(folder: Path) -> dict[str, list[Path]]:
     return students
 
 
-def in_short(report: Report) -> str:
+def summarize(report: Report) -> str:
     right = sum(mark.score == 1 for mark in report.marks.values())
     return " ".join((f"{right} of {len(report.marks)} exercises right.", *report.problems))
 
