@@ -1,6 +1,7 @@
 """The notebooks are up to date with their sources, they run, and a class can get them.
 
-Each notebook is executed once per session. All tests that execute a chapter run on the same worker.
+One test executes a whole notebook and checks everything about the result, so no notebook is executed twice, however the
+tests are distributed.
 """
 
 import copy
@@ -80,27 +81,8 @@ def exercise_cells(notebook) -> dict:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """``runs(stem, kind)`` returns the executed notebook. It is executed at the first call."""
-    runner, done = Runner(tmp_path_factory.mktemp("saved")), {}
-
-    def run(stem: str, kind: str):
-        if (stem, kind) not in done:
-            done[stem, kind] = runner.run(SOURCES[stem], kind)
-        return done[stem, kind]
-
-    run.home = runner.folder / "solutions"
-    return run
-
-
-def executed(test):
-    """Parametrize a test that executes each notebook. One chapter's notebooks are executed by one worker."""
-    cases = [
-        pytest.param(stem, kind, marks=pytest.mark.xdist_group(stem), id=f"{stem}-{kind}")
-        for stem in SOURCES
-        for kind in KINDS
-    ]
-    return pytest.mark.notebook(pytest.mark.parametrize(("stem", "kind"), cases)(test))
+def runner(tmp_path_factory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("saved"))
 
 
 # --- every chapter --------------------------------------------------------------------------------------------------
@@ -126,28 +108,33 @@ def test_every_notebook_has_a_source():
     assert not [line for line in build_notebooks.differences([]) if "has no source" in line]
 
 
-@executed
-def test_runs_from_top_to_bottom(runs, stem, kind):
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("stem", "kind"),
+    [
+        pytest.param(stem, kind, marks=pytest.mark.xdist_group(stem), id=f"{stem}-{kind}")
+        for stem in SOURCES
+        for kind in KINDS
+    ],
+)
+def test_runs_from_top_to_bottom(runner, stem, kind):
     """``Runner`` raises on an error, a memory address, a local path, and an image without alt text."""
-    notebook, stored = runs(stem, kind), committed(stem, kind)
+    notebook, stored = runner.run(SOURCES[stem], kind), committed(stem, kind)
     for number, (now, then) in enumerate(zip(notebook.cells, stored.cells, strict=True), start=1):
         assert kinds_of(now) == kinds_of(then), f"cell {number} shows other kinds of output than the committed notebook"
-
-
-def kinds_of(cell) -> list:
-    return [sorted(output.get("data", {output.output_type: ""})) for output in cell.get("outputs", [])]
-
-
-@executed
-def test_checks_say_what_they_should(runs, stem, kind):
-    for name, cell in exercise_cells(runs(stem, kind)).items():
+    for name, cell in exercise_cells(notebook).items():
         if name.startswith("check_"):
             (output,) = cell.outputs
             message = output.data["text/plain"]
             assert ("not attempted yet" if kind == "learner" else "passed all") in message, message
     if kind == "solution":
-        saved = [path.name.partition("_")[2] for path in (runs.home / "solutions").glob(f"{stem[:2]}.*.py")]
-        assert sorted(saved) == sorted(f"{exercise.name}.py" for exercise in exercises.in_chapter(stem[:2]))
+        saved = (runner.folder / "solutions" / "solutions").glob(f"{stem[:2]}.*.py")
+        expected = [f"{exercise.key}_{exercise.name}.py" for exercise in exercises.in_chapter(stem[:2])]
+        assert sorted(path.name for path in saved) == sorted(expected)
+
+
+def kinds_of(cell) -> list:
+    return [sorted(output.get("data", {output.output_type: ""})) for output in cell.get("outputs", [])]
 
 
 @pytest.mark.parametrize("stem", SOURCES)
