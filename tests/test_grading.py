@@ -132,11 +132,6 @@ ADDED = {
 INSIDE = {"dies inside": "import os; os._exit(0)", "loops inside": "while True: pass", "leaves": "raise SystemExit"}
 
 
-def in_graded_class(test):
-    """Mark a test as slow, and for one worker, because the class is graded once."""
-    return pytest.mark.slow(pytest.mark.xdist_group("graded class")(test))
-
-
 @pytest.fixture(scope="module")
 def chapter(tmp_path_factory) -> dict:
     source = tmp_path_factory.mktemp("source") / "05_small.py"
@@ -211,7 +206,7 @@ def said(graded, student: str) -> str:
     return "\n".join(row["message"] for row in graded["messages"] if row["student"] == student)
 
 
-@in_graded_class
+@pytest.mark.slow
 def test_one_row_per_student_and_one_column_per_exercise_of_the_chapter(graded):
     columns = [f"{e.key} {e.name}" for e in EXERCISES.values() if e.chapter == "05"]
     assert list(graded["rows"][0]) == ["student", *columns, "total", "max"]
@@ -221,19 +216,19 @@ def test_one_row_per_student_and_one_column_per_exercise_of_the_chapter(graded):
     assert len(names) == len(set(names)) >= 30 and "notes" not in names
 
 
-@in_graded_class
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["perfect", "no ids", "'=1+1", "Zoë", "different", "prints", "thread"])
 def test_right_solutions_get_full_marks(graded, student):
     assert marks(graded, student) == (2, 2), said(graded, student)
 
 
-@in_graded_class
+@pytest.mark.slow
 def test_a_stub_is_not_attempted(graded):
     assert marks(graded, "stub") == (0, 0)
     assert said(graded, "stub").count("not attempted yet") == 2
 
 
-@in_graded_class
+@pytest.mark.slow
 def test_partial_credit_and_the_name_of_the_mistake(graded):
     assert 0 < marks(graded, "half")[0] < 2 and marks(graded, "half")[1] == 2
     mistake = EXERCISES["block_mask"].mistakes[0]
@@ -241,7 +236,7 @@ def test_partial_credit_and_the_name_of_the_mistake(graded):
     assert mistake.name in said(graded, "named mistake") and mistake.hint in said(graded, "named mistake")
 
 
-@in_graded_class
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "message"),
     [
@@ -261,37 +256,37 @@ def test_a_broken_exercise_only_loses_its_own_mark(graded, student, message):
     assert message in said(graded, student)
 
 
-@in_graded_class
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["raises", "exits", "asks"])
 def test_what_is_defined_before_an_error_gets_marks(graded, student):
     assert marks(graded, student) == (2, 2)
 
 
-@in_graded_class
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
 def test_memory_is_limited(graded):
     assert marks(graded, "hungry") == (2, 2)  # the allocation fails, so `del` does not run
 
 
-@in_graded_class
+@pytest.mark.slow
 def test_tricks_get_no_marks(graded):
     assert marks(graded, "cheat") == (0, 0), said(graded, "cheat")
     assert "the package's own" in said(graded, "cheat")
 
 
-@in_graded_class
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["no json", "empty", "binary", "list", "deep"])
 def test_an_unreadable_notebook_only_loses_its_own_marks(graded, student):
     assert marks(graded, student) == (0, 0)
     assert "This file is not a readable notebook" in said(graded, student)
 
 
-@in_graded_class
+@pytest.mark.slow
 def test_an_old_notebook_without_cells_gets_a_message(graded):
     assert marks(graded, "version 3") == (0, 0) and said(graded, "version 3")
 
 
-@in_graded_class
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
 def test_no_process_is_left_running(graded):
     assert marks(graded, "forks") == (2, 2)

@@ -111,11 +111,7 @@ def test_every_notebook_has_a_source():
 @pytest.mark.notebook
 @pytest.mark.parametrize(
     ("stem", "kind"),
-    [
-        pytest.param(stem, kind, marks=pytest.mark.xdist_group(stem), id=f"{stem}-{kind}")
-        for stem in SOURCES
-        for kind in KINDS
-    ],
+    [pytest.param(stem, kind, id=f"{stem}-{kind}") for stem in SOURCES for kind in KINDS],
 )
 def test_runs_from_top_to_bottom(runner, stem, kind):
     """``Runner`` raises on an error, a memory address, a local path, and an image without alt text."""
@@ -313,11 +309,6 @@ def solved(release, solutions: dict, edit=lambda text: text):
     return notebook
 
 
-def with_nbgrader(test):
-    """Mark a test as slow, and for one worker, because nbgrader grades the class once."""
-    return pytest.mark.slow(pytest.mark.notebook(pytest.mark.xdist_group("nbgrader")(test)))
-
-
 @pytest.fixture(scope="module")
 def classroom(tmp_path_factory):
     """The release of chapter 05 with a private seed, and three students, graded by nbgrader."""
@@ -354,7 +345,8 @@ def classroom(tmp_path_factory):
     return {"grades": grades, "release": release, "folder": folder, "name": name}
 
 
-@with_nbgrader
+@pytest.mark.slow
+@pytest.mark.notebook
 def test_the_release_contains_no_solution_and_no_hidden_test(classroom):
     text = to_text(classroom["release"])
     assert not re.search("SOLUTION|HIDDEN|exercises.score|seed=77", text)
@@ -362,7 +354,8 @@ def test_the_release_contains_no_solution_and_no_hidden_test(classroom):
     assert stubs and all(build_notebooks.STUB in cell.source for cell in stubs)
 
 
-@with_nbgrader
+@pytest.mark.slow
+@pytest.mark.notebook
 def test_the_teachers_source_contains_both_with_the_private_seed(classroom):
     name = classroom["name"]
     text = (classroom["folder"] / "source" / name / f"{name}.ipynb").read_text(encoding="utf-8")
@@ -370,7 +363,8 @@ def test_the_teachers_source_contains_both_with_the_private_seed(classroom):
     assert text.count("BEGIN SOLUTION") == text.count("BEGIN HIDDEN TESTS") == text.count("seed=77") == count
 
 
-@with_nbgrader
+@pytest.mark.slow
+@pytest.mark.notebook
 def test_nbgrader_gives_the_same_marks_as_the_checks(classroom):
     most = {e.name: float(e.points) for e in exercises.in_chapter("05")}
     assert classroom["grades"]["ada"] == most
