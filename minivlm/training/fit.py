@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from minivlm.training.files import MetricsLog, draw_curve, load_state, lock_fold
 PRECISIONS = ("float32", "bfloat16")
 
 
-def check_range(config: object, names: str, low: float, high: float = math.inf) -> None:
+def check_range(config: object, names: str, low: Real, high: Real = math.inf) -> None:
     """Check that each of these numbers is finite and from ``low`` to ``high``.
 
     Raises:
