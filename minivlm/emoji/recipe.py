@@ -310,19 +310,13 @@ def train(config: TrainConfig, out: Path, context: DistributedContext, save_ever
                 part.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         for stage in plan:
             stage.run(out, context)
-            if context.is_main:
-                draw_curves(plan, out)
         if context.is_main:
+            records = [training.read_metrics(out / stage.name / "metrics.jsonl") for stage in plan]
+            curves = {f"stage {i}: {stage.name}": (records[i], stage.loss_unit) for i, stage in enumerate(plan)}
+            training.draw_curve(out / "curve.png", curves)
             model.to("cpu").eval().save_pretrained(out / "checkpoint", dtype=torch.bfloat16)
             processor.save_pretrained(out / "checkpoint")
     return model
-
-
-def draw_curves(plan: list[Stage], out: Path) -> None:
-    """Draw the losses of all stages so far into ``out/curve.png``."""
-    records = [training.read_metrics(out / stage.name / "metrics.jsonl") for stage in plan]
-    curves = {f"stage {i}: {stage.name}": (records[i], stage.loss_unit) for i, stage in enumerate(plan)}
-    training.draw_curve(out / "curve.png", curves)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

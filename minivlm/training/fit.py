@@ -296,9 +296,9 @@ def fit(
     if hasattr(batches, "__len__") and len(batches) < steps:
         raise ValueError(f"There are {len(batches)} batches, fewer than the {steps} steps of {name}.")
     context = context or find_distributed_context()
+    module.to(context.device).train()
+    optimizer = make_optimizer(module, config.weight_decay, config.groups)
     with lock_folder(out) if context.is_main else contextlib.nullcontext():
-        module.to(context.device).train()
-        optimizer = make_optimizer(module, config.weight_decay, config.groups)
         state, metrics = out / "state.safetensors", out / "metrics.jsonl"
         done = load_state(state, name, steps, module, optimizer) if state.exists() else 0
         if done == steps:
