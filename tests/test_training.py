@@ -183,6 +183,21 @@ def test_only_parameters_with_requires_grad_are_trained(tmp_path):
     training.fit(alone, Points(), steps=20, lr=0.1, out=tmp_path / "b", context=HERE)  # its state has no more than that
 
 
+def test_a_parameter_without_gradient_does_not_hinder_saving_and_resuming(tmp_path):
+    def line():
+        module = Line()
+        module.unused = nn.Linear(2, 2)
+        return module
+
+    whole, parts = line(), line()
+    options = {"steps": 6, "lr": 0.1, "context": HERE, "log_every": 2, "save_every": 0.0}
+    training.fit(whole, Points(), out=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(line(), Points(stop=5), out=tmp_path / "parts", **options)
+    training.fit(parts, Points(), out=tmp_path / "parts", **options)
+    assert_equal_weights(whole, parts)
+
+
 def test_a_module_with_shared_weights_is_saved(tmp_path):
     class Tied(Line):
         def __init__(self):

@@ -65,7 +65,7 @@ def save_state(path: Path, name: str, step: int, module: nn.Module, optimizer: t
     tensors = {f"module.{key}": value for key, value in module.state_dict().items()}
     for key, weight in module.named_parameters():
         if weight.requires_grad:
-            tensors |= {f"optimizer.{key}.{entry}": optimizer.state[weight][entry] for entry in ADAM_STATE}
+            tensors |= {f"optimizer.{key}.{entry}": value for entry, value in optimizer.state.get(weight, {}).items()}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     with write_aside(path) as part:
         save_file(tensors, part, metadata={"name": name, "step": str(step)})
@@ -92,6 +92,7 @@ def load_state(path: Path, name: str, steps: int, module: nn.Module, optimizer: 
             "Choose another folder, or delete the file to start over."
         )
     trained = {key: weight for key, weight in module.named_parameters() if weight.requires_grad}
+    trained = {key: weight for key, weight in trained.items() if f"optimizer.{key}.step" in tensors}  # had a gradient
     shapes = {f"module.{key}": value.shape for key, value in module.state_dict().items()}
     for key, weight in trained.items():
         moments = {"step": torch.Size()} | dict.fromkeys(ADAM_STATE[1:], weight.shape)

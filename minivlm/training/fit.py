@@ -305,26 +305,25 @@ def fit(
             return
         wrapped = DistributedDataParallel(module) if context.world_size > 1 else module
         log = MetricsLog(metrics, done) if context.is_main else None
-        bar = tqdm(total=steps, initial=done, unit="step", desc=name, disable=not context.is_main)
         recent, saved = [], time.monotonic()
-        for batch in iterate(batches, done, steps, context.workers):
-            set_learning_rate(optimizer, done, config)
-            recent.append(train_step(wrapped, batch, optimizer, config.precision, config.clip))
-            done += 1
-            bar.update()
-            if done % config.log_every and done < steps:
-                continue
-            loss = sum(recent) / len(recent)
-            recent = []
-            bar.set_postfix(loss=f"{loss:.4f}")
-            if not math.isfinite(loss):
-                raise ValueError(f"The loss is {loss} at step {done} of {name}. Lower the learning rate.")
-            if log:
-                log.write(step=done, loss=loss)
-                if done == steps or time.monotonic() - saved > config.save_every:
-                    save_state(state, name, done, module, optimizer)
-                    draw_curve(out / "curve.png", {name: (read_metrics(metrics), loss_unit)})
-                    saved = time.monotonic()
-        bar.close()
+        with tqdm(total=steps, initial=done, unit="step", desc=name, disable=not context.is_main) as bar:
+            for batch in iterate(batches, done, steps, context.workers):
+                set_learning_rate(optimizer, done, config)
+                recent.append(train_step(wrapped, batch, optimizer, config.precision, config.clip))
+                done += 1
+                bar.update()
+                if done % config.log_every and done < steps:
+                    continue
+                loss = sum(recent) / len(recent)
+                recent = []
+                bar.set_postfix(loss=f"{loss:.4f}")
+                if not math.isfinite(loss):
+                    raise ValueError(f"The loss is {loss} at step {done} of {name}. Lower the learning rate.")
+                if log:
+                    log.write(step=done, loss=loss)
+                    if done == steps or time.monotonic() - saved > config.save_every:
+                        save_state(state, name, done, module, optimizer)
+                        draw_curve(out / "curve.png", {name: (read_metrics(metrics), loss_unit)})
+                        saved = time.monotonic()
         if done < steps:
             raise ValueError(f"The batches ended after {done} of the {steps} steps of {name}.")
