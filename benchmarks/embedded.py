@@ -8,9 +8,11 @@ import torch
 import minivlm
 from benchmarks import theirs
 from benchmarks.measure import Row, Spread, fresh, in_turns, ratio
-from minivlm import emoji, generation
+from minivlm import emoji, generation, training
 from minivlm.cache import StaticCache, cache_bytes
 from minivlm.emoji import recipe
+from minivlm.emoji.batches import SuffixBatches
+from minivlm.training.objectives import SuffixObjective
 from minivlm.vqvae import MaskVQVAE
 
 TOKENS = 64
@@ -74,11 +76,11 @@ def training_step(rounds: int) -> Row:
     """One update of the recipe's last stage that trains everything: 16 pictures, 64 rows."""
     torch.set_num_threads(2)
     config, processor = recipe.TrainConfig(), minivlm.Processor.from_pretrained()
-    steps = recipe.SegmentSteps(config, processor, config.answer_batch)
-    steps.vae = MaskVQVAE.from_pretrained()
-    batches = [steps[i] for i in range(rounds + 1)]
+    options = {"mixture": recipe.SEGMENT_MIXTURE, "examples": config.examples, "vae": MaskVQVAE.from_pretrained()}
+    batches = SuffixBatches(processor, config.answer_batch, first_seed=1_096_000, crowded=True, **options)
+    batches = [batches[i] for i in range(rounds + 1)]
     modules = {
-        "minivlm": recipe.SuffixObjective(minivlm.PaliGemma.from_pretrained()),
+        "minivlm": SuffixObjective(minivlm.PaliGemma.from_pretrained()),
         "transformers": theirs.Loss(theirs.load(dtype=torch.float32)),
     }
     with torch.no_grad():
@@ -87,7 +89,7 @@ def training_step(rounds: int) -> Row:
         raise AssertionError(f"the losses differ: {one} and {other}")
     contestants = {}
     for name, module in modules.items():
-        optimizer, left = recipe.new_optimizer(module.train(), config.weight_decay), iter(batches)
+        optimizer, left = training.make_optimizer(module.train(), config.weight_decay), iter(batches)
         contestants[name] = partial(one_update, module, optimizer, left, config)
     return speed_row(
         "training step, embedded recipe, CPU", contestants, config.answer_batch, "pictures/s", rounds, "≥ 1.3"
@@ -95,7 +97,7 @@ def training_step(rounds: int) -> Row:
 
 
 def one_update(module, optimizer, batches, config) -> None:
-    recipe.train_step(module, next(batches), optimizer, 1, config.precision)
+    training.train_step(module, next(batches), optimizer, config.precision)
 
 
 OUR_START = """
