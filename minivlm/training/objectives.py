@@ -20,7 +20,7 @@ from minivlm import losses
 from minivlm.locations import CODES
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import IGNORE_INDEX
-from minivlm.vqvae import WIDTH, MaskVQVAE, code_grid
+from minivlm.vqvae import CODE_DIM, MaskVQVAE, code_grid
 
 
 class Objective(nn.Module):
@@ -55,7 +55,7 @@ class MaskVQVAEObjective(Objective):
         super().__init__()
         self.vae = MaskVQVAE()
         self.register_buffer("sizes", torch.zeros(CODES))  # vectors per step with a code, on average
-        self.register_buffer("sums", torch.zeros(CODES, WIDTH))  # of those vectors
+        self.register_buffer("sums", torch.zeros(CODES, CODE_DIM))  # of those vectors
 
     def loss_weight(self, batch: dict[str, Tensor]) -> int:
         return len(batch["masks"])
