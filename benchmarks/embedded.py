@@ -1,4 +1,4 @@
-"""The embedded checkpoint next to transformers on the same weights: decoding, captions, training, cold start, growth."""
+"""The embedded checkpoint next to transformers, same weights: decoding, captions, training, cold start, growth."""
 
 import time
 from functools import partial
