@@ -1,7 +1,7 @@
 """Build the notebooks from their sources, run them, and make the release for a class.
 
-    python scripts/build_notebooks.py                     # build and run all chapters
-    python scripts/build_notebooks.py 05 08               # these chapters
+    python scripts/build_notebooks.py                     # build and run all chapters and labs
+    python scripts/build_notebooks.py 05 L0               # these
     python scripts/build_notebooks.py --check             # are the notebooks up to date with their sources?
     python scripts/build_notebooks.py --class build/class --seed 271828
 
@@ -13,6 +13,8 @@ END HIDDEN TESTS. Stars, minutes and points in headings, and the time in the fir
 
 import argparse
 import copy
+import hashlib
+import json
 import os
 import re
 import sys
@@ -44,7 +46,7 @@ ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
 LOCAL_PATHS = {str(path) for path in (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir()))} - {"/"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CARD = "| | |\n|---|---|\n"
-HEADING = re.compile(r"^## Exercise (\d+)\.(\d+) · (.+)$", re.MULTILINE)
+HEADING = re.compile(r"^## Exercise (L?\d+)\.(\d+) · (.+)$", re.MULTILINE)
 HIDDEN_SEED = re.compile(r"(BEGIN HIDDEN TESTS.*?\bseed=)\d+", re.DOTALL)
 CLASS_CONFIG = f'''"""nbgrader's settings for this course, written by `make class`."""
 
@@ -70,11 +72,22 @@ c.Execute.timeout = 300  # seconds per cell; some train a model
 
 def sources(chapters: list[str]) -> list[Path]:
     """The sources of these chapters ("05"), in order. Default: all."""
-    found = sorted((NOTEBOOKS / "source").glob("*.py"))
-    unknown = set(chapters) - {path.name[:2] for path in found}
+    found = [*sorted((NOTEBOOKS / "source").glob("*.py")), *sorted((NOTEBOOKS / "source" / "labs").glob("*.py"))]
+    unknown = set(chapters) - {number_of(path) for path in found}
     if unknown:
         raise ValueError(f"notebooks/source has no chapter {', '.join(sorted(unknown))}.")
-    return [path for path in found if not chapters or path.name[:2] in chapters]
+    return [path for path in found if not chapters or number_of(path) in chapters]
+
+
+def number_of(source: Path) -> str:
+    """``05_prefix_lm_mask.py`` → "05", ``labs/L0_masks.py`` → "L0"."""
+    return source.stem.split("_")[0]
+
+
+def notebook_path(source: Path, kind: str) -> Path:
+    """Where the notebook of a source goes. Labs have a folder of their own in each place."""
+    folder = KINDS[kind] / "labs" if source.parent.name == "labs" else KINDS[kind]
+    return folder / f"{source.stem}.ipynb"
 
 
 def read(source: Path) -> NotebookNode:
@@ -86,7 +99,7 @@ def read(source: Path) -> NotebookNode:
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata = nbformat.from_dict(METADATA)
-    add_facts(notebook, source.name)
+    add_facts(notebook, source)
     seen = Counter()
     exercise = ""  # the one whose check comes next
     for number, cell in enumerate(notebook.cells, start=1):
@@ -120,17 +133,18 @@ def has_solution(cell: NotebookNode) -> bool:
     return cell.cell_type == "code" and "BEGIN SOLUTION" in cell.source
 
 
-def add_facts(notebook: NotebookNode, name: str) -> None:
+def add_facts(notebook: NotebookNode, source: Path) -> None:
     """Add what the declarations say: the chapter's time to the first cell, and stars, minutes and points to headings.
 
     Titles, questions and the order of the exercises must agree with the declarations.
     """
-    require(name[:2] in CHAPTERS and bool(notebook.cells), name, "expected cells, and the number of a chapter in front")
+    name, chapter = source.name, CHAPTERS.get(number_of(source))
+    require(chapter is not None and bool(notebook.cells), name, "expected cells, and the number of a chapter in front")
     heading = ""  # the key of the exercise whose heading came last
 
     def complete(found: re.Match) -> str:
         nonlocal heading
-        heading = f"{int(found[1]):02}.{found[2]}"
+        heading = f"{found[1].zfill(2)}.{found[2]}"
         exercise = next((exercise for exercise in EXERCISES.values() if exercise.key == heading), None)
         require(exercise is not None, where, f"there is no exercise {heading}")
         is_bare = re.search(r"[★☆]|\(\d+ (minutes|points)", found[3]) is None
@@ -140,7 +154,7 @@ def add_facts(notebook: NotebookNode, name: str) -> None:
     for number, cell in enumerate(notebook.cells, start=1):
         where = f"{name}, cell {number}"
         if number == 1:
-            cell.source = complete_card(cell.source, CHAPTERS[name[:2]], where)
+            cell.source = complete_card(cell.source, chapter, where)
         if cell.cell_type == "markdown":
             cell.source = HEADING.sub(complete, cell.source)
         elif has_solution(cell):
@@ -212,8 +226,8 @@ def without_outputs(notebook: NotebookNode) -> NotebookNode:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def run(notebook: NotebookNode, home: Path, title: str) -> NotebookNode:
-    """A copy of the notebook, executed and cleaned. Passed solutions are saved in ``home``.
+def run(notebook: NotebookNode, home: Path, title: str, folder: Path = NOTEBOOKS) -> NotebookNode:
+    """A copy of the notebook, executed in ``folder`` and cleaned. Passed solutions are saved in ``home``.
 
     Raises:
         ValueError: If a cell fails, or an output contains what ``find_faults`` finds.
@@ -226,7 +240,7 @@ def run(notebook: NotebookNode, home: Path, title: str) -> NotebookNode:
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-        resources={"metadata": {"path": str(NOTEBOOKS)}},
+        resources={"metadata": {"path": str(folder)}},
     )
     try:
         client.execute(env=os.environ | OFFLINE | {"MINIVLM_HOME": str(home)})
@@ -290,15 +304,16 @@ class Runner:
 
     def run(self, source: Path, kind: str) -> NotebookNode:
         """Run one notebook. Before a solution notebook, run the exercises of earlier chapters that have not run."""
-        title = f"{source.name} ({kind})"
+        title, folder = f"{source.name} ({kind})", notebook_path(source, "learner").parent
+        folder.mkdir(exist_ok=True)
         if kind == "learner":
-            return run(build(source, kind), Path(tempfile.mkdtemp(dir=self.folder)), title)
+            return run(build(source, kind), Path(tempfile.mkdtemp(dir=self.folder)), title, folder)
         home = self.folder / "solutions"
         earlier = [path for path in sources([]) if path < source and path not in self.solved]
         if earlier:
             run(only_exercises(earlier), home, "the exercises of earlier chapters")
         self.solved |= {*earlier, source}
-        return run(build(source, kind), home, title)
+        return run(build(source, kind), home, title, folder)
 
 
 def only_exercises(chapters: list[Path]) -> NotebookNode:
@@ -309,7 +324,7 @@ def only_exercises(chapters: list[Path]) -> NotebookNode:
             if cell.cell_type == "code" and "nbgrader" not in cell.metadata:
                 cell.source = essentials(cell.source)
             if cell.cell_type == "code":
-                cell.id = f"{source.name[:2]}-{cell.id}"[:64]
+                cell.id = f"{number_of(source)}-{cell.id}"[:64]
                 together.cells.append(cell)
     return together
 
@@ -321,8 +336,9 @@ def write_all(chapters: list[Path]) -> None:
         for source in chapters:
             texts = {kind: to_text(runner.run(source, kind)) for kind in KINDS}
             for kind, text in texts.items():
-                write(KINDS[kind] / f"{source.stem}.ipynb", text)
-                print(f"Wrote {(KINDS[kind] / source.stem).relative_to(ROOT)}.ipynb")
+                path = notebook_path(source, kind)
+                write(path, text)
+                print(f"Wrote {path.relative_to(ROOT)}")
 
 
 def write(path: Path, text: str) -> None:
@@ -338,22 +354,28 @@ def differences(chapters: list[Path]) -> list[str]:
     found = []
     for kind, folder in KINDS.items():
         for source in chapters:
-            path = folder / f"{source.stem}.ipynb"
+            path = notebook_path(source, kind)
             if not path.exists():
                 found.append(f"{path.relative_to(ROOT)} is missing")
             elif to_text(without_outputs(nbformat.read(path, as_version=4))) != to_text(build(source, kind)):
                 found.append(f"{path.relative_to(ROOT)} is out of date with {source.name}")
-        stems = {source.stem for source in sources([])}
-        strays = [path for path in sorted(folder.glob("*.ipynb")) if path.stem not in stems]
-        found += [f"{path.relative_to(ROOT)} has no source" for path in strays]
+        known = {notebook_path(source, kind) for source in sources([])}
+        strays = {*folder.glob("*.ipynb"), *(folder / "labs").glob("*.ipynb")} - known
+        found += [f"{path.relative_to(ROOT)} has no source" for path in sorted(strays)]
     return found
 
 
 # --- for a class ----------------------------------------------------------------------------------------------------
 
 
+WRITTEN = "written.json"  # in a course: digest of every notebook in source/ as it was written, to recognize edits
+
+
 def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
-    """Write an nbgrader course: settings, source/ for the teacher, release/ for the students, and the gradebook."""
+    """Write an nbgrader course: settings, source/ for the teacher, release/ for the students, and the gradebook.
+
+    A notebook in source/ that the teacher has edited stays as it is, and so do the seeds of its hidden tests.
+    """
     from nbgrader.apps import NbGraderAPI
     from nbgrader.coursedir import CourseDirectory
     from traitlets.config import PyFileConfigLoader
@@ -361,18 +383,43 @@ def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
     write(course / "nbgrader_config.py", CLASS_CONFIG)
     config = PyFileConfigLoader("nbgrader_config.py", path=str(course.resolve())).load_config()
     api = NbGraderAPI(CourseDirectory(config=config), config=config)
+    digests = json.loads((course / WRITTEN).read_text()) if (course / WRITTEN).is_file() else {}
     for source in chapters:
-        notebook = read(source)
-        for cell in notebook.cells:
-            if seed is not None:
-                cell.source = HIDDEN_SEED.sub(rf"\g<1>{seed}", cell.source)
-        write(course / "source" / source.stem / f"{source.stem}.ipynb", to_text(notebook))
+        path = course / "source" / source.stem / f"{source.stem}.ipynb"
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if old and digest(old) != digests.get(source.stem):
+            print(f"Kept {path}, which you have edited. Delete it to get the chapter anew.")
+        else:
+            text = to_text(with_seed(read(source), seed if seed is not None else seed_of(old)))
+            write(path, text)
+            digests[source.stem] = digest(text)
+            write(course / WRITTEN, json.dumps(digests, indent=2))
         made = api.generate_assignment(source.stem, force=True)
         if not made["success"]:
             raise ValueError(f"nbgrader could not release {source.name}:\n{made.get('log', '')}{made['error']}")
     print(f"Wrote {course}: release/ for the students, source/ with solutions and hidden tests for you.")
-    if seed is None:
-        print("The hidden tests use the public seeds. Choose your own with SEED=….")
+    if seed is None and any(
+        seed_of(path.read_text(encoding="utf-8")) is None for path in course.glob("source/*/*.ipynb")
+    ):
+        print("Some hidden tests use the public seeds. Choose your own with SEED=….")
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_seed(notebook: NotebookNode, seed: int | None) -> NotebookNode:
+    """The notebook with this seed in all hidden tests. None: the public seeds of the source."""
+    for cell in notebook.cells:
+        if seed is not None:
+            cell.source = HIDDEN_SEED.sub(rf"\g<1>{seed}", cell.source)
+    return notebook
+
+
+def seed_of(text: str) -> int | None:
+    """The private seed of a notebook that ``make_class`` has written: the one of all its hidden tests, if above 1."""
+    seeds = {int(seed) for seed in re.findall(r"BEGIN HIDDEN TESTS.*?\bseed=(\d+)", text, re.DOTALL)}
+    return seeds.pop() if len(seeds) == 1 and seeds != {1} else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,7 +72,7 @@ def built(stem: str, kind: str) -> nbformat.NotebookNode:
 
 
 def committed(stem: str, kind: str) -> nbformat.NotebookNode:
-    return nbformat.read(KINDS[kind] / f"{stem}.ipynb", as_version=nbformat.NO_CONVERT)
+    return nbformat.read(build_notebooks.notebook_path(SOURCES[stem], kind), as_version=nbformat.NO_CONVERT)
 
 
 def exercise_cells(notebook) -> dict:
@@ -376,6 +376,24 @@ def test_nbgrader_gives_the_same_marks_as_the_checks(classroom):
 
     wrong = exercises.score(swapped, points=most["block_mask"], name="block_mask", seed=77)
     assert classroom["grades"]["cy"] == most | {"block_mask": wrong} and wrong < most["block_mask"]
+
+
+def test_a_class_made_again_keeps_the_seed_and_the_teachers_edits(tmp_path, capsys, monkeypatch):
+    from nbgrader.apps import NbGraderAPI
+
+    monkeypatch.setattr(NbGraderAPI, "generate_assignment", lambda self, name, force: {"success": True})
+    name, other = "05_prefix_lm_mask", "07_kv_cache"
+    path = tmp_path / "source" / name / f"{name}.ipynb"
+    main(["05", "07", "--class", str(tmp_path)])
+    assert "public seeds" in capsys.readouterr().out
+    main(["05", "07", "--class", str(tmp_path), "--seed", "77"])
+    first = path.read_text()
+    main(["05", "07", "--class", str(tmp_path)])
+    assert path.read_text() == first and "seed=77" in first and "public seeds" not in capsys.readouterr().out
+    path.write_text(first.replace("Predict first", "Guess first"))
+    main(["05", "07", "--class", str(tmp_path), "--seed", "88"])
+    assert "Guess first" in path.read_text() and "seed=77" in path.read_text() and "Kept" in capsys.readouterr().out
+    assert "seed=88" in (tmp_path / "source" / other / f"{other}.ipynb").read_text()
 
 
 def test_a_seed_needs_a_class():
