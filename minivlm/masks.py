@@ -99,7 +99,14 @@ def newest_token_masks(
     return full, full if window is None or window >= len(key) else full & (slot - key < window)
 
 
+def is_any(condition: Bool[Tensor, "*S"]) -> bool:
+    """True if any value is. False while torch exports or compiles, since a graph cannot depend on values."""
+    return not torch.compiler.is_compiling() and bool(condition.any())
+
+
 def _none_if_all_visible(full: Bool[Tensor, "B T S"], sliding: Bool[Tensor, "B T S"]) -> tuple[Tensor | None, ...]:
-    if not bool(full.all()):  # then the sliding mask, which allows no more, blocks something too
+    if torch.compiler.is_compiling() or is_any(
+        ~full
+    ):  # then the sliding mask, which allows no more, blocks something too
         return full, sliding
-    return None, None if sliding is full or bool(sliding.all()) else sliding
+    return None, sliding if is_any(~sliding) else None

@@ -168,14 +168,7 @@ class SiglipVisionModel(nn.Module):
         self.vision_model = SiglipVisionTransformer(config)
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P D"]:
-        """Patch vectors, row by row from the top left.
-
-        Args:
-            pixel_values: Images with values in [-1, 1], channels first, ``image_size`` pixels square.
-
-        Raises:
-            ValueError: If the images do not have the size that the tower was built for.
-        """
+        """Patch vectors, row by row from the top left, of images with values in [-1, 1] and ``image_size`` pixels."""
         return self.vision_model(pixel_values)
 
 
