@@ -94,9 +94,10 @@ def newest_token_masks(
 
     Both the eager and the compiled decode step call this. ``attention_mask`` must be 0 after ``slot``.
     """
-    key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    S = attention_mask.shape[1]
+    key = torch.arange(S, device=attention_mask.device)
     full = padding_mask(attention_mask) | (key == slot)
-    return full, full if window is None or window >= len(key) else full & (slot - key < window)
+    return full, full if window is None or window >= S else full & (slot - key < window)
 
 
 def is_any(condition: Bool[Tensor, "*S"]) -> bool:

@@ -117,7 +117,7 @@ class PaliGemma(nn.Module):
         is_image = input_ids == self.config.image_token_index if is_image is None else is_image
         # the id of <image> can be beyond the embedding table, so look up another id: its embedding is replaced anyway
         x = self.language_model.model.embed(input_ids.masked_fill(is_image, 0))
-        B, (images, P) = len(input_ids), image_features.shape[:2]
+        B, (images, P) = input_ids.shape[0], image_features.shape[:2]
         if not images or B % images or masks.is_any(is_image.sum(1) != P):
             raise ValueError(
                 f"{images} images of {P} tokens do not match {B} rows with {is_image.sum(1).tolist()} <image> tokens. "

@@ -80,7 +80,7 @@ class SiglipVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P D"]:
         size, channels = self.config.image_size, self.config.num_channels
-        if tuple(pixel_values.shape[1:]) != (channels, size, size):
+        if pixel_values.shape[0] == 0 or tuple(pixel_values.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"pixel_values must have shape [B, {channels}, {size}, {size}] for this vision tower, not "
                 f"{list(pixel_values.shape)}. Prepare the images with the processor of the same checkpoint."
