@@ -89,9 +89,7 @@ class StaticCache:
 
 def _check_rows(stored: Float[Tensor, "B K S d"], new: Float[Tensor, "R K T d"]) -> None:
     if (rows := stored.shape[0], stored.dtype) != (new.shape[0], new.dtype):  # torch would silently broadcast or cast
-        raise ValueError(
-            f"the cache is for {rows} rows of {stored.dtype}, not {len(new)} of {new.dtype}: make a new one."
-        )
+        raise ValueError(f"the cache is for {rows} rows of {stored.dtype}, not {len(new)} of {new.dtype}.")
 
 
 class SlotCache:

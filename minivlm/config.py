@@ -9,7 +9,7 @@ Sources: transformers ``models/{paligemma,gemma,gemma2,siglip}/configuration_*.p
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import get_args
@@ -36,9 +36,7 @@ class SiglipVisionConfig:
     def __post_init__(self):
         _check_numbers(self)
         if self.image_size % self.patch_size:
-            example = max(self.image_size // self.patch_size, 1) * self.patch_size
-            sizes = f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
-            raise ValueError(f"{sizes}, for example {example}.")
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by {self.num_attention_heads} heads.")
 
@@ -108,8 +106,7 @@ GEMMA2_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_windo
 class PaliGemmaConfig:
     """Vision tower, decoder and special token ids. ``projection_dim`` always equals the decoder's hidden size.
 
-    The id of ``<image>`` can be beyond the embedding table. ``eos_token_id`` can be a list: any of them ends an answer.
-    A ``pad_token_id`` of -1 means that there is none.
+    ``eos_token_id`` can be a list: any of them ends an answer. A ``pad_token_id`` of -1 means that there is none.
     """
 
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
@@ -154,24 +151,19 @@ class PaliGemmaConfig:
         else:  # transformers ignores these in a Gemma 1 file
             text = {name: value for name, value in text.items() if name not in GEMMA2_ONLY}
         config = cls(
-            vision_config=SiglipVisionConfig(**_fields_of(SiglipVisionConfig, vision)),
-            text_config=GemmaConfig(**_fields_of(GemmaConfig, text)),
-            image_token_index=values.get("image_token_index", values.get("image_token_id", 257152)),
+            SiglipVisionConfig(**{name: vision[name] for name in SiglipVisionConfig.__annotations__ if name in vision}),
+            GemmaConfig(**{name: text[name] for name in GemmaConfig.__annotations__ if name in text}),
+            values.get("image_token_index", values.get("image_token_id", 257152)),
             **{name: value for name, value in (text | values).items() if name in TOKEN_IDS},
         )
-        tanh, layers = "gelu_pytorch_tanh", range(config.text_config.num_hidden_layers)
+        # Other values of these would change the computation: an error is better than wrong results.
         kinds = ("sliding_attention" if config.text_config.has_post_norms else "full_attention", "full_attention")
-        for part, name, supported in (  # others change the computation: an error is better than wrong results
-            (rope, "rope_type", "default"),
-            (text, "attention_bias", False),
-            (text, "tie_word_embeddings", True),
-            (text, "layer_types", [kinds[i % 2] for i in layers]),
-            (text, "hidden_act", "gelu" if text.get("hidden_act") == "gelu" else tanh),  # in early files: means tanh
-            (text, "hidden_activation", tanh),
-            (vision, "hidden_act", tanh),
-            (vision, "model_type", "siglip_vision_model"),
-            (vision | values, "projection_dim", config.projection_dim),
-        ):
+        layers, tanh = [kinds[i % 2] for i in range(config.text_config.num_hidden_layers)], "gelu_pytorch_tanh"
+        legacy = "gelu" if text.get("hidden_act") == "gelu" else tanh  # early Gemma files say "gelu" but mean tanh
+        checks = [(rope, "rope_type", "default"), (text, "attention_bias", False), (text, "tie_word_embeddings", True)]
+        checks += [(text, "layer_types", layers), (text, "hidden_activation", tanh), (text, "hidden_act", legacy)]
+        checks += [(vision, "model_type", "siglip_vision_model"), (vision, "hidden_act", tanh)]
+        for part, name, supported in [*checks, (vision | values, "projection_dim", config.projection_dim)]:
             if part.get(name, supported) != supported:
                 raise ValueError(f"{name} in config.json must be {supported!r:.90}, not {_show(part[name])}.")
         return config
@@ -219,20 +211,15 @@ def _without_nulls(values) -> dict:
     return {name: value for name, value in values.items() if value is not None or name in optional}
 
 
-def _fields_of(config: type, values: dict) -> dict:
-    """The entries that are fields of the dataclass ``config``."""
-    return {entry.name: values[entry.name] for entry in fields(config) if entry.name in values}
-
-
 def _check_numbers(config) -> None:
     """Check every numeric field. An integer becomes a float where transformers has a float."""
-    for entry in fields(config):
-        value, types = getattr(config, entry.name), get_args(entry.type) or (entry.type,)
+    for name, annotation in config.__annotations__.items():
+        value, types = getattr(config, name), get_args(annotation) or (annotation,)
         if str not in types and (value is not None or type(None) not in types):
             is_float = float in types
-            check_number(entry.name, value, 1 - is_float, LARGEST.get(entry.name, LARGEST_SIZE), is_float)
-            if is_float and entry.name != "query_pre_attn_scalar":
-                setattr(config, entry.name, float(value))
+            check_number(name, value, 1 - is_float, LARGEST.get(name, LARGEST_SIZE), is_float)
+            if is_float and name != "query_pre_attn_scalar":
+                setattr(config, name, float(value))
 
 
 def check_number(name: str, value, low, high, is_float: bool = False) -> None:

@@ -31,8 +31,7 @@ def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], eps: float) 
 def check_ids(ids: Int[Tensor, "*B"], vocab_size: int) -> None:
     """Raise ValueError for an id that has no row in the embedding table."""
     if masks.is_any((ids < 0) | (ids >= vocab_size)):
-        low, high = (int(bound) for bound in ids.aminmax())
-        raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, but they go from {low} to {high}.")
+        raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, not from {ids.min()} to {ids.max()}.")
 
 
 class GemmaRMSNorm(nn.Module):

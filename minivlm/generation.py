@@ -25,8 +25,6 @@ from minivlm.config import LARGEST_SIZE, check_number
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor, check_batch
 
-# --- choosing a token ----------------------------------------------------------------------------------------------
-
 
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
     """The most likely token in each row (argmax)."""
@@ -84,9 +82,8 @@ class GenerationConfig:
     compile: bool = False
 
     def __post_init__(self):
-        for name in ("do_sample", "compile"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        if {type(self.do_sample), type(self.compile)} != {bool}:
+            raise ValueError(f"do_sample and compile must be booleans, not {self.do_sample!r} and {self.compile!r}.")
         if self.temperature == 0:
             raise ValueError("temperature must be above 0: for the most likely token every time, leave do_sample out.")
         check_number("max_new_tokens", self.max_new_tokens, 1, LARGEST_SIZE)
@@ -114,9 +111,6 @@ def sample_next_token(
     if config.top_p is not None:
         logits = top_p_filter(logits, float(config.top_p))
     return sample(logits, generator)
-
-
-# --- the loop ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -149,8 +143,9 @@ def generate_tokens(
         raise ValueError("the prompts are padded on the right, where the answers go. Use padding_side='left'.")
     prompt, new, limit = ids.shape[1], config.max_new_tokens, model.config.text_config.max_position_embeddings
     if prompt + new > limit:
-        tokens = f"{prompt} tokens of the prompt and max_new_tokens={new}"
-        raise ValueError(f"{tokens} exceed the model's {limit} positions. Shorten the prompt or lower max_new_tokens.")
+        raise ValueError(
+            f"{prompt} tokens and max_new_tokens={new} exceed the model's {limit} positions. Lower either."
+        )
     generator = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
     features = model.encode_image(pixels)
     slots = prompt + new - 1  # the last token is not fed
@@ -165,10 +160,9 @@ def generate_tokens(
         if step and compiled is not None:
             logits = compiled(token)
         else:
+            inputs = {"input_ids": token[:, None]} if step else {}
             if step == 0 or cache is None:
                 inputs = {"input_ids": ids, "token_type_ids": types, "image_features": features}
-            else:
-                inputs = {"input_ids": token[:, None]}
             logits = model(**inputs, attention_mask=attention, cache=cache, last_only=True)[:, -1]
         logits = logits.float()
         log_probs = logits.log_softmax(-1)
@@ -205,9 +199,6 @@ def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> Gener
     columns = list(generate_tokens(model, batch, GenerationConfig(**options)))
     tokens, log_probs, finished = zip(*columns, strict=True)
     return GenerationOutput(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), finished[-1].clone())
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def prepare_inputs(processor: Processor, images, prompts) -> dict[str, Tensor]:

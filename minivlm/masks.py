@@ -62,10 +62,7 @@ def mask_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"
 
 
 def attention_masks(
-    attention_mask: Int[Tensor, "B S"],
-    token_type_ids: Int[Tensor, "B S"],
-    queries: int,
-    window: int | None,
+    attention_mask: Int[Tensor, "B S"], token_type_ids: Int[Tensor, "B S"], queries: int, window: int | None
 ) -> tuple[Bool[Tensor, "#B T S"] | None, Bool[Tensor, "#B T S"] | None]:
     """The masks of one forward pass, for full and for sliding layers. The queries are the last ``queries`` of S tokens.
 

@@ -90,13 +90,9 @@ class PaliGemma(nn.Module):
         return self.language_model.model.embed_tokens.weight.dtype
 
     def check_finite(self, output: Float[Tensor, "*S"], *parts: nn.Module) -> Float[Tensor, "*S"]:
-        """Return ``output``, or raise ValueError if it or a norm or bias of ``parts`` contains NaN or infinity.
-
-        Norms and biases are checked directly, because a soft cap or softmax can turn infinity into finite output.
-        """
+        """Return ``output``, or raise ValueError if it, or a norm or bias of ``parts`` hidden in it, is not finite."""
         vectors = [weight.detach() for part in parts for weight in part.parameters() if weight.ndim == 1]
-        bounds = torch.stack(output.detach().aminmax())  # both are NaN if any value is
-        if masks.is_any(~torch.cat([bounds, *vectors]).isfinite()):
+        if masks.is_any(~torch.cat([torch.stack(output.detach().aminmax()), *vectors]).isfinite()):
             fault = checkpoint.find_nonfinite(dict(self.named_parameters()))
             raise ValueError(fault or "the output is not finite, though the weights are. Load them as torch.float32.")
         return output
@@ -137,10 +133,9 @@ class PaliGemma(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """The decoder's output before the output head. Arguments as for ``forward``."""
         (B, T), past = input_ids.shape, cache.length if cache is not None else 0
-        limit = self.config.text_config.max_position_embeddings
+        limit, sizes = self.config.text_config.max_position_embeddings, f"{past} cached and {T} new tokens"
         if not B or not T or past + T > limit:
-            sizes = f"{B} rows of {past} cached and {T} new tokens"
-            raise ValueError(f"a row needs 1 to {limit} tokens (max_position_embeddings), but there are {sizes}.")
+            raise ValueError(f"{B} rows of {sizes} are not possible: 1 to {limit} (max_position_embeddings) are.")
         if attention_mask is None:
             attention_mask = input_ids.new_ones((B, past + T))
         has_types = token_type_ids is not None
@@ -149,13 +144,10 @@ class PaliGemma(nn.Module):
             token_type_ids[:, past or T :] = 1
         for name, ids in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if ids.shape != (B, past + T):
-                raise ValueError(
-                    f"{name} must be [{B}, {past + T}] for {past} cached and {T} new tokens, not {list(ids.shape)}."
-                )
+                raise ValueError(f"{name} must be [{B}, {past + T}] for {sizes}, not {list(ids.shape)}.")
         attention_mask, token_type_ids = (attention_mask != 0).long(), (token_type_ids != 0).long()
         is_image = input_ids == self.config.image_token_index
-        has_image = pixel_values is not None or image_features is not None
-        if past and (has_image or (T > 1 and masks.is_any(is_image))):
+        if past and (pixel_values is not None or image_features is not None or (T > 1 and masks.is_any(is_image))):
             raise ValueError("the cache holds another image and prompt. Call its reset(), or pass a new cache.")
         if past and has_types and masks.is_any((attention_mask > token_type_ids)[:, past:]):
             raise ValueError(

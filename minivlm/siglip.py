@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from minivlm.config import SiglipVisionConfig
 
-# --- the functions -------------------------------------------------------------------------------------------------
-
 
 def patchify(pixel_values: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B P Chw"]:
     """Cut into square patches, row by row from the top left. Each is flattened in the order channel, row, column."""
@@ -64,18 +62,14 @@ def pre_norm_block(
     return x + mlp(norm2(x))
 
 
-# --- the tower -----------------------------------------------------------------------------------------------------
-
-
 class SiglipVisionEmbeddings(nn.Module):
     """Pixels → patch vectors plus learned position embeddings."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        size = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
         self.position_embedding = nn.Embedding(config.num_image_tokens, config.hidden_size)
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P D"]:

@@ -106,9 +106,7 @@ def test_a_cache_of_another_batch_or_dtype_raises(unchecked, model, new_cache, r
     with torch.no_grad():
         model(**random_batch(model.config, [6, 4], [2, 2]), cache=cache)
     new = torch.zeros(3 - rows, config.num_key_value_heads, 1, config.head_dim, dtype=dtype)
-    with pytest.raises(
-        ValueError, match="the cache is for 2 rows of torch.float32, not .: make a new one".replace(".:", ".*:")
-    ):
+    with pytest.raises(ValueError, match="the cache is for 2 rows of torch.float32, not "):
         cache.update(0, new, new)
 
 

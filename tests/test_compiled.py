@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, relative_error
+from conftest import random_batch, relative_error, tiny_model
 
 from minivlm import compiled, gemma, masks
 from minivlm.cache import GrowingCache, StaticCache
@@ -171,8 +171,10 @@ class Step(Prefill):
         return self.model(token, attention_mask=attention_mask, cache=cache), cache.layers
 
 
-def test_prefill_and_decode_steps_can_be_exported(model, unchecked):
+@pytest.mark.parametrize("version", [1, 2])
+def test_prefill_and_decode_steps_can_be_exported(version, unchecked):
     """One program for every batch size and length, except that the prefill of Gemma 2 has a fixed length."""
+    model = tiny_model(version, num_hidden_layers=2)
     small = random_batch(model.config, [4, 3], [2, 1], side="left")
     large = random_batch(model.config, [6, 3, 4], [3, 1, 0], side="left")
     is_fixed, auto = model.config.text_config.has_post_norms, torch.export.Dim.AUTO
@@ -180,7 +182,7 @@ def test_prefill_and_decode_steps_can_be_exported(model, unchecked):
     shapes = dict.fromkeys(small, {0: rows} if is_fixed else {0: rows, 1: tokens}) | {"pixel_values": {0: rows}}
     with torch.no_grad():
         prefill = torch.export.export(Prefill(model), (), small, dynamic_shapes=shapes).module()
-    shapes = {"token": {0: auto}, "attention_mask": {0: auto, 1: auto}, "layers": [({0: auto, 2: auto},) * 2] * 4}
+    shapes = {"token": {0: auto}, "attention_mask": {0: auto, 1: auto}, "layers": [({0: auto, 2: auto},) * 2] * 2}
 
     def next_token(batch):
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
@@ -195,7 +197,7 @@ def test_prefill_and_decode_steps_can_be_exported(model, unchecked):
             inputs = next_token(batch)
             (logits, layers), (expected, expected_layers) = step(*inputs), Step(model)(*inputs)
             assert relative_error(logits, expected) <= 1e-5
-            assert relative_error(layers[3][1], expected_layers[3][1]) <= 1e-5
+            assert relative_error(layers[1][1], expected_layers[1][1]) <= 1e-5
         rolled = {name: value.roll(1, dims=0) for name, value in small.items()}  # values are not part of the program
         assert relative_error(prefill(**rolled)[0], model(**rolled)) <= 1e-5
 

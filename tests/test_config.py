@@ -215,7 +215,7 @@ REFUSED = {
         FILES["PaliGemma 3B"] | {"projection_dim": 2304},
         "projection_dim in config.json must be 2048, not 2304",
     ),
-    "patches": (sparse(GEMMA, image_size=230), "for example 224"),
+    "patches": (sparse(GEMMA, image_size=230), "image_size 230 must be a multiple of patch_size 14"),
     "tower heads": (sparse(GEMMA, num_attention_heads=7), "7 heads"),
     "decoder heads": (sparse(GEMMA | {"num_key_value_heads": 3}), "8 must be a multiple of num_key_value_heads 3"),
     "odd head": (sparse(GEMMA | {"head_dim": 15}), "head_dim must be even, not 15"),
