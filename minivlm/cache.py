@@ -7,6 +7,7 @@ are complete before the first answer token, and the answer is causal. Two kinds 
 
     keys, values = cache.update(layer, k, v)     # stores the new ones, returns all S + T
     cache.length                                  # number of tokens stored
+    cache.reset()                                 # forgets them, before another image or prompt
 
 ``GrowingCache`` concatenates, which is simple but copies everything for every token. ``StaticCache`` allocates once and
 writes in place. ``SlotCache`` writes into the tensors of a static cache for compiled.py. Size in bytes: 2 (keys and
@@ -42,6 +43,9 @@ class GrowingCache:
     def __init__(self):
         self.layers: list[Pair] = []
 
+    def reset(self) -> None:
+        self.layers.clear()
+
     @property
     def length(self) -> int:
         """Number of tokens in the last layer. Only during a forward pass do earlier layers hold more."""
@@ -52,6 +56,7 @@ class GrowingCache:
             self.layers.append((k, v))
         else:
             keys, values = self.layers[layer]
+            _check_rows(keys, k)
             self.layers[layer] = (append(keys, k), append(values, v))
         return self.layers[layer]
 
@@ -64,7 +69,10 @@ class StaticCache:
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         # zeros, because a NaN in a masked slot would still reach the output: 0 · NaN is NaN
         self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in range(2))
-        self.filled = [0 for _ in layers]
+        self.reset()
+
+    def reset(self) -> None:
+        self.filled = [0 for _ in self.keys]
 
     @property
     def length(self) -> int:
@@ -72,10 +80,16 @@ class StaticCache:
 
     def update(self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"]) -> Pair:
         start, end = self.filled[layer], self.filled[layer] + k.shape[2]
+        _check_rows(self.keys[layer], k)
         if end > self.max_length:  # torch would silently drop a single token that does not fit
             raise ValueError(f"the cache has {self.max_length} slots but {end} are needed. Increase max_length.")
         self.filled[layer] = end
         return write_in_place(self.keys[layer], k, start), write_in_place(self.values[layer], v, start)
+
+
+def _check_rows(stored: Float[Tensor, "B K S d"], new: Float[Tensor, "R K T d"]) -> None:
+    if (rows := stored.shape[0], stored.dtype) != (new.shape[0], new.dtype):  # torch would silently broadcast or cast
+        raise ValueError(f"the cache is for {rows} rows of {stored.dtype}, not {len(new)} of {new.dtype}.")
 
 
 class SlotCache:

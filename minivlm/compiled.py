@@ -87,12 +87,13 @@ class CompiledStep:
         self.slot += 1
         step = compiler(token.device.type)
         try:
-            return step(self.model, token, slot, self.is_token, self.cache.keys, self.cache.values)
+            logits = step(self.model, token, slot, self.is_token, self.cache.keys, self.cache.values)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             why = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"torch cannot compile the decode step here ({why}). Install a C++ compiler, or leave compile out."
             ) from error
+        return self.model.check_finite(logits)
 
 
 def padded_length(length: int) -> int:

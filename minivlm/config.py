@@ -1,15 +1,23 @@
 """The sizes and settings that define a PaliGemma, read from and written to the hub's ``config.json``.
 
 Hub files are sparse: a field that a file leaves out gets its default from here. The defaults depend on the model type,
-since a sparse ``gemma2`` file leaves out other values than a sparse ``gemma`` file.
+since a sparse ``gemma2`` file leaves out other values than a sparse ``gemma`` file. Every field is checked when a
+configuration is created: its type, its range, and how it fits the others.
 
 Sources: transformers ``models/{paligemma,gemma,gemma2,siglip}/configuration_*.py``; google-research/big_vision
 ``models/vit.py`` for So400m/14.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
+from typing import get_args
+
+LARGEST_SIZE = 2**24  # of every field that is not in this table
+LARGEST = {"num_hidden_layers": 1000, "layer_norm_eps": 1, "rms_norm_eps": 1, "rope_theta": 10**8}
+LARGEST |= dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), 10**6)
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @dataclass
@@ -23,16 +31,12 @@ class SiglipVisionConfig:
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: int | float = 1e-6
 
     def __post_init__(self):
-        _check_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _check_positive(self, "num_channels", "image_size", "patch_size")
+        _check_numbers(self)
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, "
-                f"for example {self.image_size // self.patch_size * self.patch_size or self.patch_size}."
-            )
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by {self.num_attention_heads} heads.")
 
@@ -47,6 +51,7 @@ class GemmaConfig:
     """The decoder: Gemma 1 (``model_type="gemma"``) or Gemma 2 (``"gemma2"``). They differ only in these values.
 
     The defaults are the decoder of PaliGemma 3B. ``None`` for a soft cap or for the window means that there is none.
+    Gemma 1 has no window and no soft cap of attention, and its queries are always scaled by head_dim ** -0.5.
     """
 
     model_type: str = "gemma"
@@ -57,19 +62,18 @@ class GemmaConfig:
     num_attention_heads: int = 8
     num_key_value_heads: int = 1
     head_dim: int = 256
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rms_norm_eps: int | float = 1e-6
+    rope_theta: int | float = 10000.0
     max_position_embeddings: int = 8192
     query_pre_attn_scalar: int | float | None = None  # queries are scaled by this ** -0.5; None means head_dim
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: int | float | None = None
+    final_logit_softcapping: int | float | None = None
     sliding_window: int | None = None
 
     def __post_init__(self):
         if self.model_type not in ("gemma", "gemma2"):
-            raise ValueError(f"text model_type must be 'gemma' or 'gemma2', not {self.model_type!r}.")
-        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _check_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
+            raise ValueError(f"text model_type must be 'gemma' or 'gemma2', not {_show(self.model_type)}.")
+        _check_numbers(self)
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if heads % shared:
             raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {shared}.")
@@ -77,6 +81,9 @@ class GemmaConfig:
             raise ValueError(f"head_dim must be even, not {self.head_dim}: RoPE rotates its dimensions in pairs.")
         if self.query_pre_attn_scalar is None:
             self.query_pre_attn_scalar = self.head_dim
+        values = [getattr(self, name) for name in GEMMA2_ONLY]
+        if self.model_type == "gemma" and values != [self.head_dim, None, None]:
+            raise ValueError(f"Gemma 1 has no {', '.join(GEMMA2_ONLY)}: set model_type to 'gemma2'.")
 
     @property
     def has_post_norms(self) -> bool:
@@ -89,28 +96,37 @@ class GemmaConfig:
 
 
 # Values that a sparse gemma2 config.json leaves out. PaliGemma's own files also leave out head_dim, theta and eps.
-GEMMA2_DEFAULTS = {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "sliding_window": 4096,
-}
+GEMMA2_DEFAULTS = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_key_value_heads": 4}
+GEMMA2_DEFAULTS |= {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA2_DEFAULTS |= {"sliding_window": 4096}
+GEMMA2_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window")
 
 
 @dataclass
 class PaliGemmaConfig:
-    """Vision tower, decoder and special token ids. ``projection_dim`` always equals the decoder's hidden size."""
+    """Vision tower, decoder and special token ids. ``projection_dim`` always equals the decoder's hidden size.
+
+    ``eos_token_id`` can be a list: any of them ends an answer. A ``pad_token_id`` of -1 means that there is none.
+    """
 
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
     text_config: GemmaConfig = field(default_factory=GemmaConfig)
     image_token_index: int = 257152
     pad_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | list[int] = 1
     bos_token_id: int = 2
+
+    def __post_init__(self):
+        last = self.text_config.vocab_size - 1
+        check_number("image_token_index", self.image_token_index, 0, LARGEST_SIZE)
+        check_number("pad_token_id", self.pad_token_id, -1, last)
+        for name, value in [("bos_token_id", self.bos_token_id)] + [("eos_token_id", i) for i in self.eos_token_ids]:
+            check_number(name, value, 0, last)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return (self.eos_token_id or [None]) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     @property
     def projection_dim(self) -> int:
@@ -123,52 +139,50 @@ class PaliGemmaConfig:
         Raises:
             ValueError: If it does not describe a PaliGemma, or describes a variant that this code would run wrongly.
         """
-        if (kind := values.get("model_type")) != "paligemma":
-            raise ValueError(f"config.json describes a {kind!r} model, not 'paligemma'. Use a PaliGemma folder.")
         values = _without_nulls(values)
+        if (kind := values.get("model_type")) != "paligemma":
+            raise ValueError(f"config.json describes a {_show(kind)} model, not 'paligemma'. Use a PaliGemma folder.")
         text, vision = _without_nulls(values.get("text_config", {})), _without_nulls(values.get("vision_config", {}))
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"config.json sets rope type {rope}, but only the default RoPE is supported.")
-        text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        _check_supported(text, vision)
-        if text.get("model_type", "gemma") == "gemma2":
+        rope = _without_nulls(text.get("rope_scaling") or text.get("rope_parameters") or {})
+        rope = {"rope_theta": text.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default")} | rope
+        text["rope_theta"] = rope["rope_theta"]
+        if text.get("model_type") == "gemma2":
             text = GEMMA2_DEFAULTS | text
-        projection = values.get("projection_dim") or vision.get("projection_dim")
+        else:  # transformers ignores these in a Gemma 1 file
+            text = {name: value for name, value in text.items() if name not in GEMMA2_ONLY}
         config = cls(
-            vision_config=SiglipVisionConfig(**_fields_of(SiglipVisionConfig, vision)),
-            text_config=GemmaConfig(**_fields_of(GemmaConfig, text)),
-            image_token_index=values.get("image_token_index", values.get("image_token_id", 257152)),
-            **{name: values[name] for name in ("pad_token_id", "eos_token_id", "bos_token_id") if name in values},
+            SiglipVisionConfig(**{name: vision[name] for name in SiglipVisionConfig.__annotations__ if name in vision}),
+            GemmaConfig(**{name: text[name] for name in GemmaConfig.__annotations__ if name in text}),
+            values.get("image_token_index", values.get("image_token_id", 257152)),
+            **{name: value for name, value in (text | values).items() if name in TOKEN_IDS},
         )
-        if projection not in (None, config.projection_dim):
-            raise ValueError(
-                f"projection_dim in config.json is {projection}, but the decoder needs {config.projection_dim}."
-            )
+        # Other values of these would change the computation: an error is better than wrong results.
+        kinds = ("sliding_attention" if config.text_config.has_post_norms else "full_attention", "full_attention")
+        layers, tanh = [kinds[i % 2] for i in range(config.text_config.num_hidden_layers)], "gelu_pytorch_tanh"
+        legacy = "gelu" if text.get("hidden_act") == "gelu" else tanh  # early Gemma files say "gelu" but mean tanh
+        checks = [(rope, "rope_type", "default"), (text, "attention_bias", False), (text, "tie_word_embeddings", True)]
+        checks += [(text, "layer_types", layers), (text, "hidden_activation", tanh), (text, "hidden_act", legacy)]
+        checks += [(vision, "model_type", "siglip_vision_model"), (vision, "hidden_act", tanh)]
+        for part, name, supported in [*checks, (vision | values, "projection_dim", config.projection_dim)]:
+            if part.get(name, supported) != supported:
+                raise ValueError(f"{name} in config.json must be {supported!r:.90}, not {_show(part[name])}.")
         return config
 
     @classmethod
     def from_json(cls, path: str | Path) -> "PaliGemmaConfig":
-        """Read the file ``path``. Raises ValueError if it is not valid JSON or does not describe a PaliGemma."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}). Download the file again.") from error
-        return cls.from_dict(_without_nulls(values))
+        """Read the file ``path``. As in transformers, the ids in a generation_config.json beside it take precedence."""
+        config, generation = cls.from_dict(_read_json(Path(path))), Path(path).with_name("generation_config.json")
+        ids = _read_json(generation) if generation.is_file() else {}
+        return replace(config, **{name: ids[name] for name in TOKEN_IDS if name in ids})
 
     def to_dict(self) -> dict:
         """The content of a hub ``config.json`` from which transformers builds the same model."""
-        text = asdict(self.text_config)
-        activation = {"hidden_act": "gelu_pytorch_tanh"}
-        if self.text_config.has_post_norms:
-            activation = {"hidden_activation": "gelu_pytorch_tanh"}
-        else:  # Gemma 1 has none of these, and its query scale is always head_dim ** -0.5
-            for name in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
-                if text.pop(name) is not None:
-                    raise ValueError(f"Gemma 1 has no {name}: set model_type to 'gemma2'.")
-            if text.pop("query_pre_attn_scalar") != self.text_config.head_dim:
-                raise ValueError("Gemma 1 scales queries by head_dim ** -0.5: set model_type to 'gemma2'.")
-        ids = {name: getattr(self, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        text, vision = asdict(replace(self.text_config)), asdict(replace(self.vision_config))  # checks them again
+        text |= {"hidden_activation" if self.text_config.has_post_norms else "hidden_act": "gelu_pytorch_tanh"}
+        if not self.text_config.has_post_norms:
+            text = {name: value for name, value in text.items() if name not in GEMMA2_ONLY}
+        ids = {name: getattr(self, name) for name in TOKEN_IDS}
+        vision |= {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False}
         return {
             "architectures": ["PaliGemmaForConditionalGeneration"],
             "model_type": "paligemma",
@@ -177,55 +191,45 @@ class PaliGemmaConfig:
             "hidden_size": self.projection_dim,
             "projection_dim": self.projection_dim,
             "tie_word_embeddings": True,
-            "text_config": text | activation | ids | {"tie_word_embeddings": True},
-            "vision_config": asdict(self.vision_config)
-            | {
-                "model_type": "siglip_vision_model",
-                "hidden_act": "gelu_pytorch_tanh",
-                "projection_dim": self.projection_dim,
-                "vision_use_head": False,
-            },
+            "text_config": text | ids | {"tie_word_embeddings": True},
+            "vision_config": vision | {"projection_dim": self.projection_dim},
         }
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return _without_nulls(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a valid JSON object ({error}). Download the file again.") from error
 
 
 def _without_nulls(values) -> dict:
     """The entries that a file really sets. Null means "left out", except in the fields where None is a valid value."""
     if not isinstance(values, dict):
-        found = type(values).__name__
-        raise ValueError(f"config.json contains a {found} where an object is expected. Download the file again.")
+        raise ValueError(f"config.json contains a {type(values).__name__} where an object is expected")
     optional = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
     return {name: value for name, value in values.items() if value is not None or name in optional}
 
 
-def _fields_of(config: type, values: dict) -> dict:
-    """The entries that are fields of the dataclass ``config``. Integers become floats where the field is a float."""
-    types = {entry.name: entry.type for entry in fields(config)}
-    found = {name: value for name, value in values.items() if name in types}
-    return {n: float(v) if type(v) is int and types[n] in (float, float | None) else v for n, v in found.items()}
+def _check_numbers(config) -> None:
+    """Check every numeric field. An integer becomes a float where transformers has a float."""
+    for name, annotation in config.__annotations__.items():
+        value, types = getattr(config, name), get_args(annotation) or (annotation,)
+        if str not in types and (value is not None or type(None) not in types):
+            is_float = float in types
+            check_number(name, value, 1 - is_float, LARGEST.get(name, LARGEST_SIZE), is_float)
+            if is_float and name != "query_pre_attn_scalar":
+                setattr(config, name, float(value))
 
 
-def _check_supported(text: dict, vision: dict) -> None:
-    """Raise ValueError for settings that would change the computation: an error is better than wrong results."""
-    if text.get("attention_bias"):
-        raise ValueError("config.json sets attention_bias, but Gemma's attention has no biases.")
-    if text.get("tie_word_embeddings") is False:
-        raise ValueError("tie_word_embeddings must be true: PaliGemma's output head is its embedding table.")
-    layers = text.get("layer_types")
-    expected = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(len(layers or ()))]
-    if layers and text.get("model_type") == "gemma2" and layers != expected:
-        raise ValueError("layer_types in config.json must follow Gemma 2's order: sliding, full, sliding, full …")
-    if vision.get("model_type", "siglip_vision_model") != "siglip_vision_model":
-        raise ValueError(f"vision model_type must be 'siglip_vision_model', not {vision['model_type']!r}.")
-    tanh = "gelu_pytorch_tanh"
-    acts = [text.get("hidden_activation", tanh), vision.get("hidden_act", tanh)]
-    if text.get("hidden_act") != "gelu":  # early Gemma files say "gelu" but mean tanh
-        acts.append(text.get("hidden_act", tanh))
-    if wrong := [act for act in acts if act != tanh]:
-        raise ValueError(f"config.json sets the activation {wrong[0]!r}, but PaliGemma uses tanh-approximated GELU.")
+def check_number(name: str, value, low, high, is_float: bool = False) -> None:
+    """Raise ValueError unless ``value`` is an integer from low to high, or a number above low and at most high."""
+    is_number = isinstance(value, Real if is_float else int) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (is_float and value == low):
+        limits = f"above {low:,} and at most {high:,}" if is_float else f"an integer from {low:,} to {high:,}"
+        raise ValueError(f"{name} must be {limits}, not {_show(value)}.")
 
 
-def _check_positive(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
+def _show(value) -> str:
+    """A value in a message: short, and without the content of nested objects."""
+    return repr(value)[:60] if isinstance(value, str | Real | None) else f"a {type(value).__name__}"

@@ -28,6 +28,12 @@ def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], eps: float) 
     return (y * (1.0 + weight.float())).type_as(x)
 
 
+def check_ids(ids: Int[Tensor, "*B"], vocab_size: int) -> None:
+    """Raise ValueError for an id that has no row in the embedding table."""
+    if masks.is_any((ids < 0) | (ids >= vocab_size)):
+        raise ValueError(f"token ids must be from 0 to {vocab_size - 1}, not from {ids.min()} to {ids.max()}.")
+
+
 class GemmaRMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -203,6 +209,7 @@ class GemmaModel(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Token embeddings × √D. The factor is rounded to the dtype of the weights: in bfloat16, √2048 is 45.25."""
+        check_ids(input_ids, self.config.vocab_size)
         x = self.embed_tokens(input_ids)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 

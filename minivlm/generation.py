@@ -19,13 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minivlm import checkpoint
 from minivlm.cache import Cache, GrowingCache, StaticCache
 from minivlm.compiled import CompiledStep, padded_length
+from minivlm.config import LARGEST_SIZE, check_number
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor, check_batch
-
-# --- choosing a token ----------------------------------------------------------------------------------------------
 
 
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
@@ -50,6 +48,7 @@ def top_p_filter(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]
         return logits
     probabilities, order = logits.softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities  # total of the more likely ones: 0 for the first, always kept
+    p = max(p, torch.finfo(before.dtype).tiny)  # the first stays even if p would round to 0
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
@@ -83,17 +82,15 @@ class GenerationConfig:
     compile: bool = False
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "top_k"):
-            value = getattr(self, name)
-            if not (name == "top_k" and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
-        if not 1e-6 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be above 0 (at least 1e-6) and finite, not {self.temperature}: "
-                "for the most likely token every time, leave do_sample out."
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+        if {type(self.do_sample), type(self.compile)} != {bool}:
+            raise ValueError(f"do_sample and compile must be booleans, not {self.do_sample!r} and {self.compile!r}.")
+        if self.temperature == 0:
+            raise ValueError("temperature must be above 0: for the most likely token every time, leave do_sample out.")
+        check_number("max_new_tokens", self.max_new_tokens, 1, LARGEST_SIZE)
+        check_number("temperature", self.temperature, 1e-7, 10**6, is_float=True)
+        check_number("top_k", 1 if self.top_k is None else self.top_k, 1, LARGEST_SIZE)
+        check_number("top_p", 1 if self.top_p is None else self.top_p, 0, 1, is_float=True)
+        check_number("seed", 0 if self.seed is None else self.seed, -(2**63), 2**64 - 1)
         if not self.do_sample and (self.temperature != 1 or self.top_k is not None or self.top_p is not None):
             raise ValueError("temperature, top_k and top_p need do_sample=True: without it they have no effect.")
         if self.cache not in ("static", "growing", None):
@@ -116,9 +113,6 @@ def sample_next_token(
     return sample(logits, generator)
 
 
-# --- the loop ------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class GenerationOutput:
     """The result of ``generate_ids``. N is the length of the longest answer.
@@ -139,36 +133,42 @@ def generate_tokens(
     model: PaliGemma, batch: dict[str, Tensor], config: GenerationConfig
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield ``GenerationOutput`` column by column: tokens [B], log-probabilities [B], which rows have finished [B]."""
-    device = model.multi_modal_projector.linear.weight.device
-    ids, attention, types, pixels = (
-        batch[name].to(device) for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-    )
+    device = model.language_model.model.embed_tokens.weight.device
+    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+    if missing := [name for name in names if name not in batch]:
+        raise ValueError(f"the batch has no {', '.join(missing)}. Prepare it with the processor.")
+    ids, attention, types, pixels = (batch[name].to(device) for name in names)
+    attention = (attention != 0).long()
+    if not bool(attention[:, -1].all()):
+        raise ValueError("the prompts are padded on the right, where the answers go. Use padding_side='left'.")
+    prompt, new, limit = ids.shape[1], config.max_new_tokens, model.config.text_config.max_position_embeddings
+    if prompt + new > limit:
+        raise ValueError(
+            f"{prompt} tokens and max_new_tokens={new} exceed the model's {limit} positions. Lower either."
+        )
     generator = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
     features = model.encode_image(pixels)
-    slots = ids.shape[1] + config.max_new_tokens - 1  # the last token is not fed
+    slots = prompt + new - 1  # the last token is not fed
     cache = make_cache(model, len(ids), padded_length(slots) if config.compile else slots, config.cache)
     compiled = CompiledStep(model, cache, attention) if config.compile else None
     if bool(attention.all()):
         attention = None  # no padding, so nothing to mask
-    one = torch.ones_like(ids[:, :1])
+    one, eos = torch.ones_like(ids[:, :1]), torch.tensor(model.config.eos_token_ids, device=device)
+    pad = eos[0] if model.config.pad_token_id < 0 else model.config.pad_token_id
     finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     for step in range(config.max_new_tokens):
         if step and compiled is not None:
             logits = compiled(token)
         else:
+            inputs = {"input_ids": token[:, None]} if step else {}
             if step == 0 or cache is None:
                 inputs = {"input_ids": ids, "token_type_ids": types, "image_features": features}
-            else:
-                inputs = {"input_ids": token[:, None]}
             logits = model(**inputs, attention_mask=attention, cache=cache, last_only=True)[:, -1]
         logits = logits.float()
         log_probs = logits.log_softmax(-1)
-        if not bool(log_probs.min().isfinite()):  # the minimum is NaN if any value is
-            fault = checkpoint.find_nonfinite(dict(model.named_parameters()))
-            raise ValueError(fault or "the logits are not finite, though the weights are. Load them as torch.float32.")
-        token = sample_next_token(logits, config, generator).masked_fill(finished, model.config.pad_token_id)
+        token = sample_next_token(logits, config, generator).masked_fill(finished, pad)
         log_prob = log_probs.gather(-1, token[:, None])[:, 0].masked_fill(finished, 0.0)
-        finished = finished | (token == model.config.eos_token_id)
+        finished = finished | torch.isin(token, eos)
         yield token, log_prob, finished
         if bool(finished.all()):
             return
@@ -194,17 +194,11 @@ def generate_ids(model: PaliGemma, batch: dict[str, Tensor], **options) -> Gener
         options: Fields of ``GenerationConfig``.
 
     Raises:
-        ValueError: If the options are invalid, the batch is padded on the right, or logits are not finite.
+        ValueError: If the options are invalid, the batch is padded on the right or too long, or logits are not finite.
     """
-    config = GenerationConfig(**options)
-    if not bool(batch["attention_mask"][:, -1].all()):
-        raise ValueError("the prompts are padded on the right, where the answers go. Use padding_side='left'.")
-    columns = list(generate_tokens(model, batch, config))
+    columns = list(generate_tokens(model, batch, GenerationConfig(**options)))
     tokens, log_probs, finished = zip(*columns, strict=True)
     return GenerationOutput(torch.stack(tokens, dim=1), torch.stack(log_probs, dim=1), finished[-1].clone())
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def prepare_inputs(processor: Processor, images, prompts) -> dict[str, Tensor]:
@@ -276,8 +270,7 @@ def generate(
         prompt: A prompt such as "caption en", or a list of them. Two lists are paired up. One image with a list of
             prompts is encoded once. One prompt with a list of images is used for each image.
         stream: Called with each piece of text as soon as it is generated. Only for one image and one prompt.
-        options: Fields of ``GenerationConfig``: max_new_tokens=32, do_sample=False, temperature=1.0, top_k=None,
-            top_p=None, seed=None, cache="static", compile=False.
+        options: Fields of ``GenerationConfig``, such as max_new_tokens=32 or do_sample=True.
 
     Returns:
         The answer, or a list of answers if either argument is a list.

@@ -62,10 +62,7 @@ def mask_padding(mask: Bool[Tensor, "#B T S"], attention_mask: Int[Tensor, "B S"
 
 
 def attention_masks(
-    attention_mask: Int[Tensor, "B S"],
-    token_type_ids: Int[Tensor, "B S"],
-    queries: int,
-    window: int | None,
+    attention_mask: Int[Tensor, "B S"], token_type_ids: Int[Tensor, "B S"], queries: int, window: int | None
 ) -> tuple[Bool[Tensor, "#B T S"] | None, Bool[Tensor, "#B T S"] | None]:
     """The masks of one forward pass, for full and for sliding layers. The queries are the last ``queries`` of S tokens.
 
@@ -94,12 +91,20 @@ def newest_token_masks(
 
     Both the eager and the compiled decode step call this. ``attention_mask`` must be 0 after ``slot``.
     """
-    key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    S = attention_mask.shape[1]
+    key = torch.arange(S, device=attention_mask.device)
     full = padding_mask(attention_mask) | (key == slot)
-    return full, full if window is None or window >= len(key) else full & (slot - key < window)
+    return full, full if window is None or window >= S else full & (slot - key < window)
+
+
+def is_any(condition: Bool[Tensor, "*S"]) -> bool:
+    """True if any value is. False while torch exports or compiles, since a graph cannot depend on values."""
+    return not torch.compiler.is_compiling() and bool(condition.any())
 
 
 def _none_if_all_visible(full: Bool[Tensor, "B T S"], sliding: Bool[Tensor, "B T S"]) -> tuple[Tensor | None, ...]:
-    if not bool(full.all()):  # then the sliding mask, which allows no more, blocks something too
+    if torch.compiler.is_compiling() or is_any(
+        ~full
+    ):  # then the sliding mask, which allows no more, blocks something too
         return full, sliding
-    return None, None if sliding is full or bool(sliding.all()) else sliding
+    return None, sliding if is_any(~sliding) else None

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from minivlm import checkpoint
+from minivlm import checkpoint, masks
 from minivlm.cache import Cache
 from minivlm.config import PaliGemmaConfig
-from minivlm.gemma import GemmaForCausalLM
+from minivlm.gemma import GemmaForCausalLM, check_ids
 from minivlm.siglip import SiglipVisionModel, init_linear
 
 
@@ -82,26 +82,39 @@ class PaliGemma(nn.Module):
 
     def encode_image(self, pixel_values: Float[Tensor, "I C H W"]) -> Float[Tensor, "I P D"]:
         """Images → embeddings for the decoder. Encode an image once: all prompts about it can share the result."""
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
+        features = self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
+        return self.check_finite(features, self.vision_tower, self.multi_modal_projector)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.multi_modal_projector.linear.weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    def check_finite(self, output: Float[Tensor, "*S"], *parts: nn.Module) -> Float[Tensor, "*S"]:
+        """Return ``output``, or raise ValueError if it, or a norm or bias of ``parts`` hidden in it, is not finite."""
+        vectors = [weight.detach() for part in parts for weight in part.parameters() if weight.ndim == 1]
+        if masks.is_any(~torch.cat([torch.stack(output.detach().aminmax()), *vectors]).isfinite()):
+            fault = checkpoint.find_nonfinite(dict(self.named_parameters()))
+            raise ValueError(fault or "the output is not finite, though the weights are. Load them as torch.float32.")
+        return output
 
     def embed(
-        self, input_ids: Int[Tensor, "B T"], image_features: Float[Tensor, "I P D"] | None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        image_features: Float[Tensor, "I P D"] | None,
+        is_image: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Text embeddings in which the image vectors replace the ``<image>`` tokens, in order.
 
-        With fewer images than rows, B / I consecutive rows share an image.
+        With fewer images than rows, B / I consecutive rows share an image. ``is_image`` can leave out ``<image>``
+        tokens that the model generated: these are text.
         """
         if image_features is None:
             return self.language_model.model.embed(input_ids)
-        is_image = input_ids == self.config.image_token_index
+        is_image = input_ids == self.config.image_token_index if is_image is None else is_image
         # the id of <image> can be beyond the embedding table, so look up another id: its embedding is replaced anyway
-        x = self.language_model.model.embed(input_ids.masked_fill(is_image, self.config.pad_token_id))
-        B, (images, P) = len(input_ids), image_features.shape[:2]
-        if B % images or not bool((is_image.sum(1) == P).all()):
+        x = self.language_model.model.embed(input_ids.masked_fill(is_image, 0))
+        B, (images, P) = input_ids.shape[0], image_features.shape[:2]
+        if not images or B % images or masks.is_any(is_image.sum(1) != P):
             raise ValueError(
                 f"{images} images of {P} tokens do not match {B} rows with {is_image.sum(1).tolist()} <image> tokens. "
                 "Prepare both with the processor."
@@ -113,13 +126,16 @@ class PaliGemma(nn.Module):
         self,
         input_ids: Int[Tensor, "B T"],
         pixel_values: Float[Tensor, "I C H W"] | None = None,
-        attention_mask: Int[Tensor, "B S"] | None = None,
-        token_type_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Shaped[Tensor, "B S"] | None = None,
+        token_type_ids: Shaped[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
         image_features: Float[Tensor, "I P D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The decoder's output before the output head. Arguments as for ``forward``."""
         (B, T), past = input_ids.shape, cache.length if cache is not None else 0
+        limit, sizes = self.config.text_config.max_position_embeddings, f"{past} cached and {T} new tokens"
+        if not B or not T or past + T > limit:
+            raise ValueError(f"{B} rows of {sizes} are not possible: 1 to {limit} (max_position_embeddings) are.")
         if attention_mask is None:
             attention_mask = input_ids.new_ones((B, past + T))
         has_types = token_type_ids is not None
@@ -128,19 +144,22 @@ class PaliGemma(nn.Module):
             token_type_ids[:, past or T :] = 1
         for name, ids in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if ids.shape != (B, past + T):
-                raise ValueError(
-                    f"{name} must be [{B}, {past + T}] for {past} cached and {T} new tokens, not {list(ids.shape)}."
-                )
-        if past and has_types and bool(((token_type_ids == 0) & attention_mask.bool())[:, past:].any()):
+                raise ValueError(f"{name} must be [{B}, {past + T}] for {sizes}, not {list(ids.shape)}.")
+        attention_mask, token_type_ids = (attention_mask != 0).long(), (token_type_ids != 0).long()
+        is_image = input_ids == self.config.image_token_index
+        if past and (pixel_values is not None or image_features is not None or (T > 1 and masks.is_any(is_image))):
+            raise ValueError("the cache holds another image and prompt. Call its reset(), or pass a new cache.")
+        if past and has_types and masks.is_any((attention_mask > token_type_ids)[:, past:]):
             raise ValueError(
                 "the prefix cannot be split: the tokens in the cache would have to attend to the new prefix tokens. "
                 "Pass image and prefix in one call, then the suffix in any number of calls."
             )
         if pixel_values is not None:
             image_features = self.encode_image(pixel_values)
-        elif image_features is None and not past and bool((input_ids == self.config.image_token_index).any()):
+        is_image &= token_type_ids[:, past:] == 0
+        if image_features is None and masks.is_any(is_image):
             raise ValueError("input_ids contain <image> tokens but there is no image. Pass pixel_values.")
-        x = self.embed(input_ids, image_features)
+        x = self.embed(input_ids, image_features, is_image)
         return self.language_model.model(x, attention_mask, token_type_ids, cache)
 
     def forward(self, input_ids: Int[Tensor, "B T"], last_only: bool = False, **inputs) -> Float[Tensor, "B _ V"]:
@@ -157,10 +176,11 @@ class PaliGemma(nn.Module):
             image_features: The result of ``encode_image``, instead of ``pixel_values``.
 
         Raises:
-            ValueError: If shapes do not match, or prefix tokens follow a filled cache.
+            ValueError: If shapes do not match, prefix tokens follow a filled cache, or the logits are not finite.
         """
         hidden = self.hidden_states(input_ids, **inputs)
-        return self.language_model.logits(hidden[:, -1:] if last_only else hidden)
+        parts = [self.language_model] if input_ids.shape[1] > 1 else []  # once per answer, not for every token
+        return self.check_finite(self.language_model.logits(hidden[:, -1:] if last_only else hidden), *parts)
 
     def loss(self, labels: Int[Tensor, "B T"], **inputs) -> Float[Tensor, ""]:
         """Mean cross-entropy of the suffix: hidden state t predicts token t + 1 wherever its label is not -100.
@@ -168,8 +188,12 @@ class PaliGemma(nn.Module):
         Only these positions go through the output head. Other arguments as for ``forward``.
         """
         hidden = self.hidden_states(**inputs)
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must be {list(hidden.shape[:2])} like input_ids, not {list(labels.shape)}.")
         is_target = labels[:, 1:] != -100
         targets = labels[:, 1:][is_target]
         if not len(targets):
             raise ValueError("all labels are -100, so there is nothing to learn. Pass suffixes to the processor.")
-        return F.cross_entropy(self.language_model.logits(hidden[:, :-1][is_target]).float(), targets)
+        check_ids(targets, self.config.text_config.vocab_size)
+        logits = self.check_finite(self.language_model.logits(hidden[:, :-1][is_target]), self.language_model)
+        return F.cross_entropy(logits.float(), targets)

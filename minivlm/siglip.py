@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from minivlm.config import SiglipVisionConfig
 
-# --- the functions -------------------------------------------------------------------------------------------------
-
 
 def patchify(pixel_values: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B P Chw"]:
     """Cut into square patches, row by row from the top left. Each is flattened in the order channel, row, column."""
@@ -64,23 +62,19 @@ def pre_norm_block(
     return x + mlp(norm2(x))
 
 
-# --- the tower -----------------------------------------------------------------------------------------------------
-
-
 class SiglipVisionEmbeddings(nn.Module):
     """Pixels → patch vectors plus learned position embeddings."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        size = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
         self.position_embedding = nn.Embedding(config.num_image_tokens, config.hidden_size)
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P D"]:
         size, channels = self.config.image_size, self.config.num_channels
-        if tuple(pixel_values.shape[1:]) != (channels, size, size):
+        if pixel_values.shape[0] == 0 or tuple(pixel_values.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"pixel_values must have shape [B, {channels}, {size}, {size}] for this vision tower, not "
                 f"{list(pixel_values.shape)}. Prepare the images with the processor of the same checkpoint."
@@ -168,14 +162,7 @@ class SiglipVisionModel(nn.Module):
         self.vision_model = SiglipVisionTransformer(config)
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P D"]:
-        """Patch vectors, row by row from the top left.
-
-        Args:
-            pixel_values: Images with values in [-1, 1], channels first, ``image_size`` pixels square.
-
-        Raises:
-            ValueError: If the images do not have the size that the tower was built for.
-        """
+        """Patch vectors, row by row from the top left, of images with values in [-1, 1] and ``image_size`` pixels."""
         return self.vision_model(pixel_values)
 
 

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
@@ -86,6 +87,15 @@ def in_transformers(model: PaliGemma, attention: str = "eager"):
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
     theirs.load_state_dict(weights, strict=True)
     return theirs.to(model.dtype)
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the checker of annotations off, as it is for users: what they see is the package's own error."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @dataclass

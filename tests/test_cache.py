@@ -68,6 +68,48 @@ def test_a_prefix_cannot_be_split(model, side):
             in_pieces(model, batch, GrowingCache(), [cut])
 
 
+@all_caches
+def test_a_used_cache_takes_no_other_image(model, new_cache):
+    """Not as pixels, not as features, not as a prompt whose <image> tokens would get none. After a reset it does."""
+    first, second = (random_batch(model.config, [6, 4], [2, 2], "left", seed=seed) for seed in range(2))
+    with torch.no_grad():
+        expected = model(**second)
+        cache = new_cache(model.config.text_config, 2, 2 * expected.shape[1])
+        model(**first, cache=cache)
+        filled = cache.length
+        features = {"image_features": model.encode_image(second["pixel_values"])}
+        for inputs in (second, {"input_ids": second["input_ids"]}, {"input_ids": second["input_ids"]} | features):
+            inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "pixel_values", *features)}
+            with pytest.raises(ValueError, match=r"the cache holds another image and prompt. Call its reset\(\)"):
+                model(**inputs, cache=cache)
+        assert cache.length == filled
+        cache.reset()
+        assert cache.length == 0
+        assert torch.equal(model(**second, cache=cache), expected)
+
+
+def test_a_static_cache_is_reset_in_place(model):
+    cache = StaticCache(model.config.text_config, 2, 30)
+    addresses = [memory.data_ptr() for memory in cache.keys + cache.values]
+    with torch.no_grad():
+        model(**random_batch(model.config, [6, 4], [2, 2]), cache=cache)
+    cache.reset()
+    assert cache.length == 0 and addresses == [memory.data_ptr() for memory in cache.keys + cache.values]
+
+
+@all_caches
+@pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (1, torch.bfloat16)])
+def test_a_cache_of_another_batch_or_dtype_raises(unchecked, model, new_cache, rows, dtype):
+    """torch would copy one row into all, and cast."""
+    config = model.config.text_config
+    cache = new_cache(config, 2, 40)
+    with torch.no_grad():
+        model(**random_batch(model.config, [6, 4], [2, 2]), cache=cache)
+    new = torch.zeros(3 - rows, config.num_key_value_heads, 1, config.head_dim, dtype=dtype)
+    with pytest.raises(ValueError, match="the cache is for 2 rows of torch.float32, not "):
+        cache.update(0, new, new)
+
+
 def test_a_full_cache_raises(model):
     batch = random_batch(model.config, [6], [4])
     cache = StaticCache(model.config.text_config, 1, 19)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, relative_error
+from conftest import random_batch, relative_error, tiny_model
 
 from minivlm import compiled, gemma, masks
-from minivlm.cache import StaticCache
+from minivlm.cache import GrowingCache, StaticCache
 from minivlm.generation import GenerationConfig
 
 needs_compiler = pytest.mark.skipif(
@@ -142,6 +142,73 @@ def test_a_bias_is_added(rows):
         products = [layer(x), torch.nn.functional.linear(x, *positional), torch.nn.functional.linear(x, **keyword)]
     for product in products:
         assert relative_error(product, layer(x)) <= 1e-6
+
+
+class Prefill(torch.nn.Module):
+    """Logits of a prompt, and the keys and values of every layer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, token_type_ids, pixel_values):
+        cache = GrowingCache()
+        return self.model(
+            input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            cache=cache,
+        ), cache.layers
+
+
+class Step(Prefill):
+    """Logits after one more token."""
+
+    def forward(self, token, attention_mask, layers):
+        cache = GrowingCache()
+        cache.layers = list(layers)
+        return self.model(token, attention_mask=attention_mask, cache=cache), cache.layers
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_prefill_and_decode_steps_can_be_exported(version, unchecked):
+    """One program for every batch size and length, except that the prefill of Gemma 2 has a fixed length."""
+    model = tiny_model(version, num_hidden_layers=2)
+    small = random_batch(model.config, [4, 3], [2, 1], side="left")
+    large = random_batch(model.config, [6, 3, 4], [3, 1, 0], side="left")
+    is_fixed, auto = model.config.text_config.has_post_norms, torch.export.Dim.AUTO
+    rows, tokens = torch.export.Dim("rows", max=64), torch.export.Dim("tokens", min=2, max=100)
+    shapes = dict.fromkeys(small, {0: rows} if is_fixed else {0: rows, 1: tokens}) | {"pixel_values": {0: rows}}
+    with torch.no_grad():
+        prefill = torch.export.export(Prefill(model), (), small, dynamic_shapes=shapes).module()
+    shapes = {"token": {0: auto}, "attention_mask": {0: auto, 1: auto}, "layers": [({0: auto, 2: auto},) * 2] * 2}
+
+    def next_token(batch):
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        return torch.arange(5, 5 + len(mask))[:, None], mask, Prefill(model)(**batch)[1]
+
+    with torch.no_grad():
+        step = torch.export.export(Step(model), next_token(small), dynamic_shapes=shapes).module()
+        for batch in (small, large):
+            real = batch["attention_mask"].bool()
+            if batch is small or not is_fixed:
+                assert relative_error(prefill(**batch)[0][real], model(**batch)[real]) <= 1e-5
+            inputs = next_token(batch)
+            (logits, layers), (expected, expected_layers) = step(*inputs), Step(model)(*inputs)
+            assert relative_error(logits, expected) <= 1e-5
+            assert relative_error(layers[1][1], expected_layers[1][1]) <= 1e-5
+        rolled = {name: value.roll(1, dims=0) for name, value in small.items()}  # values are not part of the program
+        assert relative_error(prefill(**rolled)[0], model(**rolled)) <= 1e-5
+
+
+def test_broken_weights_are_named_by_a_compiled_step_too(model, monkeypatch):
+    monkeypatch.setattr(compiled, "compiler", lambda device: lambda *inputs: torch.tensor([[0.0, torch.nan]]))
+    step = compiled.CompiledStep(
+        model, StaticCache(model.config.text_config, 1, 20), torch.ones(1, 15, dtype=torch.long)
+    )
+    with pytest.raises(ValueError, match="the output is not finite, though the weights are"):
+        step(torch.tensor([5]))
 
 
 @needs_compiler

@@ -1,6 +1,8 @@
 """config.py: sparse files get the right values, full files survive a round trip, unsupported ones are refused."""
 
 import json
+import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -138,10 +140,11 @@ def test_transformers_reads_the_same_values(name):
     assert PaliGemmaConfig.from_dict(json.loads(theirs.to_json_string(use_diff=True))) == ours
 
 
+@pytest.mark.parametrize("eos", [106, [1, 106]])
 @pytest.mark.parametrize("name", FILES)
-def test_round_trip(name, tmp_path):
+def test_round_trip(name, eos, tmp_path):
     config = PaliGemmaConfig.from_dict(FILES[name])
-    config.text_config.rope_theta, config.vision_config.layer_norm_eps, config.eos_token_id = 500.0, 1e-5, 106
+    config.text_config.rope_theta, config.vision_config.layer_norm_eps, config.eos_token_id = 500.0, 1e-5, eos
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert PaliGemmaConfig.from_json(tmp_path / "config.json") == config
 
@@ -153,11 +156,19 @@ def test_round_trip(name, tmp_path):
         {"rope_theta": 500.0, "rope_scaling": None},
         {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
         {"rope_theta": None, "rope_parameters": {"rope_theta": 500}},
+        {"rope_theta": 77.0, "rope_parameters": {"rope_theta": 500.0}},
+        {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"type": "default", "rope_theta": 500.0}},
+        {"rope_theta": 500.0, "rope_parameters": {"full_attention": {"rope_theta": 77.0}}},
     ],
 )
 def test_theta_of_transformers_4_and_5(text):
+    """Also where two entries contradict each other: the same one wins."""
+    from transformers import PaliGemmaConfig as Reference
+
     theta = PaliGemmaConfig.from_dict(sparse(GEMMA | text)).text_config.rope_theta
     assert theta == 500.0 and type(theta) is float
+    if "rope_theta" not in text or text["rope_theta"] is not None:  # transformers 5 does not read this null
+        assert Reference(**sparse(GEMMA | text)).text_config.rope_parameters["rope_theta"] == theta
 
 
 def test_null_means_left_out_except_where_none_is_a_value():
@@ -187,15 +198,24 @@ REFUSED = {
         sparse(GEMMA, model_type="clip_vision_model"),
         "must be 'siglip_vision_model', not 'clip_vision_model'",
     ),
-    "scaled rope": (sparse(GEMMA | {"rope_scaling": {"type": "linear", "factor": 2}}), "rope type"),
-    "biases": (sparse(GEMMA | {"attention_bias": True}), "biases"),
-    "untied head": (sparse(GEMMA | {"tie_word_embeddings": False}), "tie_word_embeddings must be true"),
+    "scaled rope": (
+        sparse(GEMMA | {"rope_scaling": {"type": "linear", "factor": 2}}),
+        "rope_type in config.json must be 'default', not 'linear'",
+    ),
+    "biases": (sparse(GEMMA | {"attention_bias": True}), "attention_bias in config.json must be False, not True"),
+    "untied head": (
+        sparse(GEMMA | {"tie_word_embeddings": False}),
+        "tie_word_embeddings in config.json must be True, not False",
+    ),
     "order of layers": (sparse(GEMMA2 | {"layer_types": LAYERS}), "layer_types"),
     "relu": (sparse(GEMMA | {"hidden_act": "relu"}), "'relu'"),
     "exact gelu, text": (sparse(GEMMA2 | {"hidden_activation": "gelu"}), "'gelu'"),
     "exact gelu, vision": (sparse(GEMMA, hidden_act="gelu"), "'gelu'"),
-    "projection": (FILES["PaliGemma 3B"] | {"projection_dim": 2304}, "projection_dim in config.json is 2304"),
-    "patches": (sparse(GEMMA, image_size=230), "for example 224"),
+    "projection": (
+        FILES["PaliGemma 3B"] | {"projection_dim": 2304},
+        "projection_dim in config.json must be 2048, not 2304",
+    ),
+    "patches": (sparse(GEMMA, image_size=230), "image_size 230 must be a multiple of patch_size 14"),
     "tower heads": (sparse(GEMMA, num_attention_heads=7), "7 heads"),
     "decoder heads": (sparse(GEMMA | {"num_key_value_heads": 3}), "8 must be a multiple of num_key_value_heads 3"),
     "odd head": (sparse(GEMMA | {"head_dim": 15}), "head_dim must be even, not 15"),
@@ -212,7 +232,78 @@ def test_refused(case):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[1, 2]", b"null"])
+# For every field: values of another type, and numbers that no model has.
+WRONG = ["1", True, [1.0], {"a": 1}, math.inf, math.nan, -2, 10**30, 0]
+PARTS = {"vision_config": SiglipVisionConfig, "text_config": GemmaConfig}
+NUMBERS = [(part, field.name) for part, config in PARTS.items() for field in fields(config) if field.type is not str]
+IDS = ["image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"]
+MORE = {"layer_norm_eps": [1e9], "rms_norm_eps": [1e9], "rope_theta": [1e9], "num_hidden_layers": [100_000, 10**9]}
+MORE |= {"hidden_size": [2048.0], "sliding_window": [1.5], "pad_token_id": [257216], "bos_token_id": [257216, -1]}
+MORE |= {"eos_token_id": [[], [1, "2"], [1, True], [[1]], [1, 257216], 257216, -1], "image_token_index": [-1]}
+
+
+@pytest.mark.parametrize("part, name", NUMBERS + [(None, name) for name in IDS])
+def test_every_field_is_checked(unchecked, part, name):
+    """In a file and in Python: one sentence that names the field, what it must be, and what it is."""
+    values = FILES["PaliGemma 2 3B"]
+    for wrong in WRONG[: -1 if part is None else None] + MORE.get(name, []):
+        changed = values | ({name: wrong} if part is None else {part: values[part] | {name: wrong}})
+        with pytest.raises(ValueError, match=f"^{name} must be .*, not .{{1,60}}\\.$"):
+            PaliGemmaConfig.from_dict(changed)
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            (PARTS[part] if part else PaliGemmaConfig)(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["linear", 5, [1], True])
+def test_what_must_be_an_object_or_a_known_value(unchecked, wrong):
+    known = ("layer_types", "hidden_act", "hidden_activation", "tie_word_embeddings", "model_type")
+    changes = [
+        {"text_config": GEMMA2 | {name: wrong}} for name in known if (name, wrong) != ("tie_word_embeddings", True)
+    ]
+    changes += [{"text_config": GEMMA2 | {name: wrong}} for name in ("rope_scaling", "rope_parameters")]
+    changes += [{"text_config": GEMMA2 | {"rope_scaling": {"rope_type": wrong}}}, {"projection_dim": str(wrong)}]
+    changes += [{"vision_config": VISION | {name: wrong}} for name in ("hidden_act", "model_type")]
+    changes += [{name: wrong} for name in ("vision_config", "text_config", "model_type")]
+    for change in changes:
+        with pytest.raises(ValueError) as caught:
+            PaliGemmaConfig.from_dict(FILES["PaliGemma 2 3B"] | change)
+        assert len(str(caught.value)) < 250 and "\n" not in str(caught.value)
+
+
+def test_layer_types():
+    """The order of Gemma 2, or none of Gemma 1's layers sliding."""
+    layers = ["sliding_attention", "full_attention"] * 13
+    assert PaliGemmaConfig.from_dict(sparse(GEMMA2 | {"layer_types": layers})).text_config.window(0) == 4096
+    PaliGemmaConfig.from_dict(sparse(GEMMA | {"layer_types": ["full_attention"] * 18}))
+    for text in (
+        GEMMA2 | {"layer_types": layers[:-2]},
+        GEMMA | {"layer_types": layers[:18]},
+        GEMMA2 | {"layer_types": []},
+    ):
+        with pytest.raises(ValueError, match="layer_types in config.json must be"):
+            PaliGemmaConfig.from_dict(sparse(text))
+
+
+def test_special_tokens():
+    """No padding token is -1, as in transformers. The end can be one token or several."""
+    config = PaliGemmaConfig(pad_token_id=-1, eos_token_id=[1, 107], image_token_index=300_000)
+    assert config.eos_token_ids == [1, 107] and PaliGemmaConfig().eos_token_ids == [1]
+    assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+    text = GEMMA2 | {"bos_token_id": 5, "pad_token_id": 3}
+    config = PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": text, "pad_token_id": 4})
+    assert (config.eos_token_ids, config.bos_token_id, config.pad_token_id) == ([1, 107], 5, 4)
+
+
+def test_changed_values_are_checked_before_they_are_saved():
+    config = PaliGemmaConfig()
+    config.text_config.rope_theta = math.nan
+    with pytest.raises(ValueError, match="rope_theta must be above 0"):
+        config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"\xff\xfe", b"[1, 2]", b"null", b"[" * 10**5, b"1" * 5000, b'{"a":' * 10**5]
+)
 def test_a_file_that_is_not_a_configuration(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json .*Download the file again"):

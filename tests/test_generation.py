@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch, row_alone, tiny_model, with_eos
+from conftest import labels_of, random_batch, relative_error, row_alone, tiny_model, with_eos
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -87,6 +87,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(row, p):
 def test_top_p_at_its_limits():
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     assert [len(kept(top_p_filter(logits, p)[0])) for p in (1e-9, 0.499, 0.501, 0.749, 0.751)] == [1, 1, 2, 2, 3]
+    assert [kept(top_p_filter(logits, p)[0]) for p in (1e-50, 1e-300, 5e-324)] == [{0}] * 3  # 0 in float32
     flat = torch.zeros(1, 50_000)
     flat[0, 0] = 20  # the sum in float32 reaches 1 long before the last token
     assert len(kept(top_p_filter(flat, 1.0)[0])) == 50_000
@@ -365,28 +366,74 @@ def test_any_tokens_stream_as_they_decode(tiny_processor, ids):
     "options, message",
     [
         ({"temperature": 0.0, "do_sample": True}, "temperature must be above 0"),
-        ({"temperature": -1.0, "do_sample": True}, "temperature must be above 0"),
-        ({"temperature": math.inf, "do_sample": True}, "temperature must be above 0"),
-        ({"temperature": math.nan, "do_sample": True}, "temperature must be above 0"),
+        ({"temperature": -1.0, "do_sample": True}, "temperature must be above 1e-07 and at most"),
+        ({"temperature": math.inf, "do_sample": True}, "temperature must be above"),
+        ({"temperature": math.nan, "do_sample": True}, "temperature must be above"),
         ({"temperature": 0.0}, "for the most likely token every time, leave do_sample out"),
         ({"top_p": 0.0, "do_sample": True}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.1, "do_sample": True}, "top_p must be above 0 and at most 1"),
         ({"top_p": math.nan, "do_sample": True}, "top_p must be above 0 and at most 1"),
-        ({"top_k": 0, "do_sample": True}, "top_k must be an integer of at least 1, not 0"),
+        ({"top_k": 0, "do_sample": True}, "top_k must be an integer from 1 to .*, not 0"),
         ({"top_k": True, "do_sample": True}, "top_k must be an integer"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer from 1 to .*, not 0"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
+        ({"max_new_tokens": 10**30}, "max_new_tokens must be an integer"),
+        ({"temperature": True, "do_sample": True}, "temperature must be above"),
+        ({"temperature": "1", "do_sample": True}, "temperature must be above"),
+        ({"temperature": 1e-300, "do_sample": True}, "temperature must be above"),
+        ({"top_p": True, "do_sample": True}, "top_p must be above 0 and at most 1, not True"),
+        ({"top_p": "0.5", "do_sample": True}, "top_p must be above 0 and at most 1, not '0.5'"),
+        ({"seed": 2**64, "do_sample": True}, "seed must be an integer"),
+        ({"seed": True, "do_sample": True}, "seed must be an integer"),
+        ({"seed": 0.5, "do_sample": True}, "seed must be an integer"),
+        ({"do_sample": "no"}, "do_sample and compile must be booleans, not 'no' and False"),
+        ({"compile": 1}, "do_sample and compile must be booleans, not False and 1"),
         ({"cache": "dynamic"}, "cache must be 'static', 'growing' or None, not 'dynamic'"),
         ({"temperature": 0.5}, "need do_sample=True"),
         ({"top_k": 5}, "need do_sample=True"),
         ({"top_p": 0.5}, "need do_sample=True"),
     ],
 )
-def test_invalid_options_raise(tiny_processor, options, message):
+def test_invalid_options_raise(unchecked, tiny_processor, options, message):
     for function in (generate, lambda *arguments, **options: next(stream_generate(*arguments, **options))):
         with pytest.raises(ValueError, match=message) as error:
             function(tiny_model(1), tiny_processor, IMAGES[0], PROMPTS[0], **options)
         assert "\n" not in str(error.value)
+
+
+NORMS = ["language_model.model.layers.1.input_layernorm.weight", "language_model.model.norm.weight"]
+NORMS += ["vision_tower.vision_model.encoder.layers.0.layer_norm1.weight"]
+BIASES = ["vision_tower.vision_model.encoder.layers.1.self_attn.q_proj.bias", "multi_modal_projector.linear.bias"]
+MATRICES = [
+    "language_model.model.layers.0.mlp.up_proj.weight",
+    "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", NORMS + BIASES + MATRICES)
+def test_no_function_computes_with_broken_weights(version, name, value):
+    """Soft caps and softmax can turn infinity into finite numbers: those of norms and biases are found all the same."""
+    model = tiny_model(version)
+    batch = random_batch(model.config, [5, 2], [0, 2])
+    features = model.encode_image(batch["pixel_values"]).detach()
+    with torch.no_grad():
+        model.get_parameter(name)[0] = value
+    calls = {
+        "forward": lambda: model(**batch),
+        "loss": lambda: model.train().loss(labels_of(batch), **batch),
+        "generate": lambda: generate_ids(model, batch | {"attention_mask": torch.ones_like(batch["input_ids"])}),
+    }
+    if name.startswith("language_model"):
+        calls["decoder"] = lambda: model(
+            **{n: x for n, x in batch.items() if n[:5] != "pixel"}, image_features=features
+        )
+    else:
+        calls["encode_image"] = lambda: model.encode_image(batch["pixel_values"])
+    for call in calls.values():
+        with pytest.raises(ValueError, match=f"^1 weight holds NaN or infinity .*: {name}.$"):
+            call()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -407,7 +454,38 @@ def test_infinite_logits_are_not_blamed_on_finite_weights():
         generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"))
 
 
+def test_without_a_padding_token_rows_are_filled_with_the_end(model):
+    batch = random_batch(model.config, [7, 2, 5], [0, 0, 0], side="left")
+    free = generate_ids(with_eos(model, -1), batch, max_new_tokens=8).sequences
+    model = with_eos(model, [int(free[0, 2]), int(free[1, 3])])
+    padded = generate_ids(model, batch, max_new_tokens=8)
+    assert padded.finished[:2].all()
+    model.config.pad_token_id = -1
+    filled = generate_ids(model, batch, max_new_tokens=8)
+    after = padded.log_probs == 0
+    assert torch.equal(filled.sequences, padded.sequences.masked_fill(after, int(free[0, 2])))
+    assert after.any() and not padded.sequences[after].any()
+
+
+def test_a_model_of_quantized_layers_generates(model):
+    """Dynamic quantization replaces every linear layer by one without a weight tensor."""
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    batch = random_batch(model.config, [7, 2], [0, 0], side="left")
+    with torch.no_grad():
+        error = relative_error(quantized(**batch), model(**batch))
+    assert 0 < error < 0.5
+    generated = generate_ids(quantized, batch, max_new_tokens=6)
+    assert generated.log_probs.isfinite().all() and len(generated.sequences) == 2
+
+
 def test_mismatched_batches_raise(talker, tiny_processor):
+    batch = tiny_processor(text=PROMPTS, images=IMAGES)
+    with pytest.raises(ValueError, match="the batch has no token_type_ids, pixel_values. Prepare it"):
+        generate_ids(talker, {name: batch[name] for name in ("input_ids", "attention_mask")})
+    for images, prompts in (([], []), ([], PROMPTS), (IMAGES, []), ([], PROMPTS[0])):
+        with pytest.raises(ValueError) as caught:
+            generate(talker, tiny_processor, images, prompts)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="padded on the right"):
         generate_ids(talker, tiny_processor(text=PROMPTS, images=IMAGES, padding_side="right"))
     with pytest.raises(ValueError, match="2 prompts and 3 images"):

@@ -5,9 +5,14 @@ error of these models. Every batch has token_type_ids: without them transformers
 bidirectional in another.
 """
 
+import copy
+import json
+
 import pytest
 import torch
+import transformers
 from conftest import (
+    PAIRS,
     in_transformers,
     labels_of,
     random_batch,
@@ -20,8 +25,10 @@ from conftest import (
 
 from minivlm import gemma
 from minivlm.cache import GrowingCache, StaticCache
+from minivlm.config import PaliGemmaConfig
 from minivlm.course.viz import decoder_attention, tower_attention
 from minivlm.generation import generate_ids
+from minivlm.paligemma import PaliGemma
 
 BATCHES = {
     "prompt": dict(prefixes=[7], suffixes=[0]),
@@ -145,6 +152,66 @@ def test_greedy_answers_are_the_same_token_for_token(pair, seed):
     assert ours.tolist() == theirs[:, batch["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("version, attention", PAIRS.values(), ids=PAIRS.keys())
+def test_the_ends_of_generation_config_win_as_in_transformers(tmp_path, version, attention):
+    """Each row ends with the first of two tokens, of which config.json lists none."""
+    model = tiny_model(version)
+    batch = random_batch(model.config, [9, 3], [0, 0], side="left")
+    free = generate_ids(with_eos(model, -1), batch, max_new_tokens=12).sequences.tolist()
+    ends = [free[0][5], free[1][6]]
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "pad_token_id": 3}))
+    ours = generate_ids(PaliGemma.from_pretrained(tmp_path), batch, max_new_tokens=12)
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)
+    expected = theirs.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert ours.sequences.tolist() == expected.tolist()
+    assert ours.finished.all() and ours.sequences.shape[1] < 12
+    for end in (1, *ends):  # one of them alone would give other answers
+        assert generate_ids(with_eos(model, end), batch, max_new_tokens=12).sequences.tolist() != expected.tolist()
+
+
+def test_an_image_token_in_the_answer_is_text(pair):
+    """And so is an <eos> in the prompt: it does not end the answer."""
+    batch = random_batch(pair.ours.config, [9, 3], [0, 0], side="left")
+    batch["input_ids"][:, -3] = pair.ours.config.eos_token_id
+    free = generate_ids(with_eos(pair.ours, -1), batch, max_new_tokens=12).sequences
+    model, theirs = with_eos(pair.ours, -1), copy.copy(pair.theirs)
+    token = next(token for token in free[0, 2:].tolist() if not (batch["input_ids"] == token).any())
+    ids = batch["input_ids"]
+    batch["input_ids"] = ids.masked_fill(ids == model.config.image_token_index, token)
+    model.config.image_token_index = token  # a token that is certain to appear serves as <image>
+    for cache in ("static", "growing", None):
+        assert torch.equal(generate_ids(model, batch, max_new_tokens=12, cache=cache).sequences, free)
+    before = pair.theirs.config.image_token_index
+    theirs.config.image_token_index = token
+    expected = theirs.generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs.config.image_token_index = before
+    assert expected[:, ids.shape[1] :].tolist() == free.tolist()
+
+
+GEMMA2_FIELDS = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20}
+
+
+@pytest.mark.parametrize(
+    "change", [GEMMA2_FIELDS, {"final_logit_softcapping": 3.0}, {"rope_parameters": {"rope_theta": 9}}]
+)
+def test_odd_files_compute_the_same_as_in_transformers(change):
+    """Gemma 1 ignores some of Gemma 2's fields, but not the soft cap of logits. Of two thetas, the nested one wins."""
+    model = tiny_model(1)
+    values = model.config.to_dict()
+    values["text_config"] |= change
+    ours = PaliGemma(PaliGemmaConfig.from_dict(values)).eval()
+    ours.load_state_dict(model.state_dict())
+    model.config.to_dict = lambda: values
+    theirs = in_transformers(model)
+    batch = random_batch(model.config, [8, 2], [3, 6])
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        ours, theirs, plain = ours(**batch)[real], theirs(**batch).logits[real], model(**batch)[real]
+    assert relative_error(ours, theirs) <= 1e-5
+    assert (relative_error(plain, theirs) <= 1e-5) == (change is GEMMA2_FIELDS)
+
+
 @pytest.mark.parametrize("version, attention", [(1, "eager"), (1, "sdpa"), (2, "eager")])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(version, attention):
     """Both round, but at different points. Our error against the float32 logits is at most 1.5 times theirs."""
@@ -166,8 +233,65 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(version, attention):
     assert our_error < 0.1  # the logits have a standard deviation of about 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_dtype(model, dtype):
+    batch = random_batch(model.config, [3, 5], [2, 0], side="left")
+    masks = {name: batch[name].to(dtype) for name in ("attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        assert torch.equal(model(**batch | masks), model(**batch))
+    batch = random_batch(model.config, [3, 5], [0, 0], side="left")
+    masks = {name: batch[name].to(dtype) for name in masks}
+    for cache in ("static", None):
+        ours, same = (generate_ids(model, b, max_new_tokens=3, cache=cache) for b in (batch | masks, batch))
+        assert torch.equal(ours.sequences, same.sequences)
+
+
+def test_too_many_tokens_are_refused_before_a_mask_is_built(model, monkeypatch):
+    batch = random_batch(model.config, [3, 5], [0, 0], side="left")
+    limit = model.config.text_config.max_position_embeddings
+    monkeypatch.setattr(gemma.masks, "attention_masks", None)
+    many = batch["input_ids"][:, -1:].expand(2, limit + 1)
+    with pytest.raises(
+        ValueError,
+        match="2 rows of 0 cached and 8193 new tokens are not possible: 1 to 8192 .max_position_embeddings. are",
+    ):
+        model(many, pixel_values=batch["pixel_values"])
+    for empty in (many[:, :0], many[:0]):
+        with pytest.raises(ValueError, match="are not possible: 1 to 8192"):
+            model(empty)
+    with pytest.raises(ValueError, match="15 tokens and max_new_tokens=8178 exceed the model's 8192 pos"):
+        generate_ids(model, batch, max_new_tokens=limit - 14)
+
+
+def test_the_last_position_can_be_used():
+    model = tiny_model(2, max_position_embeddings=20)
+    batch = random_batch(model.config, [5], [0])
+    assert generate_ids(with_eos(model, -1), batch, max_new_tokens=5).sequences.shape == (1, 5)
+    with pytest.raises(ValueError, match="exceed the model's 20 positions"):
+        generate_ids(model, batch, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("wrong", [120, -1, -100])
+def test_ids_beyond_the_table_are_refused(model, wrong):
+    batch = random_batch(model.config, [3, 5], [2, 1])
+    labels = labels_of(batch)
+    broken = batch | {"input_ids": batch["input_ids"].clone()}
+    broken["input_ids"][0, 10] = wrong + (wrong == model.config.image_token_index)
+    for function in (model, lambda **inputs: model.loss(labels, **inputs)):
+        with pytest.raises(ValueError, match="token ids must be from 0 to 119, not from"):
+            function(**broken)
+    if wrong != -100:
+        labels[1, 15] = wrong
+        with pytest.raises(ValueError, match="token ids must be from 0 to 119, not from"):
+            model.loss(labels, **batch)
+
+
 def test_errors_name_the_bad_input(model):
     batch = random_batch(model.config, [3, 5], [0, 0], side="left")
+    with pytest.raises(ValueError, match=r"pixel_values must have shape \[B, 3, 12, 12\] .*, not \[0, 3, 12, 12\]"):
+        model(**batch | {"pixel_values": torch.zeros(0, 3, 12, 12)})
+    with pytest.raises(ValueError, match="0 images of 9 tokens do not match 2 rows"):
+        model.embed(batch["input_ids"], torch.zeros(0, 9, 32))
     with pytest.raises(ValueError, match=r"pixel_values must have shape \[B, 3, 12, 12\]"):
         model(**batch | {"pixel_values": torch.zeros(2, 3, 8, 8)})
     with pytest.raises(ValueError, match="3 images of 9 tokens do not match 2 rows"):
