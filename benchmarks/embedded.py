@@ -140,6 +140,7 @@ def growth(rounds: int, most_tokens: int = 4096, most_rows: int = 32) -> tuple[R
     torch.set_num_threads(1)
     model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
     model.config.eos_token_id = ENDLESS
+    model.config.text_config.max_position_embeddings = 2 * most_tokens  # longer than any answer of this model
     image = emoji.make_scene(0, "validation").image
     config = model.config.text_config
 

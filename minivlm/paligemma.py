@@ -94,7 +94,10 @@ class PaliGemma(nn.Module):
         vectors = [weight.detach() for part in parts for weight in part.parameters() if weight.ndim == 1]
         if masks.is_any(~torch.cat([torch.stack(output.detach().aminmax()), *vectors]).isfinite()):
             fault = checkpoint.find_nonfinite(dict(self.named_parameters()))
-            raise ValueError(fault or "the output is not finite, though the weights are. Load them as torch.float32.")
+            raise ValueError(
+                fault
+                or "the output is not finite, though the weights are. Load them as torch.float32; in training, lower lr."
+            )
         return output
 
     def embed(

@@ -455,7 +455,7 @@ def test_saving_into_a_file_or_an_impossible_config(folder, tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         tiny_model().save_pretrained(folder / "config.json")
     model = tiny_model()
-    model.config.text_config.final_logit_softcapping = 30.0  # no Gemma 1 in transformers has one
+    model.config.text_config.attn_logit_softcapping = 50.0  # no Gemma 1 in transformers has one
     with pytest.raises(ValueError, match="gemma2"):
         model.save_pretrained(tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -309,7 +309,10 @@ def fit(
         with tqdm(total=steps, initial=done, unit="step", desc=name, disable=not context.is_main) as bar:
             for batch in iterate(batches, done, steps, context.workers):
                 set_learning_rate(optimizer, done, config)
-                recent.append(train_step(wrapped, batch, optimizer, config.precision, config.clip))
+                try:
+                    recent.append(train_step(wrapped, batch, optimizer, config.precision, config.clip))
+                except ValueError as error:  # such as weights that have become infinite
+                    raise ValueError(f"Step {done + 1} of {name}: {error}") from error
                 done += 1
                 bar.update()
                 if done % config.log_every and done < steps:

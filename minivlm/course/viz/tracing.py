@@ -216,6 +216,8 @@ class Recorder:
             embeddings, decoder = self.model.vision_tower.vision_model.embeddings, self.model.language_model.model
             stack.callback(embeddings.register_forward_pre_hook(self.on_pixels).remove)
             stack.callback(decoder.register_forward_pre_hook(self.on_merged).remove)
+            self.model.check_finite = lambda output, *parts: output  # the trace shows where NaN begins
+            stack.callback(delattr, self.model, "check_finite")
             return stack.pop_all()
 
     def on_output(self, step: Step, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -234,7 +236,7 @@ class Recorder:
         embeddings, attention_mask, token_type_ids, _ = inputs
         ids = self.batch["input_ids"].to(embeddings.device)
         is_image = ids == self.model.config.image_token_index
-        self.record(SCALED, decoder.embed(ids.masked_fill(is_image, self.model.config.pad_token_id)))
+        self.record(SCALED, decoder.embed(ids.masked_fill(is_image, 0)))
         self.record(MERGED, embeddings)
         T = embeddings.shape[1]
         full, sliding = masks.attention_masks(attention_mask, token_type_ids, T, decoder.config.sliding_window)
