@@ -348,13 +348,11 @@ def check_array(image) -> None:
 
 def check_channels(name: str, value) -> list[float]:
     """One number for all channels, or one per channel → three floats."""
-    try:
-        values = [float(v) for v in np.broadcast_to(value, 3)]
-    except (TypeError, ValueError, OverflowError):
-        values = [np.nan]
-    if not np.isfinite(values).all():
+    values = [value] * 3 if isinstance(value, Real) else value
+    is_list = isinstance(values, (list, tuple, np.ndarray)) and len(values) == 3
+    if not is_list or not all(isinstance(v, Real) and abs(v) < 1e30 for v in values):  # neither NaN nor infinity
         raise ValueError(f"{name} must be one number or three, one per channel, not {value!r}.")
-    return values
+    return [float(v) for v in values]
 
 
 def check_integer(name: str, value, largest: int) -> int:

@@ -508,6 +508,8 @@ def test_sparse_folders(files, expected, small_tokenizer, tmp_path):
         ({"processor_config": {"image_processor": "siglip"}}, "image_processor in .* must be a JSON object"),
         ({"preprocessor_config": {"resample": "bicubic"}}, "'bicubic' is not a valid Resampling"),
         ({"preprocessor_config": {"image_mean": "gray"}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_mean": "1"}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_mean": ["0.5"] * 3}}, "mean must be one number or three"),
         ({"preprocessor_config": {"image_mean": {"r": 0.5}}}, "mean must be one number or three"),
         ({"preprocessor_config": {"image_mean": [[0.5], 1, 2]}}, "mean must be one number or three"),
         ({"preprocessor_config": {"image_std": [0.5, 0.5, 10**400]}}, "std must be one number or three"),
