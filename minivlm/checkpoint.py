@@ -84,14 +84,12 @@ def load(
     for part, layers in (("text", "model.layers"), ("vision", "encoder.layers")):  # building a billion takes forever
         stored = len(set(re.findall(rf"{layers}\.\d+\.(?=self_attn\.q_proj\.weight)", names)))
         if stored != (stated := getattr(config, f"{part}_config").num_hidden_layers):
-            raise ValueError(
-                f"{folder / 'config.json'} says {printable(stated)} {part} layers, the weights have {stored}."
-            )
+            raise ValueError(f"config.json in {folder} says {stated} {part} layers, the weights have {stored}.")
     try:
         with torch.device("meta"), SkipInit():
             model = cls(config)
     except (RuntimeError, TypeError, OverflowError) as error:  # no memory is taken, but sizes are 64-bit integers
-        raise ValueError(f"{folder / 'config.json'} has sizes that no tensor can have: download it again.") from error
+        raise ValueError(f"config.json in {folder} has sizes that no tensor can have: download it again.") from error
     weights = _match_names(entries, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, folder)
     dtype = dtype or _config_dtype(values)
     if dtype is None and len(dtypes := sorted({entry.dtype for entry in weights.values()})) > 1:
@@ -137,8 +135,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index} is not JSON with a weight_map from names to files: {remedy(index)}.") from error
     for name in names:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
-            name = printable(name)
-            raise ValueError(f"{index} refers to '{name}', but only .safetensors files in its own folder are opened.")
+            raise ValueError(f"{index} refers to {name!r}, but only .safetensors files in its own folder are opened.")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {abbreviate(missing)}, listed in its index: download what is missing.")
     return [folder / name for name in names]
@@ -228,8 +225,7 @@ def _read_tensors(weights: dict[str, StoredTensor], dtype: torch.dtype | None, d
         if head.dtype != table.dtype or not torch.equal(read(head), read(table)):
             raise ValueError(f"{head.name} in {head.file} differs from the embedding, but PaliGemma ties the two.")
     tensors = {name: read(entry).to(device=device, dtype=dtype) for name, entry in weights.items()}
-    checked = {weights[name].name: x for name, x in tensors.items() if not is_mapped or x.ndim < 2}
-    if fault := find_nonfinite(checked):
+    if fault := find_nonfinite({weights[n].name: x for n, x in tensors.items() if x.ndim < 2 or not is_mapped}):
         raise ValueError(fault)
     return tensors
 
@@ -257,9 +253,9 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
             restores: a float32 model stored in bfloat16 takes half the space and still runs in float32.
 
     Raises:
-        ValueError: If the configuration cannot be expressed in the hub's format, ``path`` is a file, ``dtype`` is not a
-            floating-point dtype, or a weight is not finite in it.
-        OSError: If the files cannot be written. The old ones are unchanged then.
+        ValueError: If the configuration cannot be expressed in the hub's format, ``path`` is a file, or a weight is not
+            finite in ``dtype``.
+        OSError: If a file cannot be written. The old one is unchanged then.
     """
     _check_dtype(dtype)
     folder = Path(path)

@@ -107,7 +107,7 @@ def abbreviate(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
 
 
 def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Has ``write`` fill a temporary file, which then replaces ``target``. If that fails (OSError), the old one stays."""
+    """Has ``write`` fill a temporary file, which then replaces ``target``. If it fails (OSError), the old one stays."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         write(part)

@@ -147,9 +147,8 @@ def parse_detections(text: str, width: Real, height: Real) -> ParsedDetections:
 
     No text raises, however malformed. Parts of an item that cannot be read are left out, and ``problems`` says which
     and why. An item needs a box but no label: asked for one object by a description, PaliGemma writes none
-    (big_vision, pp/proj/paligemma/segmentation.py). An empty text is an answer without boxes, and a ";" at the end
-    starts no item. An item can have several boxes. Each gets the label that follows it: "<box> <box> cat <box> dog"
-    means two cats and a dog.
+    (big_vision, pp/proj/paligemma/segmentation.py). An empty text is an answer without boxes. An item can have several
+    boxes. Each gets the label that follows it: "<box> <box> cat <box> dog" means two cats and a dog.
 
     Raises:
         ValueError: If width or height is not positive.

@@ -214,9 +214,6 @@ class Processor:
         Returns:
             input_ids, attention_mask (1 on tokens, 0 on padding), token_type_ids (1 on the suffix, 0 elsewhere) and, if
             there is a suffix, labels (its ids, -100 elsewhere), all int64 [B, T]; pixel_values, float32 [B, 3, H, W].
-
-        Raises:
-            ValueError: If an argument is invalid, or the arguments do not fit together.
         """
         prefixes, images, suffixes = check_batch(text, images, suffix, self.image_token)
         batch = self.tokenize(prefixes, suffixes, check_padding_side(padding_side or self.padding_side))

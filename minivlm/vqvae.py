@@ -13,7 +13,6 @@ big_vision, pp/proj/paligemma/segmentation.py (encoder) and evaluators/proj/pali
 
 import io
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,7 +187,7 @@ def read_npz_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
                     arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
                     if stream.read(1):
                         raise ValueError(f"{name} is longer than its header says")
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise errors of their own
         fault = f"{path} is not a complete .npz file of plain arrays ({hub.printable(error)})"
         raise ValueError(f"{fault}: {hub.remedy(path)}.") from error
     if problems:

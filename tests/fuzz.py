@@ -316,7 +316,7 @@ def masks(rng: random.Random, bench: Bench) -> Case:
         entry = entry.getvalue()
         entry = damaged_bytes(rng, entry, 0, 118)[1] if kind == "header" else entry.replace(b"(", b"(999999999999, ", 1)
         expected, content = UNREAD if kind == "header" else REFUSED, npz(arrays, **{name: entry})
-    return bench.masks_case(f"{kind} ({name})", expected, content or npz(arrays))
+    return bench.masks_case(f"{kind} ({name})", expected, npz(arrays) if content is None else content)
 
 
 # --- images --------------------------------------------------------------------------------------------------------

@@ -388,6 +388,7 @@ def bad_files(folder: Path, arrays: dict) -> dict[str, bytes]:
         "empty": b"",
         "no zip": b"hello " * 100,
         "a single array": plain,
+        "half a header": replaced(arrays, "encoder.0.bias", npy(arrays["encoder.0.bias"]).replace(b"}", b" ", 1)),
         "a header of another version": replaced(arrays, "encoder.0.bias", b"\x93NUMPY\x02\x00" + b"\xff" * 500),
         "an array longer than its header says": replaced(
             arrays, "encoder.0.bias", npy(arrays["encoder.0.bias"]) + b"0"
