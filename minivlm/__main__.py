@@ -5,6 +5,7 @@ reported in one line on stderr, with exit code 2. ``--debug`` shows the tracebac
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,17 +20,41 @@ DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = new_parser(argv).parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not if a notebook or a test replaced it
+            stream.reconfigure(errors="backslashreplace")  # for consoles that have no ±, → or ×
+    name = find_command(argv)
     try:
-        args.run(args)
+        try:
+            args = new_parser(argv).parse_args(argv)  # here, because listing options can import torch and read data
+            args.run(args)
+        finally:
+            sys.stdout.flush()  # at exit, an error could not be handled
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has finished
+        discard_output()
+        return 141  # as for a program that SIGPIPE ends
     except (ValueError, OSError) as error:
-        if args.debug:
+        if "--debug" in argv:
             raise
-        note(f"minivlm {args.command}: {error}")
+        note(f"minivlm {name}: {error}")
+        discard_output()
         return 2
     return 0
+
+
+def find_command(argv: list[str]) -> str:
+    """The command in ``argv``: the first argument that is no option. "" if there is none."""
+    return next((argument for argument in argv if not argument.startswith("-")), "")
+
+
+def discard_output() -> None:
+    """Redirects stdout to nowhere if it cannot be written to any more, so that Python does not try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def new_parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -42,7 +67,7 @@ def new_parser(argv: list[str]) -> argparse.ArgumentParser:
     for name, (summary, add_arguments, run) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.set_defaults(run=run)
-        if name in argv:
+        if name == find_command(argv):
             add_arguments(command)
     return parser
 
@@ -92,12 +117,17 @@ def find_device(name: str | None) -> str:
     return name or ("cuda" if gpus else "cpu")
 
 
-def check_output(path: Path | None) -> None:
-    """Checks where an image will be saved, before a long computation rather than after it."""
-    if path is not None and path.suffix.lower() != ".png":
+def check_output(path: Path | None, suffix: str = "") -> None:
+    """Checks where a file will be saved, before a long computation rather than after it."""
+    if path is None:
+        return
+    if path.suffix.lower() != (suffix or path.suffix.lower()):
         raise ValueError(f"Images are saved as PNG, so {str(path)!r} must end in .png.")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder: pass the name of a file.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{str(path)!r} cannot be saved: {str(folder)!r} is not a folder that can be written to.")
 
 
 def load_vqvae(folder: Path):
@@ -174,7 +204,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from minivlm.vqvae import MaskVQVAE
 
     options = generation_options(args)
-    check_output(args.save)
+    check_output(args.save, ".png")
     image = open_image(args.image)
     vqvae = MaskVQVAE.from_pretrained(args.masks) if args.masks else None
     model, processor, folder = load(args)
@@ -248,7 +278,7 @@ def run_demo(args: argparse.Namespace) -> None:
     """Runs all four tasks on a few held-out scenes, and shows the truth next to wrong answers."""
     from minivlm import emoji
 
-    check_output(args.save)
+    check_output(args.save, ".png")
     model, processor, folder = load(args)
     vqvae = load_vqvae(folder)
     panels = []
@@ -318,6 +348,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"There is no split {split!r}, only {', '.join(SPLIT_DESCRIPTIONS)}.")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"There is no folder {str(args.json.parent)!r} for {args.json.name}: create it first.")
+    check_output(args.json)
     model, processor, folder = load(args)
     splits = tuple(args.split or SPLIT_DESCRIPTIONS)
     evaluation.run(model, processor, args.scenes, splits, args.json, load_vqvae(folder))

@@ -10,9 +10,10 @@ file's pages *are* the weights, so loading makes no second copy of them.
 Sources: the safetensors format (github.com/huggingface/safetensors); names as written by transformers 4 and 5.
 """
 
+import contextlib
 import functools
 import json
-import os
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minivlm.config import PaliGemmaConfig
-from minivlm.hub import resolve
+from minivlm.hub import abbreviate, printable, read_json, remedy, resolve, write_atomically
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # buffers that old versions of transformers saved
@@ -51,9 +52,13 @@ def load(
     """Builds a ``cls`` with the configuration and weights of a checkpoint, in eval mode.
 
     On the CPU and in the stored dtype, the weights are the file itself, mapped copy-on-write: memory stays within the
-    file's size, and training changes the copy, never the file. No weight is read before it is used, so a 6 GB file
+    file's size, and training changes the copy, never the file. No matrix is read before it is used, so a 6 GB file
     opens in a fraction of a second. If one contains NaN or infinity, the first generated answer reports it. On another
     device or in another dtype, the weights are converted one at a time and checked right away.
+
+    While mapped weights are in use, their file must not be truncated, which would kill the process, or overwritten in
+    place, which would change the answers. Replacing it, as ``save`` does, is safe. To be independent of the file, pass
+    another device or dtype, or use ``copy.deepcopy(model)``.
 
     Args:
         cls: The class to build from a ``PaliGemmaConfig``.
@@ -62,29 +67,44 @@ def load(
 
     Raises:
         ValueError: If ``path`` is not a PaliGemma checkpoint, a file is damaged, or a weight is missing, unexpected, of
-            the wrong shape or dtype or, if it is converted, not finite.
+            the wrong shape or dtype or, if it is a vector or is converted, not finite.
         OSError: If the checkpoint is not available; see ``hub.resolve``.
     """
-    if dtype not in (None, *FLOAT_DTYPES.values()):
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOAT_DTYPES.values()))} or None, not {dtype!r}.")
+    _check_dtype(dtype)
     folder = resolve(path, revision)
+    if list(folder.glob("adapter_*")) and not list(folder.glob("model*.safetensors*")):
+        advice = "merge it with peft (`merge_and_unload`, then `save_pretrained`), or pass its base model"
+        raise ValueError(f"{folder} contains a LoRA adapter, not a whole model: {advice}.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: pass the folder of a PaliGemma checkpoint.")
-    config = PaliGemmaConfig.from_json(folder / "config.json")
-    with torch.device("meta"), SkipInit():
-        model = cls(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = _match_names([entry for file in _weight_files(folder) for entry in _read_header(file)], shapes, folder)
-    dtype = dtype or _config_dtype(folder / "config.json")
+    values = read_json(folder / "config.json")
+    config = PaliGemmaConfig.from_dict(values)
+    entries = [entry for file in _weight_files(folder) for entry in _read_header(file)]
+    names = " ".join(hub_name(entry.name) for entry in entries)
+    for part, layers in (("text", "model.layers"), ("vision", "encoder.layers")):  # building a billion takes forever
+        stored = len(set(re.findall(rf"{layers}\.\d+\.(?=self_attn\.q_proj\.weight)", names)))
+        if stored != (stated := getattr(config, f"{part}_config").num_hidden_layers):
+            raise ValueError(f"config.json in {folder} says {stated} {part} layers, the weights have {stored}.")
+    try:
+        with torch.device("meta"), SkipInit():
+            model = cls(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # no memory is taken, but sizes are 64-bit integers
+        raise ValueError(f"config.json in {folder} has sizes that no tensor can have: download it again.") from error
+    weights = _match_names(entries, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, folder)
+    dtype = dtype or _config_dtype(values)
     if dtype is None and len(dtypes := sorted({entry.dtype for entry in weights.values()})) > 1:
         raise ValueError(f"{folder} mixes the dtypes {', '.join(dtypes)}: pass one, such as dtype=torch.float32.")
     model.load_state_dict(_read_tensors(weights, dtype, device), assign=True)
     return model.eval()
 
 
-def _config_dtype(config: Path) -> torch.dtype | None:
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *FLOAT_DTYPES.values()):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOAT_DTYPES.values()))} or None, not {dtype!r}.")
+
+
+def _config_dtype(values: dict) -> torch.dtype | None:
     """The dtype in a config.json (``dtype`` since transformers 5, ``torch_dtype`` before), if any."""
-    values = json.loads(config.read_text(encoding="utf-8"))
     name = values.get("dtype") or values.get("torch_dtype")
     return {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}.get(str(name))
 
@@ -110,32 +130,45 @@ def _weight_files(folder: Path) -> list[Path]:
             "in pickle files (.bin, .pt, .ckpt) are not opened, because unpickling can run arbitrary code."
         )
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not JSON with a weight_map from names to files: download it again.") from error
+        raise ValueError(f"{index} is not JSON with a weight_map from names to files: {remedy(index)}.") from error
     for name in names:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name)):
             raise ValueError(f"{index} refers to {name!r}, but only .safetensors files in its own folder are opened.")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {_abbreviate(missing)}, listed in its index: download what is missing.")
+        raise ValueError(f"{folder} lacks {abbreviate(missing)}, listed in its index: download what is missing.")
     return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def _explain_errors(file: Path):
+    try:
+        yield
+    except SafetensorError as error:  # which is neither an OSError nor a ValueError
+        fault = f"damaged, truncated or not a safetensors file ({printable(error)})"
+        raise ValueError(f"{file} is {fault}: {remedy(file)}.") from error
 
 
 def _open(file: Path):
     """Maps a safetensors file into memory."""
-    try:
+    with _explain_errors(file):
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        with file.open("rb") as content:
-            is_pointer = content.read(8) == b"version "
-        remedy = "it is a Git LFS pointer, so run `git lfs pull`" if is_pointer else "download it again"
-        raise ValueError(f"{file} is damaged, truncated or not a safetensors file ({error}): {remedy}.") from error
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
     opened = _open(file)
-    slices = {name: opened.get_slice(name) for name in opened.keys()}
-    return [StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+    slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+    entries = [StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+    # An unfinished download can have its full size and zeros at the end. A zero bias proves nothing, so check the last
+    # rows of the last matrix and the vectors after it. The embedding table can end in zeros: rows that pad it.
+    for entry in reversed(entries):
+        is_other = math.prod(entry.shape) < 2 or entry.dtype not in FLOAT_DTYPES
+        if is_other or hub_name(entry.name) in (HEAD, EMBEDDING) or bool(slices[entry.name][-8:].any()):
+            break
+        if len(entry.shape) > 1:
+            raise ValueError(f"{file} ends in zeros, so its download was probably not finished: download it again.")
+    return entries
 
 
 def hub_name(name: str) -> str:
@@ -161,6 +194,8 @@ def _match_names(entries: list[StoredTensor], shapes: dict[str, tuple], folder: 
             found[name] = entry
         elif not name.endswith(RECOMPUTED):
             unexpected.append(entry.name)
+    if HEAD in found and EMBEDDING not in found:  # safetensors' save_model keeps one name of tied weights
+        found[EMBEDDING] = found.pop(HEAD)
     misshapen = [f"{e.name} {[*e.shape]} instead of {[*shapes[n]]}" for n, e in found.items() if e.shape != shapes[n]]
     faults = {
         "missing": [name for name in shapes if name not in found and name != HEAD],
@@ -169,7 +204,7 @@ def _match_names(entries: list[StoredTensor], shapes: dict[str, tuple], folder: 
         "of an unsupported dtype": [f"{e.name} {e.dtype}" for e in found.values() if e.dtype not in FLOAT_DTYPES],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {fault}: {_abbreviate(names)}" for fault, names in faults.items() if names)
+        listed = "; ".join(f"{len(names)} {fault}: {abbreviate(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"The weights in {folder} do not fit its config.json: {listed}.")
     return found
 
@@ -182,14 +217,15 @@ def _read_tensors(weights: dict[str, StoredTensor], dtype: torch.dtype | None, d
     open_file = functools.cache(_open) if is_mapped else _open
 
     def read(entry: StoredTensor) -> Tensor:
-        return open_file(entry.file).get_tensor(entry.name)
+        with _explain_errors(entry.file):
+            return open_file(entry.file).get_tensor(entry.name)
 
     if head := weights.pop(HEAD, None):
         table = weights[EMBEDDING]
         if head.dtype != table.dtype or not torch.equal(read(head), read(table)):
             raise ValueError(f"{head.name} in {head.file} differs from the embedding, but PaliGemma ties the two.")
     tensors = {name: read(entry).to(device=device, dtype=dtype) for name, entry in weights.items()}
-    if not is_mapped and (fault := find_nonfinite({weights[name].name: tensor for name, tensor in tensors.items()})):
+    if fault := find_nonfinite({weights[n].name: x for n, x in tensors.items() if x.ndim < 2 or not is_mapped}):
         raise ValueError(fault)
     return tensors
 
@@ -203,11 +239,7 @@ def find_nonfinite(weights: dict[str, Tensor]) -> str | None:
     if not broken:
         return None
     subject = "1 weight holds" if len(broken) == 1 else f"{len(broken)} weights hold"
-    return f"{subject} NaN or infinity ({weights[broken[0]].dtype}), so no answer can be right: {_abbreviate(broken)}."
-
-
-def _abbreviate(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
+    return f"{subject} NaN or infinity ({weights[broken[0]].dtype}), so no answer can be right: {abbreviate(broken)}."
 
 
 def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -221,24 +253,19 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
             restores: a float32 model stored in bfloat16 takes half the space and still runs in float32.
 
     Raises:
-        ValueError: If the configuration cannot be expressed in the hub's format, or ``path`` is a file.
+        ValueError: If the configuration cannot be expressed in the hub's format, ``path`` is a file, or a weight is not
+            finite in ``dtype``.
+        OSError: If a file cannot be written. The old one is unchanged then.
     """
+    _check_dtype(dtype)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: pass a folder to save into.")
     model_dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = json.dumps(model.config.to_dict() | {"torch_dtype": model_dtype}, indent=2) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to(dtype=dtype).contiguous() for name, tensor in model.state_dict().items()}
-    _write_atomically(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    _write_atomically(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))
-
-
-def _write_atomically(target: Path, write) -> None:
-    """Has ``write`` fill a temporary file beside ``target``, which then replaces ``target`` in one step."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    if fault := find_nonfinite(tensors):
+        raise ValueError(f"Nothing was saved: {fault}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    write_atomically(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))

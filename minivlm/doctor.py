@@ -95,4 +95,8 @@ def try_embedded() -> str:
 def redact_paths(text: str) -> str:
     """Shortens the paths in a message, because they can contain the user's name."""
     root = hub.EMBEDDED.parent.parent.parent
-    return text.replace(str(root), ".").replace(str(Path.home()), "~")
+    text = text.replace(str(root), ".")
+    try:
+        return text.replace(str(Path.home()), "~")
+    except RuntimeError:  # no HOME, and no entry in passwd
+        return text

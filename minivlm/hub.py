@@ -1,9 +1,12 @@
 """Where files are: the package's own data, the embedded checkpoint, folders, and repositories on the hub.
 
-Nothing is downloaded unless you pass a hub id.
+Nothing is downloaded unless you pass a hub id. Also here: what every reader and writer of files does the same way.
 """
 
+import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -14,6 +17,7 @@ EMBEDDED = DATA / "checkpoints" / "paligemma-emoji-112"
 WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 JSON_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
 JSON_FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+JSON_FILES += ["adapter_config.json"]  # so that a LoRA adapter can be recognized
 
 
 def resolve(path: str | Path | None, revision: str | None = None, weights: bool = True) -> Path:
@@ -70,3 +74,45 @@ def _explain_failed_download(repo: str, revision: str | None, error: Exception) 
         return f"{page} is gated: {advice}"
     reason = (str(causes[1] or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return f"{page} could not be downloaded and is not in the local cache ({reason}): check the network and try again"
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises ValueError if the file contains anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of 5,000 digits
+        raise ValueError(f"{path} is not valid JSON ({printable(error)}): {remedy(path)}.") from error
+    if type(content) is not dict:
+        raise ValueError(f"{path} contains JSON, but not a JSON object: {remedy(path)}.")
+    return content
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that cannot be read. Without Git LFS, a clone has small pointers in place of files."""
+    with open(path, "rb") as content:
+        is_pointer = content.read(23) == b"version https://git-lfs"
+    return "it is a Git LFS pointer, so run `git lfs pull`" if is_pointer else "download it again"
+
+
+def printable(text: object, length: int = 200) -> str:
+    """Text out of a file, for a message: on one line, not too long, and without control characters."""
+    text = repr(str(text))[1:-1]
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def abbreviate(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
+    """The first few of a list of names or problems."""
+    more = f" … and {len(texts) - limit} more" if len(texts) > limit else ""
+    return separator.join(map(printable, texts[:limit])) + more
+
+
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+    """Has ``write`` fill a temporary file, which then replaces ``target``. If it fails (OSError), the old one stays."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, target)
+    except Exception as error:  # safetensors and PIL raise errors of their own for a full disk
+        raise OSError(f"{target} could not be saved ({printable(error)}).") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -23,6 +23,8 @@ import numpy as np
 from jaxtyping import Bool, Float32
 from PIL import Image
 
+from minivlm import hub
+
 BINS = 1024  # <loc0000> … <loc1023>
 CODES = 128  # <seg000> … <seg127>
 CODES_PER_MASK = 16
@@ -145,42 +147,56 @@ def parse_detections(text: str, width: Real, height: Real) -> ParsedDetections:
 
     No text raises, however malformed. Parts of an item that cannot be read are left out, and ``problems`` says which
     and why. An item needs a box but no label: asked for one object by a description, PaliGemma writes none
-    (big_vision, pp/proj/paligemma/segmentation.py). An empty text is an answer without boxes.
+    (big_vision, pp/proj/paligemma/segmentation.py). An empty text is an answer without boxes. An item can have several
+    boxes. Each gets the label that follows it: "<box> <box> cat <box> dog" means two cats and a dog.
 
     Raises:
         ValueError: If width or height is not positive.
     """
     check_size(width, height)
-    detections, problems = [], []
-    for number, item in enumerate(text.split(";") if text.strip() else [], start=1):
-        detection, item_problems = parse_item(item.strip(), width, height)
-        if detection in detections:
-            detection, item_problems = None, ["repeats an earlier item"]
-        if detection is not None:
-            detections.append(detection)
-        problems += [f"Item {number} {problem}: {shorten(item.strip())}." for problem in item_problems]
-    return ParsedDetections(detections, problems)
+    detections, problems = {}, []  # a dict, because finding repeated boxes in a long list takes too long
+    items = text.strip().removesuffix(";")
+    for number, item in enumerate(items.split(";") if items.strip() else [], start=1):
+        found, item_problems = parse_item(item.strip(), width, height)
+        new = dict.fromkeys(detection for detection in found if detection not in detections)
+        if len(new) < len(found):
+            item_problems = ["repeats an earlier box", *(item_problems if new else [])]
+        detections |= new
+        problems += [
+            f"Item {number} {problem}: '{hub.printable(item.strip(), 60)}'." for problem in dict.fromkeys(item_problems)
+        ]
+    return ParsedDetections(list(detections), problems)
 
 
-def parse_item(item: str, width: Real, height: Real) -> tuple[Detection | None, list[str]]:
-    """The text between two ";" → its detection, or None, and its problems."""
-    locs, segs, label = re.fullmatch(r"((?:<loc[^<>]*>\s*)*)((?:<seg[^<>]*>\s*)*)(.*)", item, re.DOTALL).groups()
-    bins, label = parse_token_numbers(locs, 4, BINS), label.strip()
-    if bins is None:
-        return None, [f"has a location token that is not one of <loc0000> to <loc{BINS - 1}>"]
-    if len(bins) != 4:
-        return None, [f"has a box with {len(bins)} instead of 4 location tokens"]
-    y0, x0, y1, x1 = bins
-    if y0 > y1 or x0 > x1:
-        return None, ["has a box that is upside down or mirrored"]
-    codes, problems = parse_token_numbers(segs, 3, CODES), []
-    if "<" in label or ">" in label:
-        label = re.split("[<>]", label)[0].strip()
-        problems = ["has a token, or part of one, in its label, which is cut off there"]
-    if codes is None or len(codes) not in (0, CODES_PER_MASK):
-        codes, expected = [], f"{CODES_PER_MASK} tokens from <seg000> to <seg{CODES - 1}>"
-        problems.append(f"has a mask that is not {expected}, so only its box is used")
-    return Detection(label, locations_to_box(tuple(bins), width, height), tuple(codes)), problems
+def parse_item(item: str, width: Real, height: Real) -> tuple[list[Detection], list[str]]:
+    """The text between two ";" → its detections and its problems."""
+    before, *runs = re.split(r"((?:<loc[^<>]*>\s*)+)", item)  # then in turn: location tokens, and the text after them
+    if not runs:
+        return [], ["has a box with 0 instead of 4 location tokens"]
+    problems = ["has text before its box, which is ignored"] if before.strip() else []
+    detections, label = [], ""
+    for locs, rest in list(zip(runs[::2], runs[1::2], strict=True))[::-1]:  # from the end, where the label is
+        segs, own_label = re.fullmatch(r"((?:<seg[^<>]*>\s*)*)(.*)", rest, re.DOTALL).groups()
+        label, *cut_off = re.split("[<>]", own_label.strip() or label)
+        label = label.strip()
+        bins, codes = parse_token_numbers(locs, 4, BINS), parse_token_numbers(segs, 3, CODES)
+        if bins is None or len(bins) % 4:
+            unknown = f"has a location token that is not one of <loc0000> to <loc{BINS - 1}>"
+            problems.append(unknown if bins is None else f"has a box with {len(bins)} instead of 4 location tokens")
+            continue
+        if cut_off:
+            problems.append("has a token, or part of one, in its label, which is cut off there")
+        if codes is None or len(codes) not in (0, CODES_PER_MASK):
+            codes, expected = [], f"{CODES_PER_MASK} tokens from <seg000> to <seg{CODES - 1}>"
+            problems.append(f"has a mask that is not {expected}, so only its box is used")
+        for start in range(len(bins) - 4, -1, -4):
+            y0, x0, y1, x1 = box = tuple(bins[start : start + 4])
+            if y0 > y1 or x0 > x1:
+                problems.append("has a box that is upside down or mirrored")
+            else:
+                detections.append(Detection(label, locations_to_box(box, width, height), tuple(codes)))
+            codes = []  # they belong to the box right before them
+    return detections[::-1], problems
 
 
 def parse_token_numbers(text: str, digits: int, count: int) -> list[int] | None:
@@ -188,11 +204,6 @@ def parse_token_numbers(text: str, digits: int, count: int) -> list[int] | None:
     numbers = re.findall(r"<(?:loc|seg)([^<>]*)>", text)
     is_valid = all(re.fullmatch(f"[0-9]{{{digits}}}", number) and int(number) < count for number in numbers)
     return [int(number) for number in numbers] if is_valid else None
-
-
-def shorten(text: str, length: int = 60) -> str:
-    """The text in quotes, truncated so that a sentence about it stays readable."""
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 
 def check_size(width: Real, height: Real) -> None:

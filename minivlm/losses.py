@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Scalar = Float[Tensor, ""] | Float[Tensor, "1"]  # SigLIP checkpoints store temperature and bias with shape [1]
+
 
 def softmax(x: Float[Tensor, "*S"], dim: int = -1) -> Float[Tensor, "*S"]:
     """exp(x) / Σ exp(x), straight from the definition. NaN once exp overflows: above 88 in float32, 11 in float16."""
@@ -71,7 +73,7 @@ def l2_normalize(x: Float[Tensor, "*B D"], eps: float = 1e-12) -> Float[Tensor, 
 def clip_loss(
     image_embeddings: Float[Tensor, "N D"],
     text_embeddings: Float[Tensor, "N D"],
-    log_temperature: Float[Tensor, ""],
+    log_temperature: Scalar,
 ) -> Float[Tensor, ""]:
     """The mean over rows and columns of −log softmax(exp(log_temperature) · x·yᵀ) at the matching entry, in nats.
 
@@ -92,8 +94,8 @@ def clip_loss(
 def sigmoid_loss(
     image_embeddings: Float[Tensor, "N D"],
     text_embeddings: Float[Tensor, "M D"],
-    log_temperature: Float[Tensor, ""],
-    bias: Float[Tensor, ""],
+    log_temperature: Scalar,
+    bias: Scalar,
     labels: Bool[Tensor, "N M"] | None = None,
 ) -> Float[Tensor, ""]:
     """−1/N Σ log sigmoid(z · (exp(log_temperature) · x·y + bias)) over all N·M pairs, in nats per image.
@@ -132,8 +134,8 @@ def _unit_pairs(images: Tensor, texts: Tensor, paired: bool) -> tuple[Tensor, Te
 def chunked_sigmoid_loss(
     image_embeddings: Float[Tensor, "N D"],
     text_embeddings: Float[Tensor, "N D"],
-    log_temperature: Float[Tensor, ""],
-    bias: Float[Tensor, ""],
+    log_temperature: Scalar,
+    bias: Scalar,
     chunk_size: int = 1024,
 ) -> Float[Tensor, ""]:
     """``sigmoid_loss`` with at most N × ``chunk_size`` logits in memory at a time, in forward and backward.
@@ -146,14 +148,15 @@ def chunked_sigmoid_loss(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
     x, y = _unit_pairs(image_embeddings, text_embeddings, paired=True)
-    return _BlockwiseSigmoidLoss.apply(_chunked_loss_and_grads, chunk_size, x, y, log_temperature, bias)
+    scalars = log_temperature.reshape(()), bias.reshape(())
+    return _BlockwiseSigmoidLoss.apply(_chunked_loss_and_grads, chunk_size, x, y, *scalars)
 
 
 def ring_sigmoid_loss(
     image_embeddings: Float[Tensor, "n D"],
     text_embeddings: Float[Tensor, "n D"],
-    log_temperature: Float[Tensor, ""],
-    bias: Float[Tensor, ""],
+    log_temperature: Scalar,
+    bias: Scalar,
     group: "dist.ProcessGroup | None" = None,
 ) -> Float[Tensor, ""]:
     """The loss of this process's n images against the texts of all W processes, which arrive one shard at a time.
@@ -178,7 +181,7 @@ def ring_sigmoid_loss(
     largest, smallest = largest_and_smallest.abs().tolist()
     if largest != smallest:
         raise ValueError(f"All processes must have equally many pairs, but one has {smallest}, another {largest}.")
-    return _BlockwiseSigmoidLoss.apply(_ring_loss_and_grads, group, x, y, log_temperature, bias)
+    return _BlockwiseSigmoidLoss.apply(_ring_loss_and_grads, group, x, y, log_temperature.reshape(()), bias.reshape(()))
 
 
 class _BlockwiseSigmoidLoss(torch.autograd.Function):

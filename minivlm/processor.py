@@ -33,6 +33,7 @@ from minivlm.tokenizer import BOS, EOS, IMAGE, MASK, PAD, UNK, add_paligemma_tok
 BICUBIC = Image.Resampling.BICUBIC
 EXIF_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, struct.error)
 IGNORE_INDEX = -100  # the label that torch's cross-entropy skips
+MAX_IMAGE_SIZE = 8192  # PaliGemma's largest is 896
 
 
 # --- an image, step by step ----------------------------------------------------------------------------------------
@@ -53,9 +54,11 @@ def open_image(path: str | Path) -> Image.Image:
             with Image.open(path) as image:
                 return to_rgb(image)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(f"The image {str(path)!r} is too large to open safely: {error}") from error
+            advice = "shrink it or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
+            raise ValueError(f"The image {str(path)!r} is too large to open safely: {advice}.") from error
         except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, EOFError and more
-            raise ValueError(f"The file {str(path)!r} cannot be read as an image: {error}") from error
+            fault = f"The file {str(path)!r} cannot be read as an image ({hub.printable(error)})"
+            raise ValueError(f"{fault}: convert it to PNG or JPEG, or {hub.remedy(path)}.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -89,7 +92,7 @@ def apply_exif_orientation(image: Image.Image) -> Image.Image:
 
 
 def gray16_to_gray8(image: Image.Image) -> Image.Image:
-    """16-bit gray (modes I;16 and I) → 8-bit: 65535 becomes 255. PIL's own conversion clips everything above 255."""
+    """16-bit gray → 8-bit: 65535 becomes 255, where PIL clips. Mode I has 8-bit values if none is above 255."""
     if image.mode == "F":
         raise ValueError("The image has floating-point values (mode F) of unknown range: convert it to 8 bits first.")
     if not image.mode.startswith("I"):
@@ -97,7 +100,9 @@ def gray16_to_gray8(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("The image has 32-bit values outside 0…65535: scale it to 8 bits first.")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode != "I" or values.max() > 255:
+        values = (values * 255 + 32767) // 65535
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def resize(image: Image.Image, size: int, resample: int = BICUBIC) -> UInt8[np.ndarray, "H W 3"]:
@@ -185,8 +190,9 @@ class Processor:
         tokenizer.no_truncation()
         add_paligemma_tokens(tokenizer, image_token)
         self.tokenizer = tokenizer
-        self.image_size, self.num_image_tokens = image_size, num_image_tokens
-        self.image_token, self.resample = image_token, int(resample)
+        self.image_size = check_integer("image_size", image_size, MAX_IMAGE_SIZE)
+        self.num_image_tokens = check_integer("num_image_tokens", num_image_tokens, image_size**2)
+        self.image_token, self.resample = image_token, int(Image.Resampling(resample))
         self.mean, self.std = check_channels("mean", mean), check_channels("std", std)
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {std}.")
@@ -208,9 +214,6 @@ class Processor:
         Returns:
             input_ids, attention_mask (1 on tokens, 0 on padding), token_type_ids (1 on the suffix, 0 elsewhere) and, if
             there is a suffix, labels (its ids, -100 elsewhere), all int64 [B, T]; pixel_values, float32 [B, 3, H, W].
-
-        Raises:
-            ValueError: If an argument is invalid, or the arguments do not fit together.
         """
         prefixes, images, suffixes = check_batch(text, images, suffix, self.image_token)
         batch = self.tokenize(prefixes, suffixes, check_padding_side(padding_side or self.padding_side))
@@ -251,9 +254,9 @@ class Processor:
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         """Token ids (a list or a tensor [T]) → text. ``<loc…>`` and ``<seg…>`` are not special, so they stay."""
-        ids = [int(i) for i in ids]
-        if any(i < 0 for i in ids):
-            raise ValueError(f"Token ids must not be negative: remove labels of {IGNORE_INDEX} before decoding.")
+        ids = [int(i) for i in ids]  # ids without a token, of rows that pad the embedding table, decode to nothing
+        if not all(0 <= i < 2**32 for i in ids):
+            raise ValueError(f"Token ids must be from 0 to 2³² − 1, not negative: remove labels of {IGNORE_INDEX}.")
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, rows, skip_special_tokens: bool = True) -> list[str]:
@@ -272,12 +275,12 @@ class Processor:
         """
         folder = hub.resolve(path, revision, weights=False)
         settings = read_image_settings(folder)
-        padding_side = read_json(folder / "tokenizer_config.json").get("padding_side", "left")
+        padding_side = read_settings(folder / "tokenizer_config.json").get("padding_side", "left")
         processor = cls(read_tokenizer(folder / "tokenizer.json"), padding_side=padding_side, **settings)
-        config = read_json(folder / "config.json")
+        config = read_settings(folder / "config.json")
         expected = config.get("image_token_id", config.get("image_token_index"))
         if expected not in (None, processor.image_token_id):
-            ids = f"has id {processor.image_token_id} in tokenizer.json but {expected} in config.json"
+            ids = f"has id {processor.image_token_id} in tokenizer.json but {expected!r} in config.json"
             raise ValueError(f"{processor.image_token} {ids}: tokenizer.json belongs to another model.")
         return processor
 
@@ -285,16 +288,20 @@ class Processor:
         """Saves the files that ``from_pretrained``, and transformers' AutoProcessor, can load."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "GemmaTokenizer", "processor_class": "PaliGemmaProcessor"}
         config |= {"padding_side": self.padding_side, "additional_special_tokens": [self.image_token]}
         config |= {"pad_token": PAD, "eos_token": EOS, "bos_token": BOS, "unk_token": UNK, "mask_token": MASK}
-        write_json(folder / "tokenizer_config.json", config)
+        files = {
+            "tokenizer.json": self.tokenizer.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2),
+        }
         config = {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor"}
         config |= dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
         config |= {"size": {"height": self.image_size, "width": self.image_size}, "resample": self.resample}
         config |= {"rescale_factor": 1 / 255, "image_mean": self.mean, "image_std": self.std}
-        write_json(folder / "preprocessor_config.json", config | {"image_seq_length": self.num_image_tokens})
+        files["preprocessor_config.json"] = json.dumps(config | {"image_seq_length": self.num_image_tokens}, indent=2)
+        for name, text in files.items():
+            hub.write_atomically(folder / name, lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -302,7 +309,7 @@ class Processor:
 
 def check_batch(text, images, suffix, image_token: str) -> tuple[list[str], list, list[str] | None]:
     """One or several prompts, images and suffixes (or ``None``) → lists of equal length."""
-    prefixes = check_prompts(text, image_token)
+    prefixes = check_texts("prompt", text, image_token)
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if len(images) != len(prefixes):
         raise ValueError(f"There are {len(prefixes)} prompts and {len(images)} images: pass one image per prompt.")
@@ -310,14 +317,6 @@ def check_batch(text, images, suffix, image_token: str) -> tuple[list[str], list
     if suffixes is not None and len(suffixes) != len(prefixes):
         raise ValueError(f"There are {len(prefixes)} prompts and {len(suffixes)} suffixes: pass one suffix per prompt.")
     return prefixes, images, suffixes
-
-
-def check_prompts(text, image_token: str) -> list[str]:
-    """A prompt or a list of prompts → a list of prompts, none of them empty."""
-    prompts = check_texts("prompt", text, image_token)
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("A prompt is empty: say what the model should do, for example 'caption en'.")
-    return prompts
 
 
 def check_texts(name: str, texts, image_token: str) -> list[str]:
@@ -346,10 +345,17 @@ def check_array(image) -> None:
 
 def check_channels(name: str, value) -> list[float]:
     """One number for all channels, or one per channel → three floats."""
-    values = [float(v) for v in np.broadcast_to(value, 3)] if np.size(value) in (1, 3) else []
-    if len(values) != 3 or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be one number or three, one per channel, not {value}.")
-    return values
+    values = [value] * 3 if isinstance(value, Real) else value
+    is_list = isinstance(values, (list, tuple, np.ndarray)) and len(values) == 3
+    if not is_list or not all(isinstance(v, Real) and abs(v) < 1e30 for v in values):  # neither NaN nor infinity
+        raise ValueError(f"{name} must be one number or three, one per channel, not {value!r}.")
+    return [float(v) for v in values]
+
+
+def check_integer(name: str, value, largest: int) -> int:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"{name} must be an integer from 1 to {largest}, not {value!r}.")
+    return value
 
 
 def check_padding_side(side: str) -> str:
@@ -358,40 +364,36 @@ def check_padding_side(side: str) -> str:
     return side
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file, or {} if there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"The file {str(path)!r} is not valid JSON: {error}") from error
-    if type(content) is not dict:
-        raise ValueError(f"The file {str(path)!r} must contain a JSON object.")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def read_settings(path: Path, part: str | None = None) -> dict:
+    """The JSON object in a file, or in a part of it, without its nulls. {} if there is no such file or part."""
+    found = hub.read_json(path) if path.is_file() else {}
+    found = found if part is None else found.get(part) or {}
+    if type(found) is not dict:
+        raise ValueError(f"{part} in {path} must be a JSON object, not {found!r}.")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def read_image_settings(folder: Path) -> dict:
     """The arguments of ``Processor`` for images. Sizes that the preprocessor's files omit come from config.json."""
-    nested = read_json(folder / "processor_config.json").get("image_processor") or {}  # the layout of transformers 5
-    found = {**read_json(folder / "preprocessor_config.json"), **nested}
-    found = {name: value for name, value in found.items() if value is not None}
-    vision = read_json(folder / "config.json").get("vision_config") or {}
+    nested = read_settings(folder / "processor_config.json", "image_processor")  # the layout of transformers 5
+    found = read_settings(folder / "preprocessor_config.json") | nested
+    vision = read_settings(folder / "config.json", "vision_config")
     size = found.get("size", vision.get("image_size", 224))
     height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
-    if height != width or not isinstance(height, int):
-        raise ValueError(f"{str(folder)!r} has images of size {size}, but only square images are supported.")
-    expected = vision.get("image_size", height)
-    if expected != height:
-        raise ValueError(f"{str(folder)!r} resizes images to {height} pixels, but its vision tower expects {expected}.")
-    patches = (height // vision.get("patch_size", 14)) ** 2
-    num_image_tokens = found.get("image_seq_length", patches)
+    if height != width or height is None:
+        raise ValueError(f"{folder} has images of size {size}, but only square images are supported.")
+    check_integer(f"The image size of {folder}", height, MAX_IMAGE_SIZE)
+    if (expected := vision.get("image_size", height)) != height:
+        raise ValueError(f"{folder} resizes images to {height} pixels, but its vision tower expects {expected!r}.")
+    patches = (height // check_integer(f"The patch_size of {folder}", vision.get("patch_size", 14), height)) ** 2
+    num_image_tokens = check_integer("image_seq_length", found.get("image_seq_length", patches), height**2)
     if vision and num_image_tokens != patches:
-        raise ValueError(f"{str(folder)!r} has {num_image_tokens} image tokens for a tower with {patches} patches.")
-    if not all(found.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize")):
-        raise ValueError(f"{str(folder)!r} disables resizing, rescaling or normalizing, which is not supported.")
+        raise ValueError(f"{folder} has {num_image_tokens} image tokens for a tower with {patches} patches.")
+    usual = {"rescale_factor": 1 / 255, "do_center_crop": False, "do_pad": False}
+    usual |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    for name, value in usual.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{folder} sets {name} to {found[name]!r}, but only {value} is supported.")
     names = {"resample": "resample", "image_mean": "mean", "image_std": "std"}
     settings = {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
     return settings | {"image_size": height, "num_image_tokens": num_image_tokens}

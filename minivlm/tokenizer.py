@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from minivlm.hub import printable, remedy
 from minivlm.locations import BINS, CODES
 
 PAD, EOS, BOS, UNK, MASK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<image>"
@@ -24,7 +25,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception
-        raise ValueError(f"The file {str(path)!r} is not a tokenizer: {error}") from error
+        raise ValueError(f"The file {str(path)!r} is not a tokenizer ({printable(error)}): {remedy(path)}.") from error
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:

@@ -13,7 +13,6 @@ big_vision, pp/proj/paligemma/segmentation.py (encoder) and evaluators/proj/pali
 
 import io
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minivlm import hub, locations
+from minivlm import checkpoint, hub, locations
 from minivlm.locations import CODES, Box, Detection
 
 CODE_DIM = 512  # size of a codebook vector
@@ -126,18 +125,24 @@ class MaskVQVAE(nn.Module):
 
         Raises:
             FileNotFoundError: If there is no such file. big_vision's is ``vae-oid.npz``.
-            ValueError: If the file is damaged, contains pickled objects, or does not fit this architecture.
+            ValueError: If the file is damaged, contains pickles or NaN, or does not fit this architecture.
         """
         path, model = find_npz(Path(path or hub.EMBEDDED)), cls()
-        arrays = read_npz_arrays(path)
-        check_arrays(path, arrays, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-        model.load_state_dict({name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()})
+        arrays = read_npz_arrays(path, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+        weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+        if fault := checkpoint.find_nonfinite(weights):
+            raise ValueError(f"{path} cannot be used: {fault}")
+        model.load_state_dict(weights)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, name: str = "vae-emoji.npz") -> None:
         """Saves ``folder/name`` in float16, half the size, with the names of big_vision's ``vae-oid.npz``."""
-        arrays = {key: value.cpu().numpy().astype(np.float16) for key, value in self.state_dict().items()}
-        np.savez_compressed(Path(folder) / name, **arrays)
+        weights = {key: value.cpu().half() for key, value in self.state_dict().items()}
+        if fault := checkpoint.find_nonfinite(weights):
+            raise ValueError(f"Nothing was saved: {fault}")
+        content = io.BytesIO()
+        np.savez_compressed(content, **{key: value.numpy() for key, value in weights.items()})
+        hub.write_atomically(Path(folder) / name, lambda part: part.write_bytes(content.getvalue()))
 
 
 def find_npz(path: Path) -> Path:
@@ -150,36 +155,41 @@ def find_npz(path: Path) -> Path:
     if not found:
         raise FileNotFoundError(
             f"There is no mask VQ-VAE at {path}. For Google's models, download "
-            "gs://big_vision/paligemma/vae-oid.npz and pass its path, or put it into the checkpoint's folder."
+            "gs://big_vision/paligemma/vae-oid.npz and pass its path, or put it into the checkpoint's folder. For a "
+            "model of `minivlm train`, do the same with the vae-emoji.npz of its run."
         )
     return found[0]
 
 
-def read_npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of a ``.npz`` file except those that only training needs. Nothing is unpickled.
+def read_npz_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads the named arrays of a ``.npz`` file, a zip of ``.npy`` files. Nothing is unpickled.
 
-    A ``.npz`` file is a zip of ``.npy`` files. Each is read to its end, so that zip verifies its checksum.
+    Names, shapes and dtypes are checked first, in the headers, so no file can take more memory than these arrays. Then
+    each is read to its end, so that zip verifies its checksum. One ValueError lists everything that is wrong.
     """
     arrays = {}
     try:
         with zipfile.ZipFile(path) as file:
-            for entry in file.namelist():
-                name = entry.removesuffix(".npy")
-                if name not in TRAINING_ONLY:
-                    arrays[name] = np.lib.format.read_array(io.BytesIO(file.read(entry)), allow_pickle=False)
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a complete .npz file of plain arrays ({error}): download it again.") from error
-    return arrays
-
-
-def check_arrays(path: Path, arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Checks names, shapes and floating dtypes. One ValueError lists everything that is wrong."""
-    problems = [f"{name} is missing" for name in shapes if name not in arrays]
-    problems += [f"{name} is unexpected" for name in arrays if name not in shapes]
-    for name, shape in shapes.items():
-        if name in arrays and arrays[name].shape != shape:
-            problems.append(f"{name} has shape {arrays[name].shape} instead of {shape}")
-        elif name in arrays and not np.issubdtype(arrays[name].dtype, np.floating):
-            problems.append(f"{name} has dtype {arrays[name].dtype}, which is not floating point")
+            entries = {entry.removesuffix(".npy"): entry for entry in file.namelist()}
+            problems = [f"{name} is unexpected" for name in entries if name not in (*shapes, *TRAINING_ONLY)]
+            problems += [f"{name} is missing" for name in shapes if name not in entries]
+            for name in (name for name in shapes if name in entries):
+                with file.open(entries[name]) as stream:
+                    if np.lib.format.read_magic(stream) != (1, 0):  # later versions are for headers above 64 KB
+                        raise ValueError(f"{name} has a header of another version than 1.0")
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+                if shape != shapes[name]:
+                    problems.append(f"{name} has shape {shape} instead of {shapes[name]}")
+                elif not np.issubdtype(dtype, np.floating):
+                    problems.append(f"{name} has dtype {dtype}, which is not floating point")
+            for name in () if problems else shapes:
+                with file.open(entries[name]) as stream:
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                    if stream.read(1):
+                        raise ValueError(f"{name} is longer than its header says")
+    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise errors of their own
+        fault = f"{path} is not a complete .npz file of plain arrays ({hub.printable(error)})"
+        raise ValueError(f"{fault}: {hub.remedy(path)}.") from error
     if problems:
-        raise ValueError(f"{path} is not PaliGemma's mask VQ-VAE: {'; '.join(problems)}.")
+        raise ValueError(f"{path} is not PaliGemma's mask VQ-VAE: {hub.abbreviate(problems, '; ')}.")
+    return arrays

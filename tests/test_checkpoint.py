@@ -162,6 +162,21 @@ def test_output_head_must_be_the_embedding(name, folder):
     assert name in load_error(folder, dtype=torch.bfloat16)
 
 
+def test_output_head_without_the_embedding(folder, tmp_path):
+    """``save_model`` of safetensors writes one of two tied weights. Of transformers' model, that is the output head."""
+    from conftest import in_transformers
+    from safetensors.torch import save_model
+
+    theirs = in_transformers(tiny_model())
+    theirs.tie_weights()
+    save_model(theirs, str(folder / "model.safetensors"))
+    assert [name for name in load_file(folder / "model.safetensors") if "head" in name or "embed_tokens" in name] == [
+        "lm_head.weight"
+    ]
+    for dtype in (None, torch.bfloat16):
+        assert_same_weights(PaliGemma.from_pretrained(folder, dtype=dtype), tiny_model().to(dtype))
+
+
 def test_buffers_of_old_files_are_ignored(folder):
     rotary = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
     ids = "vision_tower.vision_model.embeddings.position_ids"
@@ -192,7 +207,9 @@ def test_one_error_lists_all_faults(folder):
 
 
 def test_long_lists_are_abbreviated(folder):
-    rewrite(folder, lambda weights: {EMBED: weights[EMBED]})
+    rewrite(
+        folder, lambda weights: {name: x for name, x in weights.items() if name == EMBED or "q_proj.weight" in name}
+    )
     message = load_error(folder)
     assert " missing: " in message and "… and " in message and message.count("weight,") <= 8 and len(message) < 900
 
@@ -212,16 +229,45 @@ def test_gemma2_file_with_gemma_config(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite(value, folder):
-    """Detected on conversion. For mapped weights, the first answer detects them (test_generation.py)."""
+    """Detected on loading in vectors, and on conversion in all. For mapped matrices, the first answer detects them."""
+    rewrite(folder, lambda weights: weights[EMBED][7, 3:4].fill_(value) and None)
+    assert not PaliGemma.from_pretrained(folder).get_parameter(EMBED).isfinite().all()  # as in test_generation.py
+    bias = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.bias"
 
     def damage(weights):
-        weights[EMBED][7, 3] = value
         weights[NORM][-1] = value
+        weights[bias][0] = value
 
     rewrite(folder, damage)
+    message = load_error(folder)
+    assert message.startswith("2 weights hold NaN or infinity") and bias in message and NORM in message
     message = load_error(folder, dtype=torch.bfloat16)
-    assert message.startswith("2 weights hold NaN or infinity") and EMBED in message and NORM in message
-    assert not PaliGemma.from_pretrained(folder).get_parameter(NORM).isfinite().all()
+    assert message.startswith("3 weights hold NaN or infinity") and EMBED in message and NORM in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(value, folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(EMBED)[7, 3] = value
+    with pytest.raises(ValueError, match=f"Nothing was saved: 1 weight holds NaN or infinity.*{EMBED}"):
+        model.save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    large = tiny_model()
+    with torch.no_grad():
+        large.get_parameter(NORM)[0] = 1e5
+    with pytest.raises(ValueError, match=f"float16.*{NORM}"):  # beyond its largest number, 65504
+        large.save_pretrained(folder / "new", dtype=torch.float16)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_are_only_saved_in_a_supported_dtype(dtype, folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="dtype must be one of .*torch.bfloat16"):
+        tiny_model().save_pretrained(folder, dtype=dtype)
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_overflow_on_conversion(folder):
@@ -261,9 +307,106 @@ def test_truncated_file(keep, folder):
     assert "download it again" in message
 
 
-def test_lfs_pointer(folder):
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "git lfs pull" in load_error(folder)
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_lfs_pointer(name, folder):
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    message = load_error(folder)
+    assert f"{name} is " in message and "git lfs pull" in message
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_lora_adapter_is_not_a_checkpoint(name, folder):
+    (folder / name).write_text("{}")
+    PaliGemma.from_pretrained(folder)  # a whole model with an adapter beside it
+    (folder / "model.safetensors").unlink()
+    assert "LoRA adapter" in load_error(folder) and "merge_and_unload" in load_error(folder)
+    (folder / "config.json").unlink()
+    assert "LoRA adapter" in load_error(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, b"\xff\xfe{}", "[1]", "9" * 5000, "", "null", '{"a": }'])
+def test_files_that_are_not_json_objects(content, folder):
+    content = content if isinstance(content, bytes) else content.encode()
+    (folder / "config.json").write_bytes(content)
+    message = load_error(folder)
+    assert "config.json" in message and "download it again" in message and len(message) < 600
+    shard(folder)
+    tiny_model().save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / "config.json", folder)
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    assert "index.json is not JSON with a weight_map" in load_error(folder)
+
+
+def set_config(folder: Path, part: str, **entries) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values[part] |= entries
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("part, stored", [("text", 3), ("vision", 2)])
+@pytest.mark.parametrize("stated", [1, 100_000, 10**9, 10**30])
+def test_the_number_of_layers_is_compared_with_the_header(part, stored, stated, folder, monkeypatch):
+    set_config(folder, f"{part}_config", num_hidden_layers=stated)
+    monkeypatch.setattr(PaliGemma, "__init__", lambda *_: pytest.fail("built a model"))
+    message = load_error(folder)
+    assert f" says {stated} {part} layers, the weights have {stored}." in message or "num_hidden" in message
+
+
+@pytest.mark.parametrize("size", [10**6, 10**18, 10**30])
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "vocab_size", "head_dim"])
+def test_absurd_sizes_take_no_memory(name, size, folder):
+    set_config(folder, "text_config", **{name: size})
+    message = load_error(folder)
+    assert "config.json" in message or name in message
+
+
+def test_a_file_that_ends_in_zeros(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for zeros in (len(whole) // 10, len(whole) // 3, 40_000):
+        file.write_bytes(whole[:-zeros] + bytes(zeros))
+        assert "ends in zeros, so its download was probably not finished" in load_error(folder)
+    file.write_bytes(whole)
+    last = "vision_tower.vision_model.post_layernorm.weight"
+    zero = [last, last.replace("weight", "bias")]
+    rewrite(folder, lambda weights: weights | {name: torch.zeros_like(weights[name]) for name in zero})
+    PaliGemma.from_pretrained(folder)  # vectors of zeros are no evidence, nor are rows that pad the embedding table
+    index = shard(folder)
+    save_file({EMBED: torch.zeros(300, 48)}, folder / "model-9.safetensors")
+    for name in set(index["weight_map"].values()):
+        weights = load_file(folder / name)
+        weights.pop(EMBED, None)
+        save_file(weights, folder / name)
+    write_index(folder, index | {"weight_map": index["weight_map"] | {EMBED: "model-9.safetensors"}})
+    assert not PaliGemma.from_pretrained(folder).get_parameter(EMBED).any()
+
+
+def test_names_and_headers_reach_the_terminal_without_control_characters(folder):
+    rewrite(folder, lambda weights: weights | {"a\n\x1b[31mred" + "x" * 10_000: torch.ones(1)})
+    message = load_error(folder)
+    assert "1 unexpected: a\\n\\x1b[31mredx" in message and message.isprintable() and len(message) < 600
+    header = b'{"a": {"dtype": "\\n\\u001b[31m", "shape": [1], "data_offsets": [0, 4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert load_error(folder).isprintable()
+
+
+def test_a_file_that_changes_between_header_and_weights(folder, monkeypatch):
+    read_header = checkpoint._read_header
+
+    def then_replace(file):
+        entries = read_header(file)
+        os.replace(shutil.copy(file, file.with_name("copy")), file.with_name("old"))
+        save_file({"other": torch.ones(3)}, file.with_name("new"))
+        os.replace(file.with_name("new"), file)
+        return entries
+
+    monkeypatch.setattr(checkpoint, "_read_header", then_replace)
+    assert "is damaged" in load_error(folder)
 
 
 class Bomb:
@@ -406,7 +549,7 @@ def big(tmp_path_factory):
     config = PaliGemmaConfig(tiny_config("gemma").vision_config, text)
     with torch.device("meta"):
         shapes = PaliGemma(config).state_dict()
-    save_file({name: torch.zeros(shape.shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    save_file({name: torch.ones(shape.shape) for name, shape in shapes.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     assert 180e6 < (folder / "model.safetensors").stat().st_size < 220e6
     return folder
@@ -435,18 +578,18 @@ def test_saved_files(folder):
     assert {p.dtype for p in PaliGemma.from_pretrained(folder / "new" / "deep").parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("stop", [OSError, checkpoint.SafetensorError, KeyboardInterrupt])
 def test_interrupted_saving_leaves_the_old_file(stop, folder, monkeypatch):
     def half(tensors, path, metadata):
         Path(path).write_bytes(b"half a file")
-        raise stop
+        raise stop("disk full")
 
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(stop):
+    with pytest.raises(stop if stop is KeyboardInterrupt else OSError, match="disk full"):
         tiny_model("gemma2").save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    with pytest.raises(stop):
+    with pytest.raises(stop if stop is KeyboardInterrupt else OSError, match="disk full"):
         tiny_model().save_pretrained(folder / "new")
     assert not list((folder / "new").iterdir())
 

@@ -212,6 +212,25 @@ def test_half_precision_embeddings_are_computed_in_float32():
         assert torch.equal(losses.clip_loss(*low, log_t), losses.clip_loss(*wide, log_t))
 
 
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid_loss", "chunked_sigmoid_loss", "ring_sigmoid_loss"])
+def test_scalars_of_shape_1_as_in_siglip_checkpoints(loss, tmp_path):
+    """The same value, and gradients with the shapes of the parameters."""
+    *pair, log_t, bias = embeddings(5)
+    scalars = [log_t] if loss == "clip_loss" else [log_t, bias]
+    vectors = [scalar.detach().reshape(1).requires_grad_() for scalar in scalars]
+    if loss == "ring_sigmoid_loss":
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        expected = value_and_gradients(getattr(losses, loss), [*pair, *scalars])
+        found = value_and_gradients(getattr(losses, loss), [*pair, *vectors])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert [part.shape for part in found] == [(), (5, 12), (5, 12), *[(1,)] * len(vectors)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.reshape(theirs.shape), theirs)
+
+
 # --- chunks ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """The command line: what it prints, what it saves, and how it reports a user's mistakes."""
 
-import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +105,51 @@ def test_a_mistake_is_one_line_and_exit_code_2():
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_console_encoding(encoding):
+    code = "import sys; from minivlm import __main__ as m\n"
+    code += "m.COMMANDS['doctor'] = ('x', lambda p: None, lambda a: (print('\u00d7\u2192\u4e2d'), m.note('\u2192')))\n"
+    code += "sys.exit(m.main(['doctor']))"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=env)
+    assert ran.returncode == 0, ran.stderr
+    expected = "×→中".encode(encoding, "backslashreplace")
+    assert ran.stdout.strip() == expected and ran.stderr.strip() == "→".encode(encoding, "backslashreplace")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of another kind")
+def test_a_closed_pipe_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "minivlm", "doctor"]
+    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "minivlm", "doctor"]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "No space left" in ran.stderr
+
+
+def test_an_installation_without_data(tmp_path):
+    """All help but that of ``train`` works, which is one line."""
+    shutil.copytree(ROOT / "minivlm", tmp_path / "minivlm", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    for command, code in (("train", 2), ("generate", 0)):
+        ran = subprocess.run(
+            [sys.executable, "-m", "minivlm", command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        assert ran.returncode == code, ran.stderr
+        assert ran.stderr.count("\n") == (code == 2) and ("index.json is missing" in ran.stderr) == (code == 2)
 
 
 def test_generate_prints_what_the_package_returns(folder, capsys):
@@ -242,7 +287,6 @@ MISTAKES = {
     "no such image": (["--image", "absent.jpg"], "no image file at 'absent.jpg'"),
     "a folder as image": (["--image", "."], "no image file at '.'"),
     "not an image": (["--image", __file__], "cannot be read as an image"),
-    "empty prompt": (["--prompt", " "], "prompt is empty"),
     "<image> in the prompt": (["--prompt", "<image> caption en"], "contains <image>"),
     "no such checkpoint": (["--checkpoint", "no such folder"], "neither a folder nor a hub id"),
     "a folder without a model": (["--checkpoint", str(ROOT / "tests")], "has no config.json"),
@@ -255,6 +299,9 @@ MISTAKES = {
     "too many tokens": (["--max-new-tokens", "1000000000"], "--max-new-tokens must be at most"),
     "no such device": (["--device", "cuda:99"], "no device 'cuda:99' here"),
     "not a PNG": (["--save", "out.gif"], "must end in .png"),
+    "a file as folder": (["--save", f"{__file__}/cat.png"], "is not a folder that can be written to"),
+    "temperature NaN": (["--sample", "--temperature", "nan"], "temperature must be above 0"),
+    "an unknown device": (["--device", "tpu"], "no device 'tpu' here"),
     "no such VQ-VAE": (["--masks", "absent.npz"], "no mask VQ-VAE at absent.npz"),
 }
 
@@ -287,16 +334,43 @@ def test_other_mistakes(capsys):
     assert main(["evaluate", "--scenes", "0"]) == 2
     assert main(["evaluate", "--split", "train"]) == 2
     assert main(["evaluate", "--json", "absent/figures.json"]) == 2
+    assert main(["evaluate", "--json", str(ROOT)]) == 2
     assert main(["demo", "--save", str(ROOT)]) == 2
-    assert capsys.readouterr().err.count("\n") == 4
+    assert capsys.readouterr().err.count("\n") == 5
 
 
-def test_interrupting_is_not_an_error(monkeypatch):
-    def interrupt(args: argparse.Namespace) -> None:
+def test_interrupting_is_not_an_error(monkeypatch, capsys):
+    def interrupt(_) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "doctor", ("wait", lambda parser: None, interrupt))
     assert main(["doctor"]) == 130
+    monkeypatch.setitem(cli.COMMANDS, "doctor", ("wait", interrupt, interrupt))  # while options are listed
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_prompt_that_is_a_command(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", ("x", lambda parser: pytest.fail("listed its options"), None))
+    cli.new_parser(["generate", "--image", "x", "--prompt", "train"])
+
+
+def test_a_full_disk_leaves_the_old_files(folder, says, capsys, monkeypatch, tmp_path):
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    says("a cat")
+    model = minivlm.PaliGemma.from_pretrained(folder)
+    before = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="model.safetensors could not be saved .*No space left"):
+        model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == before
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    argv = ["generate", "--image", CAT, "--prompt", "caption en", "--checkpoint", folder]
+    assert main([*argv, "--save", str(tmp_path / "cat.png")]) == 2
+    err = capsys.readouterr().err
+    assert "No space left" in err and err.count("\n") == 1
 
 
 def test_find_device_uses_what_is_available():
@@ -370,6 +444,16 @@ def test_doctor_report_has_no_paths_or_user_names(folder, monkeypatch, capsys):
     assert f"minivlm {minivlm.__version__}" in out and "torch 2" in out and "memory" in out
     assert "not at ./data/checkpoints/absent" in out
     assert "secret" not in out and str(Path.home()) not in out and str(ROOT) not in out
+
+
+def test_doctor_without_a_home(monkeypatch):
+    """No HOME, and no entry in passwd: in some containers."""
+
+    def fail() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    assert doctor.redact_paths(f"{ROOT}/x and /elsewhere") == "./x and /elsewhere"
 
 
 def test_doctor_loads_the_embedded_checkpoint(folder, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -108,6 +109,9 @@ PROMPTS = [
     "naïve 日本語 🐱‍👤 \u2028 \t tab",
     "<loc0012><seg101> and <bos>, <eos> in a prompt",
     "x",
+    "",  # pretrained checkpoints are prompted with it
+    " ",
+    "\n",
 ]
 SUFFIXES = [
     "a cat",
@@ -119,6 +123,9 @@ SUFFIXES = [
     "été ▁",
     "<seg000><seg127>",
     "<eos>",
+    "an answer to an empty prompt",
+    "▁",
+    "\n\n",
 ]
 
 
@@ -178,8 +185,9 @@ def test_decode_keeps_location_tokens_and_drops_special_tokens(small):
     ids = small("caption en", random_image(), suffix=text)["input_ids"][0]
     assert small.decode(ids) == "caption en\n" + text
     assert small.decode([10_000_000, 5]) == "\n"  # an id of the padded embedding table without a token
-    with pytest.raises(ValueError, match="negative"):
-        small.decode([-100, 5])
+    for wrong in (-100, 2**32, 2**70):
+        with pytest.raises(ValueError, match="Token ids must be from 0 to"):
+            small.decode([wrong, 5])
 
 
 # --- pixels against transformers -----------------------------------------------------------------------------------
@@ -232,8 +240,21 @@ def test_16_bit_gray_is_scaled_not_clipped(small, tmp_path):
     image = open_image(tmp_path / "deep.png")
     assert np.asarray(image)[:, :, 0].tolist() == [[0, 1, 128], [255, 0, 1]]
     assert to_rgb(Image.fromarray(values.astype(np.int32))).tobytes() == image.tobytes()
+    dark = Image.fromarray(np.minimum(values, 200))  # I;16 has 16 bits, however small its values
+    assert dark.mode == "I;16" and np.asarray(to_rgb(dark)).max() == 1
     expected = siglip(32)(image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(small.preprocess_images([tmp_path / "deep.png"]), expected, atol=1e-6, rtol=0)
+
+
+def test_8_bit_values_in_mode_i_equal_transformers(small):
+    """Mode I does not say how many bits it uses. If no value is above 255, they are read as PIL reads them."""
+    values = noise("L")
+    wide = Image.fromarray(np.asarray(values).astype(np.int32))
+    assert (
+        wide.mode == "I" and to_rgb(wide).tobytes() == values.convert("RGB").tobytes() == wide.convert("RGB").tobytes()
+    )
+    expected = siglip(32)(wide, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(small.preprocess_images([wide]), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -315,11 +336,14 @@ BAD_FILES = {
     "missing": (lambda d: d / "none.png", "no image file"),
     "a name too long for a file": (lambda d: "x" * 5000, "no image file"),
     "a folder": (lambda d: d, "no image file"),
-    "text": (lambda d: write(d, b"hello"), "cannot be read"),
+    "text": (lambda d: write(d, b"hello"), "cannot be read .*: convert it to PNG or JPEG, or download it again"),
+    "a Git LFS pointer": (lambda d: write(d, b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
+    "SVG": (lambda d: write(d, b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "convert it to PNG or JPEG"),
+    "HEIC": (lambda d: write(d, b"\0\0\0\x18ftypheic" + bytes(99)), "convert it to PNG or JPEG"),
     "empty": (lambda d: write(d, b""), "cannot be read"),
     "truncated": (lambda d: write(d, png(d).read_bytes()[:3000]), "cannot be read"),
     "truncated in its header": (lambda d: write(d, png(d).read_bytes()[:20]), "cannot be read"),
-    "bomb": (lambda d: bomb(d, 60000), "too large"),
+    "bomb": (lambda d: bomb(d, 60000), "too large .* raise PIL.Image.MAX_IMAGE_PIXELS"),
     "half a bomb": (lambda d: bomb(d, 11000), "too large"),  # for which PIL only warns
 }
 
@@ -366,8 +390,6 @@ def test_bad_arrays(array, message, small):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"text": ""}, "prompt is empty"),
-        ({"text": " \n"}, "prompt is empty"),
         ({"text": []}, "no prompt"),
         ({"text": ["a"], "images": []}, "1 prompts and 0 images"),
         ({"text": ["a", "b"]}, "2 prompts and 1 images"),
@@ -466,15 +488,60 @@ def test_sparse_folders(files, expected, small_tokenizer, tmp_path):
         ({"preprocessor_config": {"image_std": [0.5, 0.5, 0]}}, "positive"),
         ({"preprocessor_config": {"size": {"height": 224, "width": 112}}}, "only square images"),
         ({"preprocessor_config": {"size": {"shortest_edge": 224}}}, "only square images"),
-        ({"preprocessor_config": {"do_resize": False}}, "disables resizing"),
+        ({"preprocessor_config": {"do_resize": False}}, "sets do_resize to False, but only True"),
+        ({"preprocessor_config": {"do_rescale": False}}, "sets do_rescale to False"),
+        ({"preprocessor_config": {"do_normalize": False}}, "sets do_normalize to False"),
+        ({"preprocessor_config": {"rescale_factor": 1 / 127.5}}, "sets rescale_factor to 0.0078"),
+        ({"preprocessor_config": {"rescale_factor": "1/255"}}, "sets rescale_factor to '1/255'"),
+        ({"preprocessor_config": {"do_center_crop": True}}, "sets do_center_crop to True"),
+        ({"preprocessor_config": {"image_seq_length": 256.0}}, "image_seq_length must be an integer .*, not 256.0"),
+        ({"preprocessor_config": {"image_seq_length": "256"}}, "image_seq_length must be an integer .*, not '256'"),
+        ({"preprocessor_config": {"size": 224.0}}, "image size .* must be an integer .*, not 224.0"),
+        ({"preprocessor_config": {"size": "224"}}, "image size .* must be an integer .*, not '224'"),
+        ({"preprocessor_config": {"size": {"height": -28, "width": -28}}}, "image size .* not -28"),
+        ({"preprocessor_config": {"size": 10**9}}, "image size .* from 1 to 8192, not 1000000000"),
+        ({"preprocessor_config": {"size": True}}, "image size .* not True"),
+        ({"config": {"vision_config": {"patch_size": 0}}}, "patch_size .* from 1 to 224, not 0"),
+        ({"config": {"vision_config": {"patch_size": [14]}}}, r"patch_size .* not \[14\]"),
+        ({"config": {"vision_config": {"image_size": "224"}}}, "image size .* not '224'"),
+        ({"config": {"vision_config": [1]}}, "vision_config in .*config.json must be a JSON object"),
+        ({"processor_config": {"image_processor": "siglip"}}, "image_processor in .* must be a JSON object"),
+        ({"preprocessor_config": {"resample": "bicubic"}}, "'bicubic' is not a valid Resampling"),
+        ({"preprocessor_config": {"image_mean": "gray"}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_mean": "1"}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_mean": ["0.5"] * 3}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_mean": {"r": 0.5}}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_mean": [[0.5], 1, 2]}}, "mean must be one number or three"),
+        ({"preprocessor_config": {"image_std": [0.5, 0.5, 10**400]}}, "std must be one number or three"),
+        ({"tokenizer_config": {"padding_side": ["left"]}}, "padding_side must be"),
+        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json is not valid JSON"),
+        ({"preprocessor_config": "version https://git-lfs.github.com/spec/v1\noid"}, "preprocessor.*git lfs pull"),
+        ({"config": "version https://git-lfs.github.com/spec/v1\noid"}, "config.json is not valid JSON .*git lfs pull"),
+        ({"tokenizer": "version https://git-lfs.github.com/spec/v1\noid"}, "not a tokenizer .*git lfs pull"),
         ({"preprocessor_config": "{"}, "not valid JSON"),
         ({"config": "[]"}, "JSON object"),
         ({"tokenizer": "{}"}, "not a tokenizer"),
     ],
 )
-def test_contradictory_folders(files, message, small_tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=message):
+def test_contradictory_folders(files, message, small_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users of the package
+    with pytest.raises(ValueError, match=message) as caught:
         Processor.from_pretrained(folder_with(tmp_path, small_tokenizer, **files))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_old_files(small, tmp_path, monkeypatch):
+    small.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def half(path, text, encoding):
+        path.open("w").write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="tokenizer.json could not be saved .*No space left"):
+        small.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_folder_without_tokenizer(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -354,28 +355,45 @@ class Bomb:
         return Path.write_text, (self.path, "boom")
 
 
+def npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def replaced(arrays: dict, name: str, content: bytes) -> bytes:
+    """A .npz file in which one entry has other content."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for key, array in arrays.items():
+            file.writestr(f"{key}.npy", content if key == name else npy(array))
+    return whole.getvalue()
+
+
 def bad_files(folder: Path, arrays: dict) -> dict[str, bytes]:
     """Name → content of files that must be refused."""
     whole = io.BytesIO()
     np.savez_compressed(whole, **arrays)
-    plain, odd = io.BytesIO(), io.BytesIO()
-    np.save(plain, arrays["_vq_vae._embedding"])
-    with zipfile.ZipFile(odd, "w") as file:
-        file.writestr("README.txt", "hello")
+    plain = npy(arrays["_vq_vae._embedding"])
     bombs, objects = Bomb(folder / "boom"), io.BytesIO()
     np.savez(objects, **arrays | {"encoder.0.bias": np.array([bombs] * 16, dtype=object)})
     damaged = bytearray(whole.getvalue())
     damaged[len(damaged) // 2] ^= 1
     return {
-        "pickled objects": objects.getvalue(),
+        "pickled objects in place of numbers": objects.getvalue(),
         "a pickle": pickle.dumps(bombs),
         "truncated": whole.getvalue()[:-1000],
         "cut in half": whole.getvalue()[: len(whole.getvalue()) // 2],
         "one bit damaged": bytes(damaged),
         "empty": b"",
         "no zip": b"hello " * 100,
-        "a single array": plain.getvalue(),
-        "a zip of something else": odd.getvalue(),
+        "a single array": plain,
+        "half a header": replaced(arrays, "encoder.0.bias", npy(arrays["encoder.0.bias"]).replace(b"}", b" ", 1)),
+        "a header of another version": replaced(arrays, "encoder.0.bias", b"\x93NUMPY\x02\x00" + b"\xff" * 500),
+        "an array longer than its header says": replaced(
+            arrays, "encoder.0.bias", npy(arrays["encoder.0.bias"]) + b"0"
+        ),
+        "an array shorter than its header says": replaced(arrays, "encoder.0.bias", npy(arrays["encoder.0.bias"])[:-1]),
     }
 
 
@@ -383,7 +401,8 @@ def test_bad_files_are_refused_and_never_unpickled(arrays, tmp_path):
     for name, content in bad_files(tmp_path, arrays).items():
         path = tmp_path / "vae-broken.npz"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="vae-broken.npz is not a complete .npz file of plain arrays") as caught:
+        message = "has dtype object" if "objects" in name else "is not a complete .npz file of plain arrays"
+        with pytest.raises(ValueError, match=f"vae-broken.npz .*{message}") as caught:
             MaskVQVAE.from_pretrained(path)
         assert "\n" not in str(caught.value), name
         assert not (tmp_path / "boom").exists(), name
@@ -391,10 +410,67 @@ def test_bad_files_are_refused_and_never_unpickled(arrays, tmp_path):
     assert (tmp_path / "boom").exists()  # the bomb works
 
 
+def test_other_zip_files_are_refused_before_they_are_read(arrays, tmp_path):
+    """Nothing is decompressed whose name, shape and dtype are not as expected."""
+    path = tmp_path / "vae-odd.npz"
+    header = npy(np.zeros((0,), np.float32)).replace(b"(0,)", b"(99999999999999999,)")[:128]
+    huge = b"\0" * 50_000_000
+    for content, message in (
+        (replaced({"README.txt": huge[:9]}, "", b""), "README.txt is unexpected"),
+        (replaced(arrays | {"bomb": 0}, "bomb", huge), "bomb is unexpected"),
+        (replaced(arrays, "encoder.0.bias", header), "encoder.0.bias has shape (99999999999999999,) instead of (16,)"),
+        (replaced(arrays, "encoder.0.bias", npy(arrays["encoder.0.bias"]) + huge), "encoder.0.bias is longer than its"),
+        (replaced(arrays | {"a\n\x1b[31m": 0}, "", b""), r"a\n\x1b[31m is unexpected"),
+    ):
+        path.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(ValueError) as caught:
+            MaskVQVAE.from_pretrained(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert message in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 1200
+        assert peak < 20e6  # all arrays together take 8 MB
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_weights_that_are_not_finite(value, arrays, tmp_path):
+    weight = arrays["decoder.0.weight"].astype(np.float64)
+    weight[3, 4] = value
+    path = write(tmp_path / "vae-nan.npz", arrays | {"decoder.0.weight": weight})
+    with pytest.raises(ValueError, match="vae-nan.npz .*1 weight holds NaN or infinity.*: decoder.0.weight"):
+        MaskVQVAE.from_pretrained(path)
+    vae = MaskVQVAE()
+    with torch.no_grad():
+        vae.encoder[0].bias[0] = min(value, 1e5)  # beyond float16
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match="Nothing was saved: .* encoder.0.bias"):
+        vae.save_pretrained(tmp_path, path.name)
+    assert path.read_bytes() == b"before"
+
+
+def test_a_git_lfs_pointer(tmp_path):
+    (tmp_path / "vae-lfs.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="vae-lfs.npz .* Git LFS pointer, so run `git lfs pull`"):
+        MaskVQVAE.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    def half(path, content):
+        path.open("wb").write(content[:1000])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "vae-emoji.npz").write_bytes(b"before")
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="vae-emoji.npz could not be saved .*No space left"):
+        MaskVQVAE().save_pretrained(tmp_path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("vae-emoji.npz", b"before")]
+
+
 def test_finding_the_file_in_a_folder(arrays, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(
-            FileNotFoundError, match="no mask VQ-VAE at .* download gs://big_vision/paligemma/vae-oid.npz"
+            FileNotFoundError,
+            match="no mask VQ-VAE at .* download gs://big_vision/paligemma/vae-oid.npz.*vae-emoji.npz",
         ):
             MaskVQVAE.from_pretrained(folder)
     path = write(tmp_path / "vae-one.npz", arrays)
