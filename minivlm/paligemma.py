@@ -96,7 +96,7 @@ class PaliGemma(nn.Module):
             fault = checkpoint.find_nonfinite(dict(self.named_parameters()))
             raise ValueError(
                 fault
-                or "the output is not finite, but the weights are. Load them as torch.float32, or train with a lower lr."
+                or "the output is not finite, but the weights are. Use torch.float32, or train with a lower lr."
             )
         return output
 
