@@ -65,6 +65,10 @@ def test_processes_that_take_too_long_are_stopped(started):
 def test_values_that_cannot_be_passed_are_named():
     with pytest.raises(RuntimeError, match="Only tensors, numbers, strings"):
         processes.run(return_function, [(1,)], helpers=[doubled])
+    with pytest.raises(ValueError, match="Only tensors, numbers, strings"):
+        processes.run(doubled, [(lambda: 1,)])
+    with pytest.raises(ValueError, match="Only tensors, numbers, strings"):
+        processes.run(doubled, [(doubled,)])  # can be pickled, but not read without running code
 
 
 def test_what_cannot_be_run_is_said_at_once():

@@ -19,7 +19,7 @@ from datetime import timedelta
 from itertools import accumulate
 from numbers import Real
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import PickleError
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,8 @@ def run(
         What each process returned, by rank. It is limited to the same kinds of values as the arguments.
 
     Raises:
-        ValueError: If there are no shards, or the source of a function cannot be found.
-        RuntimeError: If a process fails, or passes on another kind of value. The message ends with what it wrote.
+        ValueError: If there are no shards, an argument is of another kind, or the source of a function is not found.
+        RuntimeError: If a process fails, or returns another kind of value. The message ends with what it wrote.
         TimeoutError: If the processes do not finish in time.
     """
     if not shards:
@@ -59,7 +59,7 @@ def run(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for rank, arguments in enumerate(shards):
-            torch.save((source, function.__name__, arguments, len(shards), timeout), folder / f"job{rank}.pt")
+            save((source, function.__name__, arguments, len(shards), timeout), folder / f"job{rank}.pt")
         processes = [start(folder, rank) for rank in range(len(shards))]
         try:
             wait(processes, folder, timeout)
@@ -67,7 +67,7 @@ def run(
             for process in processes:
                 process.kill()
                 process.wait()
-        return [load(folder / f"result{rank}.pt") for rank in range(len(shards))]
+        return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(len(shards))]
 
 
 def definition(function: Callable) -> str:
@@ -121,14 +121,12 @@ def wait(processes: list[subprocess.Popen], folder: Path, timeout: Real) -> None
 def work(folder: str, rank: int) -> None:
     """What each new process does: joins the others, calls the function and saves what it returns."""
     torch.set_num_threads(1)  # the processes share the machine
-    source, name, arguments, world_size, timeout = load(Path(folder, f"job{rank}.pt"))
+    source, name, arguments, world_size, timeout = torch.load(Path(folder, f"job{rank}.pt"), weights_only=True)
     meeting_point = Path(folder, "meeting").as_uri()
     dist.init_process_group("gloo", meeting_point, timedelta(seconds=timeout), world_size, rank)
     namespace = dict(NAMESPACE)
     exec(compile(source, "<notebook>", "exec"), namespace)
-    result = Path(folder, f"result{rank}.pt")
-    torch.save(namespace[name](*arguments), result)
-    load(result)
+    save(namespace[name](*arguments), Path(folder, f"result{rank}.pt"))
     dist.barrier()  # no process leaves while another still needs it
     gc.collect()
     dist.destroy_process_group()
@@ -136,15 +134,16 @@ def work(folder: str, rank: int) -> None:
     os._exit(0)  # gloo's threads can abort a regular exit
 
 
-def load(path: Path) -> object:
-    """Reads a value from a file.
+def save(value: object, path: Path) -> None:
+    """Writes a value to a file from which another process can read it safely: without running code in it.
 
     Raises:
         ValueError: If it is not made of tensors, numbers, strings, tuples, lists and dicts.
     """
     try:
-        return torch.load(path, weights_only=True)
-    except UnpicklingError:
+        torch.save(value, path)
+        torch.load(path, weights_only=True)
+    except (PickleError, AttributeError):
         raise ValueError("Only tensors, numbers, strings, and tuples, lists or dicts of them can be passed.") from None
 
 
