@@ -1,4 +1,4 @@
-"""The embedded checkpoint beside transformers on the same weights: writing, captions, training, cold start, growth."""
+"""The embedded checkpoint next to transformers, same weights: decoding, captions, training, cold start, growth."""
 
 import time
 from functools import partial
@@ -8,25 +8,27 @@ import torch
 import minivlm
 from benchmarks import theirs
 from benchmarks.measure import Row, Spread, fresh, in_turns, ratio
-from minivlm import emoji, generation
+from minivlm import emoji, generation, training
 from minivlm.cache import StaticCache, cache_bytes
 from minivlm.emoji import recipe
+from minivlm.emoji.batches import SuffixBatches
+from minivlm.training.objectives import SuffixObjective
 from minivlm.vqvae import MaskVQVAE
 
 TOKENS = 64
-ENDLESS = -1  # no token has this id: an answer that never ends
+ENDLESS = -1  # no token has this id, so an answer never ends
 
 
-def speed_row(figure: str, contestants: dict, work: float, unit: str, rounds: int, aim: str) -> Row:
-    """``work`` a second of each contestant, and how many times as fast the others are as transformers."""
+def speed_row(figure: str, contestants: dict, work: float, unit: str, rounds: int, target: str) -> Row:
+    """``work`` per second for each contestant, and the speed of the others relative to transformers."""
     seconds = in_turns(contestants, rounds)
     rates = {name: Spread.of([work / s for s in some]) for name, some in seconds.items()}
     others = [name for name in contestants if name != "transformers"]
-    return Row(figure, unit, rates, {name: ratio(seconds["transformers"], seconds[name]) for name in others}, aim)
+    return Row(figure, unit, rates, {name: ratio(seconds["transformers"], seconds[name]) for name in others}, target)
 
 
 def decode(threads: int, rounds: int) -> Row:
-    """64 tokens after a picture and "caption en", the prompt's reading included."""
+    """64 tokens for one image and "caption en", prefill included."""
     torch.set_num_threads(threads)
     model, processor, other = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained(), theirs.load()
     batch = processor(text="caption en", images=emoji.make_scene(0, "validation").image)
@@ -45,11 +47,11 @@ def decode(threads: int, rounds: int) -> Row:
     return speed_row(title, contestants, TOKENS, "tokens/s", rounds, "≥ 2.5")
 
 
-def caption(pictures: int, rounds: int) -> Row:
-    """From pictures to captions as text."""
+def caption(batch_size: int, rounds: int) -> Row:
+    """From images to captions as text."""
     torch.set_num_threads(2)
     model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
-    images = [emoji.make_scene(seed, "validation").image for seed in range(pictures)]
+    images = [emoji.make_scene(seed, "validation").image for seed in range(batch_size)]
 
     def ours(compiled: bool) -> list[str]:
         return minivlm.generate(model, processor, images, "caption en", compile=compiled)
@@ -60,25 +62,25 @@ def caption(pictures: int, rounds: int) -> Row:
         "transformers": partial(theirs.captions, theirs.load(), theirs.processor(), images),
     }
     check_equal({name: answer() for name, answer in contestants.items()})
-    title = f"caption end to end, embedded checkpoint, CPU, batch {pictures}"
-    return speed_row(title, contestants, pictures, "captions/s", rounds, "≥ 2")
+    title = f"caption end to end, embedded checkpoint, CPU, batch {batch_size}"
+    return speed_row(title, contestants, batch_size, "captions/s", rounds, "≥ 2")
 
 
 def check_equal(answers: dict[str, object]) -> None:
-    """A race counts only where all arrive at the same place."""
+    """A race only counts if all contestants give the same answers."""
     if len({str(answer) for answer in answers.values()}) != 1:
         raise AssertionError(f"the contestants answer differently: {answers}")
 
 
 def training_step(rounds: int) -> Row:
-    """One update of the recipe's last stage that trains everything: 16 pictures, 64 rows."""
+    """One update of the recipe's last stage that trains everything: 16 images, 64 rows of text."""
     torch.set_num_threads(2)
     config, processor = recipe.TrainConfig(), minivlm.Processor.from_pretrained()
-    steps = recipe.SegmentSteps(config, processor, config.answer_batch)
-    steps.vae = MaskVQVAE.from_pretrained()
-    batches = [steps[i] for i in range(rounds + 1)]
+    options = {"mixture": recipe.SEGMENT_MIXTURE, "examples": config.examples, "vae": MaskVQVAE.from_pretrained()}
+    batches = SuffixBatches(processor, config.answer_batch, first_seed=1_096_000, crowded=True, **options)
+    batches = [batches[i] for i in range(rounds + 1)]
     modules = {
-        "minivlm": recipe.SuffixObjective(minivlm.PaliGemma.from_pretrained()),
+        "minivlm": SuffixObjective(minivlm.PaliGemma.from_pretrained()),
         "transformers": theirs.Loss(theirs.load(dtype=torch.float32)),
     }
     with torch.no_grad():
@@ -87,15 +89,15 @@ def training_step(rounds: int) -> Row:
         raise AssertionError(f"the losses differ: {one} and {other}")
     contestants = {}
     for name, module in modules.items():
-        optimizer, left = recipe.new_optimizer(module.train(), config.weight_decay), iter(batches)
+        optimizer, left = training.make_optimizer(module.train(), config.weight_decay), iter(batches)
         contestants[name] = partial(one_update, module, optimizer, left, config)
     return speed_row(
-        "training step, embedded recipe, CPU", contestants, config.answer_batch, "pictures/s", rounds, "≥ 1.3"
+        "training step, embedded recipe, CPU", contestants, config.answer_batch, "images/s", rounds, "≥ 1.3"
     )
 
 
 def one_update(module, optimizer, batches, config) -> None:
-    recipe.train_step(module, next(batches), optimizer, 1, config.precision)
+    training.train_step(module, next(batches), optimizer, config.precision)
 
 
 OUR_START = """
@@ -113,7 +115,7 @@ print(json.dumps(theirs.captions(theirs.load(), theirs.processor(), [image])[0])
 
 
 def cold_start(rounds: int) -> Row:
-    """A new process: import, load, one caption."""
+    """A fresh process: import, load, one caption."""
     codes, printed = {"minivlm": OUR_START, "transformers": THEIR_START}, {}
 
     def start(name: str) -> None:
@@ -134,7 +136,7 @@ def cold_start(rounds: int) -> Row:
 
 
 def growth(rounds: int, most_tokens: int = 4096, most_rows: int = 32) -> tuple[Row, dict[str, list]]:
-    """Time and cache of longer answers and larger batches, and the points for a picture of them."""
+    """Time and cache for longer answers and larger batches, and the points of the figure."""
     torch.set_num_threads(1)
     model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
     model.config.eos_token_id = ENDLESS
@@ -182,27 +184,27 @@ def growth(rounds: int, most_tokens: int = 4096, most_rows: int = 32) -> tuple[R
         "how cost grows, embedded checkpoint, CPU, 1 thread",
         "exponent",
         {name: Spread(value, value, value) for name, value in exponents.items()},
-        aim="≤ 1",
+        target="≤ 1",
         note="the formula of chapter 07 gives the cache's bytes exactly, at every point",
     )
     return row, points
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """The slope of log y over log x, by least squares: 1 means twice as much for twice as much."""
+    """The slope of log y over log x by least squares: 1 means that twice the size costs twice as much."""
     logs = torch.tensor([x, y], dtype=torch.float64).log()
     logs = logs - logs.mean(1, keepdim=True)
     return float((logs[0] * logs[1]).sum() / logs[0].square().sum())
 
 
 def draw_growth(points: dict[str, list], path) -> None:
-    """Time and cache over tokens and over rows, on logarithmic axes, with the fitted lines."""
+    """Time and cache against tokens and against batch size, on logarithmic axes, with fitted lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = (
-        ("tokens", "seconds", "bytes", "tokens written, one row"),
-        ("rows", "seconds of 64 tokens", "bytes of 64 tokens", "rows, 64 tokens each"),
+        ("tokens", "seconds", "bytes", "generated tokens, batch size 1"),
+        ("rows", "seconds of 64 tokens", "bytes of 64 tokens", "batch size, 64 tokens each"),
     )
     for number, (along, seconds, bytes_, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)

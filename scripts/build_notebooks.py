@@ -1,13 +1,14 @@
-"""Builds the notebooks from their sources, runs them, and makes the release for a class.
+"""Build the notebooks from their sources, run them, and make the release for a class.
 
-    python scripts/build_notebooks.py                     # all chapters, run, into notebooks/ and notebooks/solutions/
+    python scripts/build_notebooks.py                     # build and run all chapters
     python scripts/build_notebooks.py 05 08               # these chapters
-    python scripts/build_notebooks.py --check             # are the notebooks those that the sources give?
+    python scripts/build_notebooks.py --check             # are the notebooks up to date with their sources?
     python scripts/build_notebooks.py --class build/class --seed 271828
 
-A source is a percent-format script with nbgrader's markers. An exercise is two cells: a function with its solution
-between BEGIN and END SOLUTION, and its check, with the points between BEGIN and END HIDDEN TESTS. Everything else
-follows: ids from the text of a cell, so that building twice gives the same bytes, and nbgrader's metadata.
+A source is a percent-format script with nbgrader's markers. An exercise is three cells: a heading ``## Exercise 5.1 ·
+Title``, a function with its solution between BEGIN and END SOLUTION, and its check, with the points between BEGIN and
+END HIDDEN TESTS. Stars, minutes and points in headings, and the time in the first cell, come from the declarations in
+``minivlm.course``. Cell ids come from the text of the cell, so building twice produces the same bytes.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from minivlm.course.chapters import CHAPTERS, Chapter
+from minivlm.course.exercises import EXERCISES, in_chapter
 from minivlm.course.grading.worker import CHECKED, essentials, fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,20 +38,22 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-CELL_TIME = 1200  # seconds; a limit for what hangs, not for what is slow
+CELL_TIME = 1200  # seconds, enough for any cell that does not hang
 OFFLINE = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "https_proxy": "http://127.0.0.1:9"}
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
-PLACES = {str(path) for path in (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir()))} - {"/"}
+LOCAL_PATHS = {str(path) for path in (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir()))} - {"/"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+CARD = "| | |\n|---|---|\n"
+HEADING = re.compile(r"^## Exercise (\d+)\.(\d+) · (.+)$", re.MULTILINE)
 HIDDEN_SEED = re.compile(r"(BEGIN HIDDEN TESTS.*?\bseed=)\d+", re.DOTALL)
-CLASS_CONFIG = f'''"""nbgrader's settings for this course. Made by `make class`."""
+CLASS_CONFIG = f'''"""nbgrader's settings for this course, written by `make class`."""
 
 import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-os.environ.setdefault("MINIVLM_HOME", str(HERE / "kept"))  # not the teacher's own solutions
+os.environ.setdefault("MINIVLM_HOME", str(HERE / "saved"))  # not the teacher's own solutions
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]  # nbgrader calls alembic
 
@@ -56,7 +61,7 @@ c = get_config()  # noqa: F821
 c.CourseDirectory.root = str(HERE)
 c.CourseDirectory.course_id = "minivlm"
 c.ClearSolutions.code_stub = {{"python": {STUB!r}}}
-c.Execute.timeout = 300  # seconds a cell; some train a model
+c.Execute.timeout = 300  # seconds per cell; some train a model
 '''
 
 
@@ -64,7 +69,7 @@ c.Execute.timeout = 300  # seconds a cell; some train a model
 
 
 def sources(chapters: list[str]) -> list[Path]:
-    """The sources of these chapters ("05"), in order; of all when none is named."""
+    """The sources of these chapters ("05"), in order. Default: all."""
     found = sorted((NOTEBOOKS / "source").glob("*.py"))
     unknown = set(chapters) - {path.name[:2] for path in found}
     if unknown:
@@ -73,26 +78,31 @@ def sources(chapters: list[str]) -> list[Path]:
 
 
 def read(source: Path) -> NotebookNode:
-    """The whole chapter, solutions and hidden tests in it, with ids and nbgrader's metadata."""
+    """The whole chapter with solutions, hidden tests, ids, nbgrader's metadata and the facts from the declarations.
+
+    Raises:
+        ValueError: If the source breaks a rule. The message names the cell.
+    """
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata = nbformat.from_dict(METADATA)
+    add_facts(notebook, source.name)
     seen = Counter()
     exercise = ""  # the one whose check comes next
     for number, cell in enumerate(notebook.cells, start=1):
         cell.metadata = nbformat.from_dict({})
         where = f"{source.name}, cell {number}"
-        if cell.cell_type == "code" and "BEGIN SOLUTION" in cell.source:
+        if has_solution(cell):
             require(not exercise, where, f"{exercise} has no check before the next exercise")
             exercise = function_name(cell.source, where)
             mark_cell(cell, exercise, solution=True)
         elif cell.cell_type == "code" and exercise:
             checked = CHECKED.search(cell.source)
-            require(checked is not None and checked[1] == exercise, where, f"it should check {exercise}")
+            require(checked is not None and checked[1] == exercise, where, f"this cell must check {exercise}")
             mark_cell(cell, f"check_{exercise}", points=points_of(cell.source, where))
             exercise = ""
         else:
-            require("BEGIN HIDDEN" not in cell.source, where, "it hides tests, and follows no exercise")
+            require("BEGIN HIDDEN" not in cell.source, where, "it contains hidden tests but does not follow a solution")
             name = fingerprint(cell.source)
             seen[name] += 1
             cell.id = name if seen[name] == 1 else f"{name}-{seen[name]}"
@@ -101,26 +111,70 @@ def read(source: Path) -> NotebookNode:
     return notebook
 
 
-def require(is_so: bool, where: str, what: str) -> None:
-    if not is_so:
-        raise ValueError(f"{where}: {what}.")
+def require(is_true: bool, where: str, problem: str) -> None:
+    if not is_true:
+        raise ValueError(f"{where}: {problem}.")
+
+
+def has_solution(cell: NotebookNode) -> bool:
+    return cell.cell_type == "code" and "BEGIN SOLUTION" in cell.source
+
+
+def add_facts(notebook: NotebookNode, name: str) -> None:
+    """Add what the declarations say: the chapter's time to the first cell, and stars, minutes and points to headings.
+
+    Titles, questions and the order of the exercises must agree with the declarations.
+    """
+    require(name[:2] in CHAPTERS and bool(notebook.cells), name, "expected cells, and the number of a chapter in front")
+    heading = ""  # the key of the exercise whose heading came last
+
+    def complete(found: re.Match) -> str:
+        nonlocal heading
+        heading = f"{int(found[1]):02}.{found[2]}"
+        exercise = next((exercise for exercise in EXERCISES.values() if exercise.key == heading), None)
+        require(exercise is not None, where, f"there is no exercise {heading}")
+        is_bare = re.search(r"[★☆]|\(\d+ (minutes|points)", found[3]) is None
+        require(is_bare, where, "remove stars, minutes and points from the heading: they are generated")
+        return f"{found[0]} {exercise.stars} ({exercise.minutes} minutes, {exercise.points} points)"
+
+    for number, cell in enumerate(notebook.cells, start=1):
+        where = f"{name}, cell {number}"
+        if number == 1:
+            cell.source = complete_card(cell.source, CHAPTERS[name[:2]], where)
+        if cell.cell_type == "markdown":
+            cell.source = HEADING.sub(complete, cell.source)
+        elif has_solution(cell):
+            exercise = EXERCISES.get(function_name(cell.source, where))
+            is_expected = exercise is not None and exercise.key == heading
+            require(is_expected, where, f"the solution does not belong to the last heading, exercise {heading}")
+
+
+def complete_card(text: str, chapter: Chapter, where: str) -> str:
+    """The first cell with the time as the first row of its table."""
+    first = f"# {chapter.number} · {chapter.title}"
+    require(text.split("\n")[0].lower() == first.lower(), where, f"the first line must be {first!r}")
+    require(f"\n**{chapter.question}**\n" in text, where, f"the question, in bold, must be {chapter.question!r}")
+    require("| time |" not in text, where, "remove the row with the time: it is generated")
+    require(CARD in text, where, f"the table must start with {CARD!r}")
+    minutes = sum(exercise.minutes for exercise in in_chapter(chapter.number))
+    return text.replace(CARD, f"{CARD}| time | {chapter.minutes} minutes, {minutes} of them exercises |\n", 1)
 
 
 def function_name(source: str, where: str) -> str:
-    """The function around the solution."""
+    """The name of the function that contains the solution."""
     names = re.findall(r"^(?:def|class) (\w+)", source.split("### BEGIN SOLUTION")[0], re.MULTILINE)
-    require(bool(names), where, "the solution is not inside of a function")
+    require(bool(names), where, "the solution is not inside a function")
     return names[-1]
 
 
 def points_of(source: str, where: str) -> int:
     points = re.findall(r"BEGIN HIDDEN TESTS\n.*\bpoints=(\d+)", source)
-    require(len(points) == 1, where, "the hidden test should be one line, exercises.score(…, points=N, seed=N)")
+    require(len(points) == 1, where, "the hidden test must be one line, exercises.score(…, points=N, seed=N)")
     return int(points[0])
 
 
 def mark_cell(cell: NotebookNode, name: str, solution: bool = False, points: int | None = None) -> None:
-    """nbgrader's metadata: a cell to write a solution into, or one that gives points."""
+    """Add nbgrader's metadata: a cell for a solution, or one that awards points."""
     marks = {"schema_version": 3, "grade_id": name, "solution": solution, "grade": not solution}
     marks |= {"locked": not solution, "task": False} | ({} if points is None else {"points": points})
     cell.id = name[:64]
@@ -128,7 +182,7 @@ def mark_cell(cell: NotebookNode, name: str, solution: bool = False, points: int
 
 
 def build(source: Path, kind: str) -> NotebookNode:
-    """The notebook for a learner, or the one with the solutions; not run."""
+    """The notebook for a learner, or the one with solutions, without outputs."""
     from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 
     notebook = read(source)
@@ -141,11 +195,13 @@ def build(source: Path, kind: str) -> NotebookNode:
     return notebook
 
 
-def text_of(notebook: NotebookNode) -> str:
+def to_text(notebook: NotebookNode) -> str:
+    """The content of the notebook's file."""
     return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
 
 
 def without_outputs(notebook: NotebookNode) -> NotebookNode:
+    """A copy with all outputs removed."""
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -157,7 +213,11 @@ def without_outputs(notebook: NotebookNode) -> NotebookNode:
 
 
 def run(notebook: NotebookNode, home: Path, title: str) -> NotebookNode:
-    """The notebook with its outputs, cleaned; passed solutions are kept in ``home``. ValueError if a cell fails."""
+    """A copy of the notebook, executed and cleaned. Passed solutions are saved in ``home``.
+
+    Raises:
+        ValueError: If a cell fails, or an output contains what ``find_faults`` finds.
+    """
     notebook = copy.deepcopy(notebook)
     client = NotebookClient(
         notebook,
@@ -171,15 +231,15 @@ def run(notebook: NotebookNode, home: Path, title: str) -> NotebookNode:
     try:
         client.execute(env=os.environ | OFFLINE | {"MINIVLM_HOME": str(home)})
     except CellExecutionError as error:
-        raise ValueError(f"{title} does not run:\n{error}") from None
+        raise ValueError(f"{title} failed:\n{error}") from None
     clean(notebook)
-    if found := faults(notebook):
+    if found := find_faults(notebook):
         raise ValueError(f"{title}:\n" + "\n".join(found))
     return notebook
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Takes out what differs from run to run, or cannot be shown without a kernel."""
+    """Remove what differs from run to run or cannot be displayed without a kernel."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -188,7 +248,7 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def clean_output(output: NotebookNode) -> NotebookNode | None:
-    """Without widgets, whose other forms stay, and None for progress bars and warnings."""
+    """The output without its widget form, or None for progress bars and warnings."""
     if output.output_type == "stream":
         return None if output.name == "stderr" else output
     data = output.get("data", {})
@@ -198,8 +258,8 @@ def clean_output(output: NotebookNode) -> NotebookNode | None:
     return output
 
 
-def faults(notebook: NotebookNode) -> list[str]:
-    """What a kept notebook may not hold: errors, addresses, places on this computer, pictures without words."""
+def find_faults(notebook: NotebookNode) -> list[str]:
+    """What a committed notebook must not contain: errors, memory addresses, local paths, images without alt text."""
     found = []
     for number, cell in enumerate(notebook.cells, start=1):
         for output in cell.get("outputs", []):
@@ -208,27 +268,28 @@ def faults(notebook: NotebookNode) -> list[str]:
                 found.append(f"cell {number} shows an error, {output.ename}")
             if ADDRESS.search(text):
                 found.append(f"cell {number} shows a memory address, {ADDRESS.search(text)[0]}")
-            found += [f"cell {number} shows a place on this computer, {at}" for at in sorted(PLACES) if at in text]
+            found += [f"cell {number} shows a local path, {path}" for path in sorted(LOCAL_PATHS) if path in text]
             if "image/png" in output.get("data", {}) and not output.metadata.get("image/png", {}).get("alt"):
-                found.append(f"cell {number} shows a picture without alt text")
+                found.append(f"cell {number} shows an image without alt text")
     return found
 
 
 def text_in(output: NotebookNode) -> str:
-    """What an output says, without the pictures inside."""
+    """The text of an output, without embedded images."""
     data = output.get("data", {})
-    words = [output.get("text", ""), *(str(data[kind]) for kind in data if kind.startswith("text/"))]
-    return re.sub(r"base64,[\w+/=]+", "", "\n".join(words))
+    parts = [output.get("text", ""), *(str(data[kind]) for kind in data if kind.startswith("text/"))]
+    return re.sub(r"base64,[\w+/=]+", "", "\n".join(parts))
 
 
 class Runner:
-    """Runs chapters. All solution notebooks share a folder of kept solutions, as one learner's would."""
+    """Runs chapters. All solution notebooks share one folder of saved solutions, like those of one learner."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.solved: set[Path] = set()
 
     def run(self, source: Path, kind: str) -> NotebookNode:
+        """Run one notebook. Before a solution notebook, run the exercises of earlier chapters that have not run."""
         title = f"{source.name} ({kind})"
         if kind == "learner":
             return run(build(source, kind), Path(tempfile.mkdtemp(dir=self.folder)), title)
@@ -241,7 +302,7 @@ class Runner:
 
 
 def only_exercises(chapters: list[Path]) -> NotebookNode:
-    """The solutions and checks of these chapters, in one notebook, with what they need."""
+    """The solutions and checks of these chapters in one notebook, with the definitions that they need."""
     together = nbformat.v4.new_notebook(metadata=METADATA)
     for source in chapters:
         for cell in build(source, "solution").cells:
@@ -254,18 +315,18 @@ def only_exercises(chapters: list[Path]) -> NotebookNode:
 
 
 def write_all(chapters: list[Path]) -> None:
-    """Builds, runs and writes. A chapter of which anything fails keeps the notebooks that it had."""
+    """Build, run and write. If anything fails in a chapter, its notebooks stay unchanged."""
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Path(folder))
         for source in chapters:
-            texts = {kind: text_of(runner.run(source, kind)) for kind in KINDS}
+            texts = {kind: to_text(runner.run(source, kind)) for kind in KINDS}
             for kind, text in texts.items():
                 write(KINDS[kind] / f"{source.stem}.ipynb", text)
                 print(f"Wrote {(KINDS[kind] / source.stem).relative_to(ROOT)}.ipynb")
 
 
 def write(path: Path, text: str) -> None:
-    """A whole file or none."""
+    """Write the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8", newline="\n")
@@ -273,15 +334,15 @@ def write(path: Path, text: str) -> None:
 
 
 def differences(chapters: list[Path]) -> list[str]:
-    """The notebooks that are not, outputs aside, what their sources give; and those that have no source."""
+    """The notebooks that, apart from outputs, differ from their sources, and those without a source."""
     found = []
     for kind, folder in KINDS.items():
         for source in chapters:
             path = folder / f"{source.stem}.ipynb"
             if not path.exists():
                 found.append(f"{path.relative_to(ROOT)} is missing")
-            elif text_of(without_outputs(nbformat.read(path, as_version=4))) != text_of(build(source, kind)):
-                found.append(f"{path.relative_to(ROOT)} is not what {source.name} gives")
+            elif to_text(without_outputs(nbformat.read(path, as_version=4))) != to_text(build(source, kind)):
+                found.append(f"{path.relative_to(ROOT)} is out of date with {source.name}")
         stems = {source.stem for source in sources([])}
         strays = [path for path in sorted(folder.glob("*.ipynb")) if path.stem not in stems]
         found += [f"{path.relative_to(ROOT)} has no source" for path in strays]
@@ -292,7 +353,7 @@ def differences(chapters: list[Path]) -> list[str]:
 
 
 def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
-    """An nbgrader course: its settings, source/ for the teacher, release/ for the students, and the gradebook."""
+    """Write an nbgrader course: settings, source/ for the teacher, release/ for the students, and the gradebook."""
     from nbgrader.apps import NbGraderAPI
     from nbgrader.coursedir import CourseDirectory
     from traitlets.config import PyFileConfigLoader
@@ -305,31 +366,33 @@ def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
         for cell in notebook.cells:
             if seed is not None:
                 cell.source = HIDDEN_SEED.sub(rf"\g<1>{seed}", cell.source)
-        write(course / "source" / source.stem / f"{source.stem}.ipynb", text_of(notebook))
+        write(course / "source" / source.stem / f"{source.stem}.ipynb", to_text(notebook))
         made = api.generate_assignment(source.stem, force=True)
         if not made["success"]:
-            raise ValueError(f"nbgrader made no release of {source.name}:\n{made.get('log', '')}{made['error']}")
+            raise ValueError(f"nbgrader could not release {source.name}:\n{made.get('log', '')}{made['error']}")
     print(f"Wrote {course}: release/ for the students, source/ with solutions and hidden tests for you.")
     if seed is None:
-        print("The hidden tests have the seeds that everyone can read: give one of your own with SEED=….")
+        print("The hidden tests use the public seeds. Choose your own with SEED=….")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="such as 05; all when not given")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing; exit code 1 if anything differs")
-    parser.add_argument("--class", type=Path, dest="course", metavar="FOLDER", help="make the release for a class here")
+    parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="such as 05; default: all")
+    parser.add_argument("--check", action="store_true", help="compare without writing; exit code 1 if anything differs")
+    parser.add_argument(
+        "--class", type=Path, dest="course", metavar="FOLDER", help="write the release for a class to this folder"
+    )
     parser.add_argument("--seed", type=int, help="with --class: a private seed for the hidden tests")
     args = parser.parse_args(argv)
     if args.seed is not None and (args.seed < 0 or not args.course):
-        parser.error("--seed goes with --class, and is 0 or more")
+        parser.error("--seed needs --class and must be 0 or more")
     try:
         chapters = sources(args.chapters)
         if args.course:
             make_class(chapters, args.course, args.seed)
         elif args.check:
             if found := differences(chapters):
-                raise ValueError("\n".join(found) + "\nmake notebooks builds them.")
+                raise ValueError("\n".join(found) + "\nRun `make notebooks`.")
         else:
             write_all(chapters)
     except ValueError as error:

@@ -3,8 +3,8 @@
     python scripts/make_sprites.py NOTO TWEMOJI FLUENT
 
 NOTO, TWEMOJI and FLUENT are the unpacked npm packages `emoji-datasource-google`, `@twemoji/svg` and `fluentui-emoji`.
-Needs `pip install resvg-py scikit-image` beside the package's own dependencies. The results are kept in the repository:
-nobody has to run this to use minivlm. Origins and licenses: data/README.md.
+Needs `pip install resvg-py scikit-image` beside the package's own dependencies. The results are in the repository, so
+this is not needed to use minivlm. Origins and licenses: data/README.md.
 """
 
 import argparse
@@ -42,8 +42,8 @@ clock 23f0 alarm-clock|moon 1f319 crescent-moon|star 2b50 star|snowman 26c4 snow
 rainbow 1f308 rainbow|flame 1f525 fire|castle 1f3f0 castle|house 1f3e0 house|robot 1f916 robot
 heart 2764-fe0f red-heart|diamond 1f48e gem-stone|bomb 1f4a3 bomb
 """
-IRREGULAR = {"leaf": "leaves", "snowman": "snowmen"}  # the other plurals follow from `plural`
-NOT_MIRRORED = {"clock", "telephone"}  # their faces carry digits or hands
+IRREGULAR = {"leaf": "leaves", "snowman": "snowmen"}  # `plural` makes the others
+NOT_MIRRORED = {"clock", "telephone"}  # their faces have digits or hands
 ARTISTS = {"noto": "train", "fluent": "train", "twemoji": "unseen"}
 
 # file name, file in scikit-image's data folder; for textures also the crop (left, top, right, bottom)
@@ -81,7 +81,7 @@ def article(name: str) -> str:
 
 
 def objects() -> list[dict]:
-    """The rows of TABLE as the dictionaries that go into index.json (plus the Fluent file name)."""
+    """The rows of TABLE as dictionaries for index.json, plus the Fluent file name."""
     rows = [entry.split() for line in TABLE.strip().splitlines() for entry in line.split("|")]
     return [
         {
@@ -96,8 +96,8 @@ def objects() -> list[dict]:
     ]
 
 
-def rasterise(path: Path) -> Image.Image:
-    """An SVG file as a CELL x CELL RGBA image."""
+def rasterize(path: Path) -> Image.Image:
+    """An SVG file as a CELL × CELL RGBA image."""
     import resvg_py
 
     data = resvg_py.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=CELL, height=CELL)
@@ -108,17 +108,17 @@ def rasterise(path: Path) -> Image.Image:
 
 
 def draw(artist: str, folder: Path, entry: dict) -> Image.Image:
-    """One artist's picture of one object, from the artist's npm package."""
+    """One artist's image of one object, from the artist's npm package."""
     code = entry["code_point"]
     if artist == "noto":
         return Image.open(folder / "img" / "google" / str(CELL) / f"{code}.png").convert("RGBA")
     if artist == "fluent":
-        return rasterise(folder / "icons" / "modern" / f"{entry['fluent']}.svg")
-    return rasterise(folder / f"{code.removesuffix('-fe0f')}.svg")
+        return rasterize(folder / "icons" / "modern" / f"{entry['fluent']}.svg")
+    return rasterize(folder / f"{code.removesuffix('-fe0f')}.svg")
 
 
 def sheet(artist: str, folder: Path, entries: list[dict]) -> Image.Image:
-    """All objects of one artist in rows of COLUMNS cells; fully transparent pixels are zeroed so that they compress."""
+    """All objects of one artist in rows of COLUMNS cells. Fully transparent pixels are zeroed so that they compress."""
     rows = -(-len(entries) // COLUMNS)
     canvas = np.zeros((rows * CELL, COLUMNS * CELL, 4), np.uint8)
     for k, entry in enumerate(entries):
@@ -129,7 +129,7 @@ def sheet(artist: str, folder: Path, entries: list[dict]) -> Image.Image:
 
 
 def write_photos() -> None:
-    """Photos (JPEG, longer side 448 at most) and textures (128 px PNG) from scikit-image's bundled pictures."""
+    """Photos (JPEG, longer side 448 at most) and textures (128 px PNG) that come with scikit-image."""
     import skimage
 
     source = Path(skimage.__file__).parent / "data"
@@ -165,14 +165,14 @@ def main() -> None:
 
 
 def write_scenes() -> None:
-    """The pictures of `python -m minivlm demo`, drawn from the sheets just written."""
+    """The images of `python -m minivlm demo`, rendered from the sheets just written."""
     from minivlm import emoji
     from minivlm.__main__ import DEMO
 
     (DATA / "images" / "scenes").mkdir(parents=True, exist_ok=True)
     for split, seed in DEMO:
-        picture = Image.fromarray(emoji.make_scene(seed, split).image)
-        picture.save(DATA / "images" / "scenes" / f"{split}-{seed}.png", optimize=True)
+        image = Image.fromarray(emoji.make_scene(seed, split).image)
+        image.save(DATA / "images" / "scenes" / f"{split}-{seed}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -173,3 +173,14 @@ def talker(request, tiny_processor) -> PaliGemma:
     model = tiny_model(request.param, vocab_size=tiny_processor.tokenizer.get_vocab_size())
     model.config.image_token_index = tiny_processor.image_token_id
     return model
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Like ``--dist loadfile``, but every executed notebook can go to the next free worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesAndNotebooks(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_runs_from_top_to_bottom" in nodeid else nodeid.split("::")[0]
+
+    return FilesAndNotebooks(config, log)

@@ -1,4 +1,4 @@
-"""Evaluation: the counting is right on answers made by hand, and the whole runs on a model of random weights."""
+"""Evaluation: the metrics are right for answers made by hand, and a whole evaluation runs on random weights."""
 
 import inspect
 import json
@@ -10,14 +10,14 @@ import pytest
 
 from minivlm import emoji
 from minivlm.emoji import Scene, SceneObject, evaluation, recipe
-from minivlm.emoji.evaluation import Metric, accuracy, average_precision, evaluation_prompts, figures
+from minivlm.emoji.evaluation import Metric, accuracy, average_precision, compute_metrics, evaluation_prompts
 from minivlm.hub import EMBEDDED
 from minivlm.locations import Detection, format_detections
 from minivlm.processor import Processor
 from minivlm.vqvae import MaskVQVAE
 
 SCENES = [emoji.make_scene(seed, "validation") for seed in range(30)]
-ASKED = [(scene, example) for scene in SCENES for example in evaluation_prompts(scene)]
+QUERIES = [(scene, example) for scene in SCENES for example in evaluation_prompts(scene)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def processor() -> Processor:
 def model(processor):
     """Random weights."""
     config = recipe.TrainConfig(width=32, mlp_width=32, tower_layers=1, decoder_layers=1, heads=2)
-    return recipe.new_model(config, processor)
+    return recipe.make_model(config, processor)
 
 
 def items(text: str, score: float = 0.9) -> list[tuple[str, float]]:
@@ -37,7 +37,7 @@ def items(text: str, score: float = 0.9) -> list[tuple[str, float]]:
 
 
 class Album(MaskVQVAE):
-    """Reads codes as page numbers: nothing is lost, and masks can be chosen by hand."""
+    """Its codes are page numbers, so nothing is lost and masks can be chosen by hand."""
 
     def __init__(self):
         super().__init__()
@@ -52,24 +52,24 @@ class Album(MaskVQVAE):
         return [self.pages[128 * d.codes[0] + d.codes[1]] if d.codes else None for d in detections]
 
 
-def right_answer(scene: Scene, example: emoji.Example, vae: MaskVQVAE) -> str:
+def correct_answer(scene: Scene, example: emoji.Example, vae: MaskVQVAE) -> str:
     if example.kind != "segment":
         return example.answers[0]
     classes = example.prompt.removeprefix("segment ").split(" ; ")
     return emoji.segment_target(scene.objects, classes, scene.size, vae.codes_from_masks)
 
 
-def test_the_truth_scores_100_and_silence_0():
+def test_correct_answers_score_100_and_empty_ones_0():
     album = Album()
-    perfect = figures(ASKED, [(right_answer(s, e, album), items(e.answers[0])) for s, e in ASKED], album)
-    assert all(figure.value == 1 for figure in perfect.values()), perfect
-    silent = figures(ASKED, [("", []) for _ in ASKED], album)
-    assert all(figure.value == 0 for figure in silent.values()), silent
+    perfect = compute_metrics(QUERIES, [(correct_answer(s, e, album), items(e.answers[0])) for s, e in QUERIES], album)
+    assert all(metric.value == 1 for metric in perfect.values()), perfect
+    empty = compute_metrics(QUERIES, [("", []) for _ in QUERIES], album)
+    assert all(metric.value == 0 for metric in empty.values()), empty
 
 
-def test_captions_count_in_any_order_and_order_captions_do_not():
-    scene = next(s for s in SCENES if len({thing.name for thing in s.objects}) >= 2 and "cap" in s.captions)
-    names = [thing.name for thing in sorted(scene.objects, key=lambda thing: -thing.center[0])]
+def test_captions_are_correct_in_any_order_and_order_captions_are_not():
+    scene = next(s for s in SCENES if len({o.name for o in s.objects}) >= 2 and "cap" in s.captions)
+    names = [o.name for o in sorted(scene.objects, key=lambda o: -o.center[0])]
     caption = next(e for e in scene.examples if e.kind == "caption")
     assert evaluation.is_correct(caption, emoji.count_caption(names))
     assert not evaluation.is_correct(caption, emoji.count_caption(names[:-1]))
@@ -78,7 +78,7 @@ def test_captions_count_in_any_order_and_order_captions_do_not():
     assert not evaluation.is_correct(order, f"from left to right: {backwards}")
 
 
-def test_every_object_is_asked_for_once():
+def test_every_object_is_queried_once():
     for scene in SCENES:
         *others, detect, segment = evaluation_prompts(scene)
         assert not {example.kind for example in others} & {"detect", "segment"}
@@ -87,49 +87,50 @@ def test_every_object_is_asked_for_once():
             assert example.answers[0].count("<loc") == 4 * len(scene.objects)
 
 
-def test_the_longest_right_answer_may_be_written_to_its_end(processor):
-    most = inspect.signature(evaluation.answer_all).parameters["max_new_tokens"].default
+def test_the_longest_correct_answer_fits(processor):
+    limit = inspect.signature(evaluation.answer_all).parameters["max_new_tokens"].default
     crowded = [s for s in (emoji.make_scene(seed, "pairs") for seed in range(200)) if len(s.objects) == 4]
-    answers = [right_answer(scene, evaluation_prompts(scene)[-1], Album()) for scene in crowded]
+    answers = [correct_answer(scene, evaluation_prompts(scene)[-1], Album()) for scene in crowded]
     lengths = [len(ids) + 1 for ids in processor.encode(answers)]  # and the token that ends it
-    assert len(crowded) > 20 and 4 * 20 < max(lengths) <= most
+    assert len(crowded) > 20 and 4 * 20 < max(lengths) <= limit
 
 
 # --- boxes ----------------------------------------------------------------------------------------------------------
 
 
 def test_average_precision_of_a_case_by_hand():
-    """Cats: a sure hit, a miss, a less sure hit: precision 1, 1/2 and 2/3 at recall 1/2, 1/2 and 1.
+    """Cats, by falling score: a hit, a miss, a hit. Precision is 1, 1/2 and 2/3 at recall 1/2, 1/2 and 1.
 
-    What follows at a higher recall may be no better than what went before, so 1/2 becomes 2/3. COCO reads the curve at
-    recall 0, 0.01 … 1: 51 times 1 and 50 times 2/3. Dogs: nothing found. The boxes are exact, so IoU decides nothing.
+    Each precision is raised to the highest one at the same or a higher recall, so 1/2 becomes 2/3. COCO reads the curve
+    at recall 0, 0.01 … 1: 51 times 1 and 50 times 2/3. No dog is found. The boxes are exact, so all IoU thresholds
+    agree.
     """
     truth = [[Detection("cat", (0, 0, 10, 10)), Detection("cat", (20, 20, 30, 30)), Detection("dog", (50, 50, 60, 60))]]
     hit, miss, second = (0, 0, 10, 10), (40, 0, 50, 10), (20, 20, 30, 30)
-    found = [[(Detection("cat", hit), 0.9), (Detection("cat", miss), 0.8), (Detection("cat", second), 0.7)]]
+    predicted = [[(Detection("cat", hit), 0.9), (Detection("cat", miss), 0.8), (Detection("cat", second), 0.7)]]
     cat = (51 * 1 + 50 * 2 / 3) / 101
-    assert average_precision(truth, found) == pytest.approx(((cat + 0) / 2, (cat + 0) / 2))
+    assert average_precision(truth, predicted) == pytest.approx(((cat + 0) / 2, (cat + 0) / 2))
     assert cat / 2 == pytest.approx(0.4175, abs=1e-4)
 
 
-def test_average_precision_over_two_pictures_by_hand():
-    """The sure box fits only loosely (IoU 80/120 = 2/3), the unsure one exactly, and a third repeats what was found.
+def test_average_precision_over_two_images_by_hand():
+    """The box of highest score fits loosely (IoU 80/120 = 2/3), the next exactly, and a third repeats the second.
 
-    Sorted over both pictures: hit, hit, repeat up to IoU 0.65, that is at four of ten thresholds: 1. At the other six:
-    miss, hit, miss, so precision 1/2 up to recall 1/2, read at 51 of 101 places: 25.5/101. The mean follows.
+    By score, over both images: hit, hit, repeat up to IoU 0.65, at four of ten thresholds, so AP is 1. At the other
+    six: miss, hit, miss, so precision is 1/2 up to recall 1/2, read at 51 of 101 points: 25.5/101. Then their mean.
     """
     box = (0, 0, 10, 10)
     truth = [[Detection("cat", box)], [Detection("cat", box)]]
     loose = Detection("cat", (0, 2, 10, 12))
-    found = [[(loose, 0.9)], [(Detection("cat", box), 0.8), (Detection("cat", (0, 0, 10, 9)), 0.7)]]
-    assert average_precision(truth, found) == pytest.approx((1, (4 * 1 + 6 * 25.5 / 101) / 10))
+    predicted = [[(loose, 0.9)], [(Detection("cat", box), 0.8), (Detection("cat", (0, 0, 10, 9)), 0.7)]]
+    assert average_precision(truth, predicted) == pytest.approx((1, (4 * 1 + 6 * 25.5 / 101) / 10))
 
 
 def test_average_precision_falls_with_the_overlap():
-    """A box shifted by a quarter of its side overlaps by 0.6: right at IoU 0.5, 0.55 and 0.6 of the ten thresholds."""
-    truth, found = Detection("cat", (0, 0, 40, 40)), Detection("cat", (10, 0, 50, 40))
-    at_half, over_all = average_precision([[truth]], [[(found, 1.0)]])
-    assert at_half == pytest.approx(1) and over_all == pytest.approx(0.3)
+    """A box shifted by a quarter of its side has IoU 0.6: a hit at 0.5, 0.55 and 0.6 of the ten thresholds."""
+    truth, predicted = Detection("cat", (0, 0, 40, 40)), Detection("cat", (10, 0, 50, 40))
+    at_half, mean = average_precision([[truth]], [[(predicted, 1.0)]])
+    assert at_half == pytest.approx(1) and mean == pytest.approx(0.3)
     assert average_precision([[Detection("cat", (0, 0, 9, 9))]], [[]]) == (0, 0)
     assert all(map(math.isnan, average_precision([[]], [[]])))
 
@@ -143,15 +144,15 @@ def rectangle(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
     return mask
 
 
-def scene_of(*things: tuple[str, tuple[int, int, int, int]]) -> Scene:
-    objects = tuple(SceneObject(name, "me", box, rectangle(*box)) for name, box in things)
+def scene_of(*named: tuple[str, tuple[int, int, int, int]]) -> Scene:
+    objects = tuple(SceneObject(name, "me", box, rectangle(*box)) for name, box in named)
     return Scene(0, "validation", 100, np.zeros((100, 100, 3), np.uint8), objects)
 
 
-def answer(album: Album, *found: tuple) -> str:
-    """An answer about 100 × 100 pixels: a name, a box, and a mask or None, each."""
-    codes = [album.codes_from_masks([mask], [box])[0] if mask is not None else () for _, box, mask in found]
-    detections = [Detection(name, box, code) for (name, box, _), code in zip(found, codes, strict=True)]
+def answer(album: Album, *detected: tuple) -> str:
+    """An answer about 100 × 100 pixels from (name, box, mask or None) of each detection."""
+    codes = [album.codes_from_masks([mask], [box])[0] if mask is not None else () for _, box, mask in detected]
+    detections = [Detection(name, box, code) for (name, box, _), code in zip(detected, codes, strict=True)]
     return format_detections(detections, 100, 100)
 
 
@@ -165,8 +166,8 @@ def test_overlap_of_boxes():
     assert evaluation.box_iou((5, 5, 5, 5), (5, 5, 5, 5)) == 0
 
 
-def test_masks_are_judged_in_correct_boxes_alone():
-    """One mask covers half of its thing, one is a box, one has no mask, one no box, one a wrong name."""
+def test_masks_are_scored_in_correct_boxes_only():
+    """One mask covers half of its object, one all of it, one is missing, one has a wrong box, one a wrong name."""
     album = Album()
     left, right, low = (0, 0, 20, 20), (40, 0, 80, 20), (0, 50, 30, 90)
     scene = scene_of(("cat", left), ("cat", right), ("dog", low), ("owl", (60, 60, 80, 80)), ("fox", (80, 80, 99, 99)))
@@ -175,64 +176,64 @@ def test_masks_are_judged_in_correct_boxes_alone():
         ("cat", right, rectangle(*right)),
         ("cat", left, rectangle(0, 0, 20, 10)),
         ("dog", low, None),
-        ("owl", (60, 72, 80, 92), rectangle(60, 60, 80, 80)),  # IoU 8/32: another place
+        ("owl", (60, 72, 80, 92), rectangle(60, 60, 80, 80)),  # IoU 8/32
         ("ant", (80, 80, 99, 99), rectangle(80, 80, 99, 99)),
     )
-    overlaps = evaluation.mask_ious(scene, text, album)
-    assert overlaps == [0.5, 1, 0, None, None]
-    found, mask_iou = evaluation.segmentation_figures([overlaps]).values()
+    ious = evaluation.mask_ious(scene, text, album)
+    assert ious == [0.5, 1, 0, None, None]
+    found, mask_iou = evaluation.segmentation_metrics([ious]).values()
     assert (found.value, found.count) == (0.6, 5) and (mask_iou.value, mask_iou.count) == (0.5, 3)
 
 
-def test_a_mask_is_judged_by_what_can_be_seen():
-    """What covers a thing is no part of it, and what the mask has outside of the box counts against it."""
+def test_a_mask_is_compared_with_the_visible_pixels():
+    """What covers an object is not part of it, and predicted pixels outside of the box lower the IoU."""
     album = Album()
     box = (10, 10, 30, 30)
-    seen = rectangle(*box) & ~rectangle(10, 10, 20, 20)  # 300 pixels
+    visible = rectangle(*box) & ~rectangle(10, 10, 20, 20)  # 300 pixels
     scene = scene_of(("cat", box))
-    scene = replace(scene, objects=(replace(scene.objects[0], mask=seen),))
-    drawn = rectangle(10, 10, 30, 40)  # 600, all of those among them
-    assert evaluation.mask_ious(scene, answer(album, ("cat", box, drawn)), album) == [0.5]
+    scene = replace(scene, objects=(replace(scene.objects[0], mask=visible),))
+    predicted = rectangle(10, 10, 30, 40)  # 600, all of those among them
+    assert evaluation.mask_ious(scene, answer(album, ("cat", box, predicted)), album) == [0.5]
 
 
-def test_best_boxes_find_their_thing_first_and_each_once():
-    things = scene_of(("cat", (0, 0, 20, 20)), ("cat", (4, 0, 24, 20))).objects
+def test_best_boxes_are_matched_first_and_each_once():
+    objects = scene_of(("cat", (0, 0, 20, 20)), ("cat", (4, 0, 24, 20))).objects
     exact, between, far = (Detection("cat", (x, 0, x + 20, 20)) for x in (4, 2, 60))
-    assert evaluation.match_detections(things, [between, exact]) == [0, 1]
-    assert evaluation.match_detections(things, [exact, between]) == [1, 0]
-    assert evaluation.match_detections(things, [exact]) == [None, 0]
-    assert evaluation.match_detections(things, [between, exact, far, exact]).count(None) == 0
+    assert evaluation.match_detections(objects, [between, exact]) == [0, 1]
+    assert evaluation.match_detections(objects, [exact, between]) == [1, 0]
+    assert evaluation.match_detections(objects, [exact]) == [None, 0]
+    assert evaluation.match_detections(objects, [between, exact, far, exact]).count(None) == 0
     assert (
-        evaluation.match_detections(things, [far]) == [None, None]
-        and evaluation.match_detections(things, []) == [None] * 2
+        evaluation.match_detections(objects, [far]) == [None, None]
+        and evaluation.match_detections(objects, []) == [None] * 2
     )
     half = Detection("cat", (0, 0, 20, 10))
-    assert evaluation.match_detections(things[:1], [half]) == [0]  # 0.5 is enough
-    assert evaluation.match_detections(things[:1], [Detection("cat", (0, 0, 20, 9.9))]) == [None]
+    assert evaluation.match_detections(objects[:1], [half]) == [0]  # 0.5 is enough
+    assert evaluation.match_detections(objects[:1], [Detection("cat", (0, 0, 20, 9.9))]) == [None]
 
 
 @pytest.mark.parametrize(
     "broken", ["", "cat", "<loc0000>", "<seg001>" * 16, " ; ; <", "<loc0000>" * 4 + "<seg001>" * 9]
 )
-def test_answers_without_masks_give_nothing_but_no_error(broken):
+def test_answers_without_masks_have_no_iou_and_no_error(broken):
     scene = scene_of(("cat", (0, 0, 20, 20)))
     assert evaluation.mask_ious(scene, broken, Album()) == [None]
     cut = "<loc0000><loc0000><loc0205><loc0205>" + "<seg001>" * 9 + " cat"
     assert evaluation.mask_ious(scene, cut, Album()) == [0]
 
 
-def test_figures_of_nothing():
-    nothing_found = evaluation.segmentation_figures([[None], [None, None]])
-    assert [(f.value, f.count) for f in nothing_found.values()] == [(0, 3), (0, 0)]
-    for nowhere in ([], [[], []]):
-        assert all(math.isnan(f.value) and f.count == 0 for f in evaluation.segmentation_figures(nowhere).values())
+def test_segmentation_metrics_of_nothing():
+    nothing_found = evaluation.segmentation_metrics([[None], [None, None]])
+    assert [(m.value, m.count) for m in nothing_found.values()] == [(0, 3), (0, 0)]
+    for no_objects in ([], [[], []]):
+        assert all(math.isnan(m.value) and m.count == 0 for m in evaluation.segmentation_metrics(no_objects).values())
 
 
-def test_the_embedded_vae_draws_masks_well_in_right_boxes():
+def test_the_embedded_vae_decodes_masks_well_in_correct_boxes():
     vae = MaskVQVAE.from_pretrained()
-    segments = [(scene, e) for scene, e in ASKED if e.kind == "segment"]
-    overlaps = [evaluation.mask_ious(scene, right_answer(scene, e, vae), vae) for scene, e in segments]
-    found, mask_iou = evaluation.segmentation_figures(overlaps).values()
+    segments = [(scene, e) for scene, e in QUERIES if e.kind == "segment"]
+    ious = [evaluation.mask_ious(scene, correct_answer(scene, e, vae), vae) for scene, e in segments]
+    found, mask_iou = evaluation.segmentation_metrics(ious).values()
     assert found.value == 1 and mask_iou.value >= 0.88 and 0 < mask_iou.margin < 0.03
 
 
@@ -244,17 +245,17 @@ def test_intervals():
     assert accuracy([True] * 100).margin == pytest.approx(0.037, abs=0.001)  # not zero at 100%
     truth = [[Detection("cat", (0, 0, 10, 10))] for _ in range(40)]
     some = [[(truth[0][0], 0.9)] if i % 4 else [] for i in range(40)]
-    figure = evaluation.detection_figures(truth, some)["detection AP at IoU 0.5"]
-    assert 0.05 < figure.margin < 0.25 and figure.count == 40
+    metric = evaluation.detection_metrics(truth, some)["detection AP at IoU 0.5"]
+    assert 0.05 < metric.margin < 0.25 and metric.count == 40
 
 
 def test_the_jackknife_gives_the_interval_of_a_mean():
-    """Of a mean it is the textbook's: 1.96 s / √n, where each block is one scene."""
+    """With one scene per block it is the textbook's 1.96 s / √n."""
     values = np.random.default_rng(0).random(20)
-    whole, margin = evaluation.jackknife(20, lambda kept: [values[kept].mean(), 1.0])
+    whole, margin = evaluation.jackknife(20, lambda scenes: [values[scenes].mean(), 1.0])
     assert whole == pytest.approx([values.mean(), 1])
     assert margin == pytest.approx([1.96 * values.std(ddof=1) / 20**0.5, 0])
-    assert np.isnan(evaluation.jackknife(1, lambda kept: [0.5])[1]).all()
+    assert np.isnan(evaluation.jackknife(1, lambda scenes: [0.5])[1]).all()
 
 
 def test_scores_belong_to_their_boxes(processor):
@@ -268,10 +269,10 @@ def test_scores_belong_to_their_boxes(processor):
 
 
 def test_a_report_of_random_weights(model, processor, tmp_path, capsys):
-    columns = evaluation.run(model, processor, 3, ("validation", "artist"), tmp_path / "figures.json")
-    assert list(columns) == ["validation", "artist", "validation, blank picture"]
+    columns = evaluation.run(model, processor, 3, ("validation", "artist"), tmp_path / "metrics.json")
+    assert list(columns) == ["validation", "artist", "validation, blank image"]
     assert "| caption |" in capsys.readouterr().out
-    written = json.loads((tmp_path / "figures.json").read_text())
+    written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["scenes"] == 3
     order = ["detection AP, IoU 0.5 to 0.95", "segment: objects found", "mask IoU in correct boxes"]
     assert [row for row in columns["artist"] if row in order] == order
@@ -280,11 +281,25 @@ def test_a_report_of_random_weights(model, processor, tmp_path, capsys):
         evaluation.evaluate(model, processor, "validation", 0)
 
 
-def test_a_vae_that_is_given_reads_the_masks(model, processor, monkeypatch):
-    """A model that has learned the true answers by heart, in another VAE's codes."""
+def test_the_json_is_written_whole_even_if_the_table_cannot_be_printed(model, processor, tmp_path, monkeypatch):
+    def fail(columns):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "not in range")
+
+    monkeypatch.setattr(evaluation, "markdown", fail)
+    with pytest.raises(UnicodeEncodeError):
+        evaluation.run(model, processor, 1, ("validation",), tmp_path / "metrics.json")
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["splits"]) == [
+        "validation",
+        "validation, blank image",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_the_given_vae_decodes_the_masks(model, processor, monkeypatch):
+    """All answers are correct, in the codes of another VAE."""
     album, scene = Album(), emoji.make_scene(5, "validation")
-    texts = [(right_answer(scene, e, album), items(e.answers[0])) for e in evaluation_prompts(scene)]
-    monkeypatch.setattr(evaluation, "answer_all", lambda model, processor, asked: texts)
+    texts = [(correct_answer(scene, e, album), items(e.answers[0])) for e in evaluation_prompts(scene)]
+    monkeypatch.setattr(evaluation, "answer_all", lambda model, processor, queries: texts)
     monkeypatch.setattr(emoji, "make_scene", lambda *_: scene)
     columns = evaluation.run(model, processor, 1, ("validation",), vae=album)
     assert [column["mask IoU in correct boxes"].value for column in columns.values()] == [1, 1]

@@ -1,6 +1,6 @@
-"""Grading a class: what each kind of submission gets, and that none can hurt another.
+"""Grading a class: what each kind of submission gets, and that none affects another.
 
-One made-up class is graded once, with everything in it that students hand in.
+One made-up class with everything that students submit is graded once.
 """
 
 import copy
@@ -15,14 +15,20 @@ import pytest
 from minivlm.__main__ import main
 from minivlm.course.exercises import EXERCISES
 from minivlm.course.grading import grader
-from minivlm.course.grading.grader import Mark, Report, find_students, grade_notebook, harmless
+from minivlm.course.grading.grader import Mark, Report, escape_formula, find_students, grade_notebook
 from minivlm.course.grading.worker import essentials
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import build_notebooks
 
 CHAPTER = '''# %% [markdown]
-# # A small chapter
+# # 05 · The prefix-LM mask
+#
+# **Which token attends to which?**
+#
+# | | |
+# |---|---|
+# | know first | nothing |
 
 # %%
 import torch
@@ -32,6 +38,8 @@ from minivlm.course import exercises
 while True:  # shows something for a long time
     pass
 
+# %% [markdown]
+# ## Exercise 5.1 · The rule
 
 # %%
 def block_mask(mask_ar):
@@ -51,6 +59,8 @@ exercises.score(block_mask, points=2, seed=1)
 # %%
 block_mask = exercises.piece("block_mask")
 
+# %% [markdown]
+# ## Exercise 5.2 · The mask
 
 # %%
 def prefix_lm_mask(token_type_ids):
@@ -66,12 +76,13 @@ exercises.check(prefix_lm_mask)
 exercises.score(prefix_lm_mask, points=2, seed=1)
 ### END HIDDEN TESTS
 '''
+TIME_LIMIT = 32  # seconds per notebook, a quarter of it per cell
 BLOCK, PREFIX = "05.1 block_mask", "05.2 prefix_lm_mask"
-# Where the rows of a case differ, some cases are right: a batch of one hides that only the first row is read.
+# Only some cases are right, because a batch of one row does not show that only the first row is used.
 HALF = """def block_mask(mask_ar):
     block = mask_ar[:1].expand(mask_ar.shape).cumsum(-1)
     return block[..., None, :] <= block[..., :, None]"""
-SOLVED_OWN_WAY = """from math import inf
+SOLVED_DIFFERENTLY = """from math import inf
 %matplotlib inline
 !echo hello
 def first(mask_ar):
@@ -86,7 +97,7 @@ from minivlm import masks
 from minivlm.course.exercises import exercise
 passed = lambda *args, **kwargs: exercises.Result("passed", passed=True, score=1.0)
 exercises.check = exercises.score = exercise.examine = exercise.Result = passed
-exercise.what_is_wrong = exercise.find_problem = lambda *args, **kwargs: None
+exercise.compare_outcomes = exercise.compare = lambda *args, **kwargs: None
 exercises.EXERCISES.clear()
 torch.equal = builtins.all = lambda *args: True
 for file in range(1, 20):
@@ -105,7 +116,7 @@ if 0 in pids:
         time.sleep(1)
 open({path!r}, "w").write(" ".join(map(str, pids)))
 """
-# what is put below block_mask in an otherwise perfect notebook
+# Added below block_mask in an otherwise perfect notebook.
 ADDED = {
     "raises": "\nraise RuntimeError('oh')",
     "exits": "\nimport sys; sys.exit()",
@@ -117,7 +128,7 @@ ADDED = {
     "thread": "\nimport threading; threading.Thread(target=__import__('time').sleep, args=(9999,)).start()",
     "hungry": "\njunk = torch.empty(1 << 33, dtype=torch.uint8)\ndel block_mask",
 }
-# and what is put first into its function
+# Inserted at the start of the function.
 INSIDE = {"dies inside": "import os; os._exit(0)", "loops inside": "while True: pass", "leaves": "raise SystemExit"}
 
 
@@ -137,7 +148,7 @@ def changed(notebook, edit, name: str = "block_mask"):
 
 
 def without_ids(notebook):
-    """As some editors save it: new ids and no metadata; without the cell that never ends."""
+    """As some editors save it, with new ids and no metadata; also without the endless cell."""
     notebook = copy.deepcopy(notebook)
     notebook.cells = [cell for cell in notebook.cells if "while True" not in cell.source]
     for i, cell in enumerate(notebook.cells):
@@ -147,12 +158,12 @@ def without_ids(notebook):
 
 @pytest.fixture(scope="module")
 def graded(chapter, tmp_path_factory) -> dict:
-    """Everyone's row, everyone's messages, and the children that were left behind."""
+    """The rows and messages of all students."""
     folder, out = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("out")
     perfect, stub = chapter["solution"], chapter["learner"]
     books = {"perfect": perfect, "stub": stub, "no ids": without_ids(perfect), "=1+1": perfect, "Zoë": perfect}
     books["half"] = changed(perfect, lambda text: HALF)
-    books["own way"] = changed(perfect, lambda text: SOLVED_OWN_WAY)
+    books["different"] = changed(perfect, lambda text: SOLVED_DIFFERENTLY)
     books["named mistake"] = changed(perfect, lambda text: text.replace("<=", ">="))
     books["renamed"] = changed(perfect, lambda text: text.replace("block_mask", "blockmask"))
     books["no syntax"] = changed(perfect, lambda text: text.replace("return", "retrun "))
@@ -175,7 +186,7 @@ def graded(chapter, tmp_path_factory) -> dict:
     (folder / "deep.ipynb").write_text("[" * 200_000)
     (folder / "version 3.ipynb").write_text('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}')
     (folder / "notes.txt").write_text("not graded")
-    argv = ["grade", str(folder), "--out", str(out / "grades.csv"), "--seed", "77", "--time-limit", "60"]
+    argv = ["grade", str(folder), "--out", str(out / "grades.csv"), "--seed", "77", "--time-limit", str(TIME_LIMIT)]
     assert main(argv) == 0
     return {"rows": table(out / "grades.csv"), "messages": table(out / "grades.messages.csv"), "out": out}
 
@@ -195,7 +206,8 @@ def said(graded, student: str) -> str:
     return "\n".join(row["message"] for row in graded["messages"] if row["student"] == student)
 
 
-def test_a_row_per_student_and_a_column_per_exercise_of_the_chapter(graded):
+@pytest.mark.slow
+def test_one_row_per_student_and_one_column_per_exercise_of_the_chapter(graded):
     columns = [f"{e.key} {e.name}" for e in EXERCISES.values() if e.chapter == "05"]
     assert list(graded["rows"][0]) == ["student", *columns, "total", "max"]
     most = sum(e.points for e in EXERCISES.values() if e.chapter == "05")
@@ -204,16 +216,19 @@ def test_a_row_per_student_and_a_column_per_exercise_of_the_chapter(graded):
     assert len(names) == len(set(names)) >= 30 and "notes" not in names
 
 
-@pytest.mark.parametrize("student", ["perfect", "no ids", "'=1+1", "Zoë", "own way", "prints", "thread"])
-def test_right_is_full_marks(graded, student):
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["perfect", "no ids", "'=1+1", "Zoë", "different", "prints", "thread"])
+def test_right_solutions_get_full_marks(graded, student):
     assert marks(graded, student) == (2, 2), said(graded, student)
 
 
+@pytest.mark.slow
 def test_a_stub_is_not_attempted(graded):
     assert marks(graded, "stub") == (0, 0)
     assert said(graded, "stub").count("not attempted yet") == 2
 
 
+@pytest.mark.slow
 def test_partial_credit_and_the_name_of_the_mistake(graded):
     assert 0 < marks(graded, "half")[0] < 2 and marks(graded, "half")[1] == 2
     mistake = EXERCISES["block_mask"].mistakes[0]
@@ -221,52 +236,59 @@ def test_partial_credit_and_the_name_of_the_mistake(graded):
     assert mistake.name in said(graded, "named mistake") and mistake.hint in said(graded, "named mistake")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ("renamed", "defines no function of this name"),
+        ("renamed", "does not define a function with this name"),
         ("no syntax", "the cell that defines it fails: SyntaxError"),
         ("dies", "ended the Python process"),
         ("segfault", "ended the Python process"),
-        ("loops", "longer than 15 seconds"),
+        ("loops", "longer than 8 seconds"),
         ("dies inside", "ended the Python process"),
-        ("loops inside", "longer than 15 seconds"),
+        ("loops inside", "longer than 8 seconds"),
         ("leaves", "raises SystemExit"),
-        ("the package's", "no function of this name"),
+        ("the package's", "does not define a function with this name"),
     ],
 )
-def test_what_breaks_loses_its_own_mark_alone(graded, student, message):
+def test_a_broken_exercise_only_loses_its_own_mark(graded, student, message):
     assert marks(graded, student) == (0, 0 if student == "the package's" else 2), said(graded, student)
     assert message in said(graded, student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["raises", "exits", "asks"])
-def test_what_stood_before_an_error_counts(graded, student):
+def test_what_is_defined_before_an_error_gets_marks(graded, student):
     assert marks(graded, student) == (2, 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no limit of memory")
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
 def test_memory_is_limited(graded):
-    assert marks(graded, "hungry") == (2, 2)  # no memory, so no `del`
+    assert marks(graded, "hungry") == (2, 2)  # the allocation fails, so `del` does not run
 
 
-def test_tricks_give_no_marks(graded):
+@pytest.mark.slow
+def test_tricks_get_no_marks(graded):
     assert marks(graded, "cheat") == (0, 0), said(graded, "cheat")
     assert "the package's own" in said(graded, "cheat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["no json", "empty", "binary", "list", "deep"])
-def test_no_notebook_loses_its_own_marks_alone(graded, student):
+def test_an_unreadable_notebook_only_loses_its_own_marks(graded, student):
     assert marks(graded, student) == (0, 0)
-    assert "This is no notebook that can be read" in said(graded, student)
+    assert "This file is not a readable notebook" in said(graded, student)
 
 
-def test_an_old_notebook_without_cells(graded):
+@pytest.mark.slow
+def test_an_old_notebook_without_cells_gets_a_message(graded):
     assert marks(graded, "version 3") == (0, 0) and said(graded, "version 3")
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
-def test_nothing_goes_on_running(graded):
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
+def test_no_process_is_left_running(graded):
     assert marks(graded, "forks") == (2, 2)
     for pid in (graded["out"] / "pids").read_text().split():
         stat = Path(f"/proc/{pid}/stat")
@@ -289,7 +311,7 @@ def test_students_are_files_or_folders(tmp_path):
     }
 
 
-def test_the_better_mark_counts():
+def test_the_better_mark_wins():
     report = Report({"05"}, {"a": Mark(0.5, "half"), "b": Mark(1.0, "")})
     report.add(Report({"06"}, {"a": Mark(0.7, "more"), "b": Mark(0.0, "no"), "c": Mark(0.1, "c")}, ["late"]))
     assert report.chapters == {"05", "06"} and report.problems == ["late"]
@@ -297,35 +319,35 @@ def test_the_better_mark_counts():
 
 
 @pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
-def test_no_cell_is_a_formula(text):
-    assert harmless(text) == "'" + text
+def test_formulas_are_escaped(text):
+    assert escape_formula(text) == "'" + text
 
 
-def test_other_cells_stay():
-    assert [harmless(cell) for cell in ("Ada", 0, 1.5, "")] == ["Ada", 0, 1.5, ""]
-    assert harmless("\udcff") == "\\udcff"
+def test_other_table_cells_stay_unchanged():
+    assert [escape_formula(cell) for cell in ("Ada", 0, 1.5, "")] == ["Ada", 0, 1.5, ""]
+    assert escape_formula("\udcff") == "\\udcff"
 
 
-def test_only_what_others_need_of_a_cell_that_shows_something():
+def test_unchanged_cells_run_only_imports_definitions_and_constants():
     source = "import os\nN = 4\nx = N * 2\ndef f(): pass\nf = exercises.piece('f')\nprint(1)\nclass A: pass\nwhile 1: 1"
-    kept = "import os\nN = 4\n\ndef f():\n    pass\nf = exercises.piece('f')\n\nclass A:\n    pass"
-    assert essentials(source) == kept
+    essential = "import os\nN = 4\n\ndef f():\n    pass\nf = exercises.piece('f')\n\nclass A:\n    pass"
+    assert essentials(source) == essential
 
 
-def test_a_notebook_may_not_break_processes_for_ever(chapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(grader, "ATTEMPTS", 1)
+def test_a_notebook_that_always_crashes_is_given_up(chapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(grader, "MAX_PROCESSES", 1)
     path = tmp_path / "05.ipynb"
     nbformat.write(changed(chapter["solution"], lambda text: "import os; os._exit(1)"), path)
     report = grade_notebook(path, 0, 60)
     assert {mark.score for mark in report.marks.values()} == {0.0}
-    assert "broke 1 process" in report.problems[0]
+    assert "crashed 1 process" in report.problems[0]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["nowhere"], "no folder"),
-        (["."], "holds no notebooks"),
+        (["."], "contains no notebooks"),
         ([".", "--out", "."], "name a file"),
         ([".", "--out", "nowhere/grades.csv"], "in a folder that exists"),
         ([".", "--seed", "-1"], "--seed must be 0 or more"),
@@ -333,7 +355,7 @@ def test_a_notebook_may_not_break_processes_for_ever(chapter, tmp_path, monkeypa
         ([".", "--chapter", "5"], "no chapter '5'"),
     ],
 )
-def test_a_teachers_mistakes_are_one_sentence(argv, message, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_get_one_sentence(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["grade", *argv]) == 2
     error = capsys.readouterr().err
@@ -341,7 +363,7 @@ def test_a_teachers_mistakes_are_one_sentence(argv, message, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_class_without_exercises_is_told(tmp_path, capsys):
+def test_a_class_without_exercises_gets_a_message(tmp_path, capsys):
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "ada.ipynb")
     assert main(["grade", str(tmp_path), "--out", str(tmp_path / "grades.csv")]) == 2
-    assert "name the chapter with --chapter" in capsys.readouterr().err
+    assert "Name the chapter with --chapter" in capsys.readouterr().err

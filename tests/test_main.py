@@ -189,7 +189,7 @@ def test_the_embedded_vqvae_decodes_what_it_encoded(says, capsys):
     size = {obj.name: int(obj.mask.sum()) for obj in scene.objects}
     says(segment_answer(MaskVQVAE.from_pretrained().codes_from_masks))
     assert main(SEGMENT) == 0
-    sizes = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[1:]]
+    sizes = [int(line.split()[-2].replace(",", "")) for line in capsys.readouterr().out.splitlines()[1:]]
     assert sizes == pytest.approx([size["panda"], size["shoe"]], rel=0.1)
 
 

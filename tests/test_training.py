@@ -1,6 +1,8 @@
-"""Training: the batches say what the scenes say, a killed run goes on to the same result, two processes equal one."""
+"""Training: ``fit`` resumes to the same weights and refuses what it cannot do; objectives, batches and the recipe."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,16 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from minivlm import emoji, locations
-from minivlm.emoji import evaluation, recipe
+from minivlm import emoji, locations, training
+from minivlm.__main__ import main
+from minivlm.emoji import batches, evaluation, recipe
 from minivlm.generation import generate
 from minivlm.hub import EMBEDDED
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
+from minivlm.training import objectives
 from minivlm.vqvae import MaskVQVAE
 
 ROOT = Path(__file__).parent.parent
+STAGES = "masks align answer polish finish pose segment redraw".split()
 TINY = recipe.TrainConfig(
     image_size=64,
     patch_size=16,
@@ -46,516 +53,486 @@ TINY = recipe.TrainConfig(
     redraw_batch=4,
     examples=2,
 )
-HERE = recipe.DistributedContext(torch.device("cpu"), workers=1)
+HERE = training.DistributedContext(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    return recipe.new_processor(TINY)
+    """With the tokenizer of the embedded checkpoint, which is that of the recipe."""
+    return Processor(Processor.from_pretrained(EMBEDDED).tokenizer, image_size=64, num_image_tokens=16)
 
 
-def test_the_tokenizer_is_that_of_the_embedded_checkpoint(processor):
-    """Token for token: whoever trains anew gets a model that reads and writes as the embedded one does."""
-    embedded = json.loads((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"))
-    assert json.loads(processor.tokenizer.to_str()) == embedded
+@pytest.fixture
+def model(processor) -> PaliGemma:
+    return recipe.make_model(TINY, processor)
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def plan(processor, model, tmp_path) -> list[recipe.Stage]:
+    return recipe.stages(TINY, model, processor, tmp_path, HERE)
 
 
-def test_mask_batch_holds_the_masks_of_all_things_in_their_boxes(processor):
-    masks = recipe.MaskSteps(TINY, processor, 4)[2]["masks"]
-    things = [thing for seed in range(8, 12) for thing in emoji.make_scene(seed, "train", 64).objects]
-    expected = np.stack([locations.crop_mask(thing.mask, thing.box) for thing in things])
-    assert masks.dtype == torch.float32 and np.array_equal(masks.numpy(), expected)
-    halves = [recipe.MaskSteps(TINY, processor, 4, rank, 2)[2]["masks"] for rank in range(2)]
-    assert torch.equal(masks, torch.cat(halves))
+def suffix_batches(processor, **options) -> batches.SuffixBatches:
+    return batches.SuffixBatches(processor, 4, **{"mixture": recipe.ANSWER_MIXTURE, "examples": 2} | options)
 
 
-def test_segment_batch_writes_the_codes_of_the_masks(processor):
-    steps = recipe.SegmentSteps(TINY, processor, 4)
-    steps.vae = MaskVQVAE.from_pretrained()
-    coded = 0
-    for step in range(6):
-        batch, drawn = steps[step], [scene for scene in steps.scenes(step) for _ in range(TINY.examples)]
-        for scene, ids, labels in zip(drawn, batch["input_ids"], batch["labels"], strict=True):
-            prompt, answer = processor.decode(ids).split("\n")
-            (example,) = (e for e in scene.examples if e.prompt == prompt)
-            assert processor.decode(labels[labels != -100]) == answer
-            if example.kind != "segment":
-                assert answer == example.answers[0]
-                continue
-            parsed = locations.parse_detections(answer, 64, 64)
-            assert parsed.problems == []
-            things = emoji.select_objects(scene.objects, prompt.removeprefix("segment ").split(" ; "))
-            codes = steps.vae.codes_from_masks([thing.mask for thing in things], [thing.box for thing in things])
-            assert [(d.label, d.codes) for d in parsed.detections] == list(
-                zip([thing.name for thing in things], codes, strict=True)
-            )
-            coded += len(codes)
-    assert coded > 10
+# --- fit ------------------------------------------------------------------------------------------------------------
+
+
+class Line(nn.Module):
+    """y = a · x + b."""
+
+    def __init__(self, size: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(size, 1)
+        self.embed = nn.Embedding(2, size)
+
+    def forward(self, x, y):
+        return (self.linear(x + self.embed.weight[0]) - y).square().mean()
+
+
+class Points:
+    """The batch of step i depends on i alone. Step ``stop`` is where the run breaks off."""
+
+    def __init__(self, stop: int = -1):
+        self.stop, self.read = stop, []
+
+    def __getitem__(self, step):
+        if step == self.stop:
+            raise KeyboardInterrupt
+        self.read.append(step)
+        x = torch.randn(32, 3, generator=torch.Generator().manual_seed(step))
+        return {"x": x, "y": x.sum(1, keepdim=True)}
+
+
+def fit_line(out: Path, points, **options) -> nn.Module:
+    line, defaults = Line(), {"steps": 20, "lr": 0.1, "context": HERE, "log_every": 3}
+    training.fit(line, points, out=out, **defaults | options)
+    return line
+
+
+def assert_equal_weights(one: nn.Module, other: nn.Module) -> None:
+    others = other.state_dict()
+    assert all(torch.equal(value, others[name]) for name, value in one.state_dict().items())
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Without the seconds."""
+    return [{**record, "seconds": 0} for record in training.read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("as_iterable", [False, True])
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path, as_iterable):
+    def points(stop: int = -1):
+        return (Points(stop)[i] for i in itertools.count()) if as_iterable else Points(stop)
+
+    whole = fit_line(tmp_path / "whole", points())
+    for stop in (1, 8, 19):
+        with pytest.raises(KeyboardInterrupt):
+            fit_line(tmp_path / "parts", points(stop), save_every=0.0)
+    resumed = Points()
+    parts = fit_line(tmp_path / "parts", (resumed[i] for i in itertools.count()) if as_iterable else resumed)
+    assert resumed.read == list(range(0 if as_iterable else 18, 20))  # an iterable is skipped by reading it
+    assert_equal_weights(whole, parts)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert [r["step"] for r in metrics(tmp_path / "parts")] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_workers_prepare_the_same_batches(tmp_path):
+    alone = fit_line(tmp_path / "alone", Points())
+    helped = fit_line(tmp_path / "helped", Points(), context=replace(HERE, workers=2))
+    assert_equal_weights(alone, helped)
+
+
+def test_a_finished_run_is_only_loaded(tmp_path):
+    first = fit_line(tmp_path, Points())
+    assert metrics(tmp_path)[-1]["loss"] < 0.5 * metrics(tmp_path)[0]["loss"]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    again = Points()
+    assert_equal_weights(first, fit_line(tmp_path, again))
+    assert again.read == []
+
+
+def test_a_list_and_a_loader_are_batches_too(tmp_path):
+    points = [Points()[i] for i in range(20)]
+    whole = fit_line(tmp_path / "a", Points())
+    assert_equal_weights(whole, fit_line(tmp_path / "b", points))
+    assert_equal_weights(whole, fit_line(tmp_path / "c", DataLoader(points, batch_size=None)))
+
+
+def test_too_few_batches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="There are 7 batches, fewer than the 20 steps of train"):
+        fit_line(tmp_path / "a", [Points()[i] for i in range(7)])
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="The batches ended after 7 of the 20 steps"):
+        fit_line(tmp_path / "b", (Points()[i] for i in range(7)))
+
+
+def test_only_parameters_with_requires_grad_are_trained(tmp_path):
+    line = Line()
+    line.linear.bias.requires_grad_(False)
+    before = line.linear.bias.clone()
+    line.linear.bias.grad = torch.ones(1) * 1e9  # left over from elsewhere: no part of the norm that is clipped
+    training.fit(line, Points(), steps=20, lr=0.1, out=tmp_path / "a", context=HERE)
+    assert torch.equal(line.linear.bias, before)
+    alone = Line()
+    alone.linear.bias.requires_grad_(False)
+    training.fit(alone, Points(), steps=20, lr=0.1, out=tmp_path / "b", context=HERE)
+    assert_equal_weights(line, alone)
+    training.fit(alone, Points(), steps=20, lr=0.1, out=tmp_path / "b", context=HERE)  # its state has no more than that
+
+
+def test_a_parameter_without_gradient_does_not_hinder_saving_and_resuming(tmp_path):
+    def line():
+        module = Line()
+        module.unused = nn.Linear(2, 2)
+        return module
+
+    whole, parts = line(), line()
+    options = {"steps": 6, "lr": 0.1, "context": HERE, "log_every": 2, "save_every": 0.0}
+    training.fit(whole, Points(), out=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(line(), Points(stop=5), out=tmp_path / "parts", **options)
+    training.fit(parts, Points(), out=tmp_path / "parts", **options)
+    assert_equal_weights(whole, parts)
+
+
+def test_a_module_with_shared_weights_is_saved(tmp_path):
+    class Tied(Line):
+        def __init__(self):
+            super().__init__()
+            self.again = self.linear
+
+    training.fit(Tied(), Points(), steps=3, lr=0.1, out=tmp_path, context=HERE)
+    training.fit(Tied(), Points(), steps=3, lr=0.1, out=tmp_path, context=HERE)
+
+
+def test_clipping_bounds_the_gradient():
+    line, batch = Line(), Points()[0]
+    optimizer = training.make_optimizer(line)
+    training.train_step(line, batch, optimizer, clip=math.inf)
+    norm = torch.cat([p.grad.flatten() for p in line.parameters()]).norm()
+    training.train_step(line, batch, optimizer, clip=float(norm) / 2)
+    assert torch.cat([p.grad.flatten() for p in line.parameters()]).norm() == pytest.approx(float(norm) / 2, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(ValueError, match="The loss is nan at step 3 of train. Lower the learning rate"):
+        fit_line(tmp_path, [{"x": torch.ones(4, 3), "y": torch.full((4, 1), math.nan)}] * 20)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("torn", ['{"step": 18, "lo', '{"step"', "\0\0\0\0", "\ufffd"])
+def test_half_a_line_of_the_metrics_is_dropped(tmp_path, torn):
+    """As a power cut leaves it, together with lines after the saved step."""
+    whole = fit_line(tmp_path / "whole", Points())
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path / "torn", Points(stop=14), save_every=0.0)
+    with (tmp_path / "torn" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "loss": 1e9, "seconds": 3.0}\n' + torn)
+    assert_equal_weights(whole, fit_line(tmp_path / "torn", Points()))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "torn")
+
+
+def test_seconds_go_on_where_they_were(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "seconds": 100.0}\n{"step": 2, "seconds": 200.0}\n')
+    log = training.MetricsLog(path, 1)
+    log.write(step=2)
+    assert [r["step"] for r in training.read_metrics(path)] == [1, 2]
+    assert 100 <= training.read_metrics(path)[1]["seconds"] < 150
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    fit_line(tmp_path, Points())
+    state = str(tmp_path / "state.safetensors")
+    for options, message in (
+        ({"name": "other"}, "is the state of 'train' at step 20, but this run is 'other' with 20 steps"),
+        ({"steps": 10}, "is the state of 'train' at step 20, but this run is 'train' with 10 steps"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            fit_line(tmp_path, Points(), **options)
+        assert str(error.value).startswith(state)
+    for module in (Line(size=4), nn.Sequential(Line())):
+        with pytest.raises(ValueError, match="is the state of another module: .* tensors differ, first") as error:
+            training.fit(module, Points(), steps=20, lr=0.1, out=tmp_path, context=HERE)
+        assert str(error.value).startswith(state)
+    frozen = Line()
+    frozen.embed.requires_grad_(False)
+    with pytest.raises(ValueError, match="another module: 3 tensors differ, first optimizer.embed.weight"):
+        training.fit(frozen, Points(), steps=20, lr=0.1, out=tmp_path, context=HERE)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", b"\x00" * 100])
+def test_a_damaged_state_is_refused(tmp_path, content):
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="state.safetensors is not the state of a training run .* Delete it"):
+        fit_line(tmp_path, Points())
+
+
+def test_other_weights_are_no_state(tmp_path):
+    (tmp_path / "state.safetensors").write_bytes((EMBEDDED / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="is not the state of a training run"):
+        fit_line(tmp_path, Points())
+
+
+def test_one_trainer_per_folder(tmp_path, processor, monkeypatch):
+    """A second one is refused. A killed process does not keep the lock, though its workers live a little longer."""
+    code = f"""
+import time
+from minivlm.training.files import lock_folder
+from pathlib import Path
+import multiprocessing
+with lock_folder(Path({str(tmp_path)!r})):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(300)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    worker = int(process.stdout.readline())
+    try:
+        message = f"Process {process.pid} is training in .*. Wait for it, or choose another folder"
+        with pytest.raises(ValueError, match=message):
+            fit_line(tmp_path, Points())
+        monkeypatch.setattr(recipe, "make_processor", lambda config: processor)
+        with pytest.raises(ValueError, match=message):
+            recipe.train(TINY, tmp_path, HERE)
+        assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+        process.kill()
+        process.wait()
+        fit_line(tmp_path, Points())
+    finally:
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+    fit_line(tmp_path, Points())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"lr": -0.1}, "lr must be at least 0, not -0.1"),
+        ({"lr": math.nan}, "lr must be at least 0, not nan"),
+        ({"horizon": 0}, "horizon must be at least 1, not 0"),
+        ({"warmup": 1.5}, "warmup must be from 0 to 1, not 1.5"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"clip": 0.0}, "clip must be above 0"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16, not 'float16'"),
+        ({"save_every": -1.0}, "save_every must be at least 0"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"groups": (training.ParameterGroup("tower"),)}, "No trained parameter has 'tower' in its name"),
+    ],
+)
+def test_bad_numbers_are_refused(tmp_path, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        fit_line(tmp_path / "out", Points(), **numbers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_needs_a_device_and_workers():
+    for name in ("nonsense", "cuda:99", "meta"):
+        with pytest.raises(ValueError, match=f"There is no device '{name}' to train on"):
+            training.find_distributed_context(name)
+    with pytest.raises(ValueError, match="workers must be at least 0, not -1"):
+        training.find_distributed_context("cpu", -1)
+    assert training.find_distributed_context("cpu", 3) == replace(HERE, workers=3)
+
+
+def test_learning_rate_rises_then_falls():
+    rates = [training.lr_schedule(step, 1000, 0.1) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01, rel=0.01) and max(rates) > 0.97 and rates[-1] < 1e-5
+    assert rates.index(max(rates)) == 99
+    assert training.lr_schedule(2000, 1000, 0.1) == 0
+
+
+def test_the_tower_lags_by_its_own_warmup(model):
+    """At first it has 1/200 of its share; after a fifth of the horizon all of it."""
+    tower = training.ParameterGroup("vision_tower", lr_scale=0.3, warmup=0.2)
+    config = training.FitConfig(steps=600, lr=2.0, horizon=1000, groups=(tower,))
+    optimizer = training.make_optimizer(model, 0.1, config.groups)
+    for step, share in ((0, 0.005), (99, 0.5), (199, 1.0), (500, 1.0)):
+        training.set_learning_rate(optimizer, step, config)
+        rates = {group["group"].match: group["lr"] for group in optimizer.param_groups}
+        assert rates["vision_tower"] / rates[""] == pytest.approx(0.3 * share)
+        assert rates[""] == 2.0 * training.lr_schedule(step, 1000, config.warmup)
+
+
+def test_only_matrices_decay(model):
+    module = objectives.AlignmentObjective(model)
+    name_of = {id(weight): name for name, weight in module.named_parameters()}
+    tower, seen = training.ParameterGroup("vision_tower", 0.5), 0
+    for group in training.make_optimizer(module, 0.1, [tower]).param_groups:
+        for weight in group["params"]:
+            name, seen = name_of[id(weight)], seen + 1
+            assert (group["group"] == tower) == ("vision_tower" in name)
+            assert (group["weight_decay"] > 0) == (weight.ndim > 1 and "embed" not in name), name
+    assert seen == len(name_of)
+
+
+# --- objectives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(8), ids=STAGES)
+def test_an_objective_trains_what_it_says_and_all_of_it(plan, number):
+    """Between ``prepare`` and ``finish`` a parameter has ``requires_grad`` exactly if it gets a gradient."""
+    objective = plan[number].objective
+    before = {name: p.requires_grad for name, p in objective.named_parameters()}
+    objective.prepare()
+    objective(**plan[number].batches[0]).backward()
+    trained = {name for name, p in objective.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in objective.named_parameters() if p.grad is not None}
+    objective.finish()
+    assert before == {name: p.requires_grad for name, p in objective.named_parameters()}
+    parts = {name.removeprefix("model.").split(".")[0] for name in trained}
+    of_model = {"vision_tower", "multi_modal_projector", "language_model"}
+    assert parts == {
+        "masks": {"vae"},
+        "align": of_model | {"log_temperature", "bias"},
+        "pose": {"vision_tower", "multi_modal_projector", "reader"},
+        "redraw": {"vae"},
+    }.get(STAGES[number], of_model)
+
+
+def test_a_loss_is_weighted_by_its_items(plan):
+    """The mean over processes is one over suffix tokens, or over masks; other batches have equal sizes."""
+    weights = {stage.name: float(stage.objective.loss_weight(stage.batches[0])) for stage in plan}
+    batch = {stage.name: stage.batches[0] for stage in plan}
+    for name in ("answer", "polish", "finish", "segment"):
+        assert weights[name] == (batch[name]["labels"] != -100).sum() > 8
+    for name in ("masks", "redraw"):
+        assert weights[name] == len(batch[name]["masks"]) > 4
+    assert weights["align"] == weights["pose"] == 1
 
 
 def test_losses_of_the_masks_by_hand():
-    """Squared error of the drawing made from codebook vectors, and a quarter of the distance to them."""
+    """Squared error of the mask decoded from codebook vectors, and a quarter of the distance to them."""
     torch.manual_seed(0)
-    learning = recipe.MaskVQVAEObjective()
-    learning.vae._vq_vae._embedding.normal_()
-    learning.decay = 1.0  # the averages, and with them the codebook, stay at nothing
+    objective = objectives.MaskVQVAEObjective()
+    objective.vae._vq_vae._embedding.normal_()
+    objective.decay = 1.0  # the averages, and with them the codebook, stay at zero
     masks = (torch.rand(3, 64, 64) < 0.5).float()
-    codes = learning.vae.encode(masks)
+    codes = objective.vae.encode(masks)
     with torch.no_grad():
-        found = learning.vae.encoder(2 * masks[:, None] - 1).flatten(2).mT  # [3, 16, 512]
-        drawn = learning.vae.decode(codes)
-        away = (found - learning.vae._vq_vae._embedding[codes]).square().mean()
-    expected = (drawn - (2 * masks - 1)).square().mean() + 0.25 * away
-    torch.testing.assert_close(learning(masks), expected, rtol=1e-5, atol=0)
+        vectors = objective.vae.encoder(2 * masks[:, None] - 1).flatten(2).mT  # [3, 16, 512]
+        decoded = objective.vae.decode(codes)
+        distance = (vectors - objective.vae._vq_vae._embedding[codes]).square().mean()
+    expected = (decoded - (2 * masks - 1)).square().mean() + 0.25 * distance
+    torch.testing.assert_close(objective(masks), expected, rtol=1e-5, atol=0)
 
 
-def test_the_encoder_learns_from_the_drawing():
-    """The gradient of the drawing passes the codebook as if it were not there, and the codebook itself has none."""
+def test_the_encoder_learns_from_the_decoded_mask():
+    """The gradient passes the codebook as if it were not there, and the codebook itself has none."""
     torch.manual_seed(0)
-    learning = recipe.MaskVQVAEObjective()
-    learning.commitment = 0.0
-    learning.vae._vq_vae._embedding.normal_()
-    codebook = learning.vae._vq_vae._embedding.clone()
+    objective = objectives.MaskVQVAEObjective()
+    objective.commitment = 0.0
+    objective.vae._vq_vae._embedding.normal_()
+    codebook = objective.vae._vq_vae._embedding.clone()
     masks = torch.rand(2, 64, 64)
-    learning(masks).backward()
-    grid = codebook[learning_codes(learning, masks, codebook)].mT.unflatten(2, (4, 4)).requires_grad_()
-    (learning.vae.decoder(grid)[:, 0] - (2 * masks - 1)).square().mean().backward()
-    # the gradient at the grid of vectors is that at the encoder's last bias, summed over places
-    torch.testing.assert_close(learning.vae.encoder[10].bias.grad, grid.grad.sum((0, 2, 3)), rtol=1e-4, atol=1e-9)
-    assert not learning.vae._vq_vae._embedding.requires_grad
-
-
-def learning_codes(learning, masks, codebook):
+    objective(masks).backward()
     with torch.no_grad():
-        vectors = learning.vae.encoder(2 * masks[:, None] - 1).flatten(2).mT
-    return torch.cdist(vectors, codebook).argmin(2)
+        vectors = objective.vae.encoder(2 * masks[:, None] - 1).flatten(2).mT
+    codes = torch.cdist(vectors, codebook).argmin(2)
+    grid = codebook[codes].mT.unflatten(2, (4, 4)).requires_grad_()
+    (objective.vae.decoder(grid)[:, 0] - (2 * masks - 1)).square().mean().backward()
+    # the gradient at the grid of vectors is that at the encoder's last bias, summed over positions
+    torch.testing.assert_close(objective.vae.encoder[10].bias.grad, grid.grad.sum((0, 2, 3)), rtol=1e-4, atol=1e-9)
+    assert not objective.vae._vq_vae._embedding.requires_grad
 
 
 def test_the_codebook_follows_its_vectors_by_hand():
-    """Codes 0 and 1 with averages of size 2 and 3; three vectors come for the first, one for the second."""
-    learning = recipe.MaskVQVAEObjective()
-    learning.decay = 0.9
-    learning.sizes.fill_(2.0)
-    learning.sizes[1] = 3.0
-    learning.sums[0], learning.sums[1], learning.sums[2] = 20.0, 30.0, 40.0
+    """Codes 0 and 1 with averages of size 2 and 3; three new vectors for the first, one for the second."""
+    objective = objectives.MaskVQVAEObjective()
+    objective.decay = 0.9
+    objective.sizes.fill_(2.0)
+    objective.sizes[1] = 3.0
+    objective.sums[0], objective.sums[1], objective.sums[2] = 20.0, 30.0, 40.0
     vectors = torch.tensor([1.0, 2.0, 6.0, 5.0])[:, None].expand(4, 512)
-    learning.follow(vectors, torch.tensor([0, 0, 0, 1]))
+    objective.update_codebook(vectors, torch.tensor([0, 0, 0, 1]))
     sizes = [0.9 * 2 + 0.1 * 3, 0.9 * 3 + 0.1 * 1, 0.9 * 2]  # 2.1, 2.8, 1.8: none is idle
     sums = [0.9 * 20 + 0.1 * 9, 0.9 * 30 + 0.1 * 5, 0.9 * 40]
-    torch.testing.assert_close(learning.sizes[:3], torch.tensor(sizes))
-    torch.testing.assert_close(learning.sums[:3, 7], torch.tensor(sums))
-    codebook = learning.vae._vq_vae._embedding
+    torch.testing.assert_close(objective.sizes[:3], torch.tensor(sizes))
+    torch.testing.assert_close(objective.sums[:3, 7], torch.tensor(sums))
+    codebook = objective.vae._vq_vae._embedding
     torch.testing.assert_close(codebook[:3, 100], torch.tensor([18.9 / 2.1, 27.5 / 2.8, 36 / 1.8]))
     assert codebook[3:].eq(0).all()
 
 
-def test_an_idle_code_goes_beside_a_busy_one():
-    """Two are idle and two busy; the busiest gives half to the first. One who takes 1 vector or more is left alone."""
-    learning = recipe.MaskVQVAEObjective()
-    learning.decay = 1.0
-    learning.sizes.fill_(2.0)
-    learning.sums.fill_(2.0)
-    for code, size, place in ((3, 0.5, 9.0), (4, 0.0, 0.0), (10, 8.0, 5.0), (20, 40.0, 7.0)):
-        learning.sizes[code], learning.sums[code] = size, size * place
-    learning.follow(torch.zeros(1, 512), torch.zeros(1, dtype=torch.long))
+def test_an_idle_code_moves_beside_a_busy_one():
+    """Two are idle and two busy. The busiest gives half to the first. A code with 1 vector or more stays."""
+    objective = objectives.MaskVQVAEObjective()
+    objective.decay = 1.0
+    objective.sizes.fill_(2.0)
+    objective.sums.fill_(2.0)
+    for code, size, vector in ((3, 0.5, 9.0), (4, 0.0, 0.0), (10, 8.0, 5.0), (20, 40.0, 7.0)):
+        objective.sizes[code], objective.sums[code] = size, size * vector
+    objective.update_codebook(torch.zeros(1, 512), torch.zeros(1, dtype=torch.long))
     sizes = {3: 20.0, 20: 20.0, 4: 4.0, 10: 4.0, 0: 2.0, 127: 2.0}
-    assert {code: float(learning.sizes[code]) for code in sizes} == sizes
-    places = {3: 1.01 * 7, 20: 7.0, 4: 1.01 * 5, 10: 5.0, 0: 1.0, 127: 1.0}
-    codebook = learning.vae._vq_vae._embedding[:, 33]
-    assert {code: float(codebook[code]) for code in places} == pytest.approx(places, rel=1e-6)
+    assert {code: float(objective.sizes[code]) for code in sizes} == sizes
+    vectors = {3: 1.01 * 7, 20: 7.0, 4: 1.01 * 5, 10: 5.0, 0: 1.0, 127: 1.0}
+    codebook = objective.vae._vq_vae._embedding[:, 33]
+    assert {code: float(codebook[code]) for code in vectors} == pytest.approx(vectors, rel=1e-6)
 
 
-def test_an_idle_code_stays_where_nobody_has_work_to_share():
-    learning = recipe.MaskVQVAEObjective()
-    learning.decay = 1.0
-    learning.sizes.fill_(4.0)
-    learning.sizes[5] = 0.0
-    learning.sums.fill_(4.0)
-    learning.follow(torch.zeros(1, 512), torch.zeros(1, dtype=torch.long))
-    assert learning.sizes[5] == 0 and learning.sizes[6] == 4
+def test_an_idle_code_stays_if_no_code_is_busy():
+    objective = objectives.MaskVQVAEObjective()
+    objective.decay = 1.0
+    objective.sizes.fill_(4.0)
+    objective.sizes[5] = 0.0
+    objective.sums.fill_(4.0)
+    objective.update_codebook(torch.zeros(1, 512), torch.zeros(1, dtype=torch.long))
+    assert objective.sizes[5] == 0 and objective.sizes[6] == 4
 
 
-def test_training_the_masks_brings_all_codes_to_work(processor):
-    """At the start one code has all the work: after a few steps the codebook has spread, and masks come back."""
+def test_training_spreads_the_codebook(processor):
+    """At the start all vectors have one code. After a few steps many codes are in use, and masks come back."""
     torch.manual_seed(0)
-    learning = recipe.MaskVQVAEObjective()
-    optimizer = recipe.new_optimizer(learning, 0.0)
+    objective = objectives.MaskVQVAEObjective()
+    optimizer = training.make_optimizer(objective)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
-    batch = recipe.MaskSteps(TINY, processor, 8)[0]
-    losses = [recipe.train_step(learning, batch, optimizer, 1, "float32") for _ in range(40)]
-    assert len(learning.vae.encode(batch["masks"]).unique()) > 10
+    batch = batches.MaskBatches(processor, 8)[0]
+    losses = [training.train_step(objective, batch, optimizer) for _ in range(40)]
+    assert len(objective.vae.encode(batch["masks"]).unique()) > 10
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_redraw_batch_holds_what_the_model_writes_and_what_is_true():
-    """Masks written by the embedded model, matched by name and box, and the true ones; scene by scene."""
-    model, processor, vae = PaliGemma.from_pretrained(), Processor.from_pretrained(), MaskVQVAE.from_pretrained()
-    config = replace(TINY, image_size=112)
-    steps = recipe.RedrawSteps(config, processor, 6)
-    steps.model, steps.vae = model, vae
-    batch, rows, missed = steps[0], 0, 0
-    for scene in steps.scenes(0):
-        classes = sorted({thing.name for thing in scene.objects}, key=[t.name for t in scene.objects].index)
-        answer = generate(model, processor, scene.image, "segment " + " ; ".join(classes), max_new_tokens=120)
-        found = locations.parse_detections(answer, 112, 112).detections
-        written, true = [], []
-        for thing in scene.objects:
-            right = [d for d in found if d.label == thing.name and evaluation.box_iou(d.box, thing.box) >= 0.5]
-            best = max(right, key=lambda d: evaluation.box_iou(d.box, thing.box), default=None)
-            missed += best is None
-            if best:
-                written.append((best.codes, locations.crop_mask(thing.mask, best.box)))
-            mask = locations.crop_mask(thing.mask, thing.box)
-            true.append((tuple(vae.encode(torch.tensor(mask)[None])[0].tolist()), mask))
-        for (codes, mask), of_model in [*((row, True) for row in written), *((row, False) for row in true)]:
-            assert tuple(batch["codes"][rows].tolist()) == codes and bool(batch["written"][rows]) == of_model
-            assert np.array_equal(batch["masks"][rows].numpy(), mask)
-            rows += 1
-    assert rows == len(batch["codes"]) == len(batch["masks"]) == len(batch["written"])
-    assert batch["written"].sum() > 5 > missed
-
-
-def test_redraw_batch_of_a_model_that_finds_nothing_holds_the_true_masks(processor):
-    steps = recipe.RedrawSteps(TINY, processor, 4)
-    steps.model, steps.vae = recipe.new_model(TINY, processor).eval(), MaskVQVAE.from_pretrained()
-    batch = steps[1]
-    assert len(batch["codes"]) == sum(len(scene.objects) for scene in steps.scenes(1)) and not batch["written"].any()
-    last_of_segment = recipe.SegmentSteps(TINY, processor, 4).seeds(1)[-1]
-    assert min(steps.seeds(0)) > last_of_segment
-
-
-def test_redrawing_scores_by_soft_overlap_and_moves_the_decoder_alone(processor):
-    stage = recipe.stages(TINY, recipe.new_model(TINY, processor), processor)[7]
-    module = stage.module
-    module.vae.load_state_dict(MaskVQVAE.from_pretrained().state_dict())
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "codes": torch.randint(128, (5, 16), generator=generator),
-        "masks": torch.rand(5, 64, 64, generator=generator).round(),
-        "written": torch.tensor([True, False, True, True, False]),
-    }
-    expected = 0.0
-    for codes, mask, written in zip(*batch.values(), strict=True):
-        values = module.vae.decode(codes[None])[0].detach().double()
-        likely = 1 / (1 + (-5 * values).exp())
-        overlap = (likely * mask).sum() / (likely + mask - likely * mask).sum()
-        error = ((values - (2 * mask - 1)) ** 2).mean()
-        expected += (1.0 if written else 0.3) * (1 - overlap + 0.2 * error) / 5
-    torch.testing.assert_close(module(**batch).double(), expected, rtol=1e-5, atol=0)
-
-    optimizer = recipe.new_optimizer(module, 0.02)
-    for step in range(8):
-        stage.set_learning_rate(optimizer, min(step, 1))
-        loss = recipe.train_step(module, batch, optimizer, 1, "float32")
-    moved = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {name for name in before if name.startswith("vae.decoder")}
-    assert loss < 0.95 * expected
-
-
-# --- batches of the other stages ------------------------------------------------------------------------------------
-
-
-def test_patches_show_what_covers_a_quarter_of_them():
-    for seed in range(20):
-        scene = emoji.make_scene(seed, "train", 64)
-        shows = recipe.patches_show(scene, 16)
-        for patch in range(16):
-            y, x = patch // 4 * 16, patch % 4 * 16
-            expected = set()
-            for thing in scene.objects:
-                pixels = sum(thing.mask[y + i, x + j] for i in range(16) for j in range(16))
-                if pixels >= 64:
-                    expected.add(thing.name)
-            assert {emoji.OBJECTS[i] for i in np.flatnonzero(shows[patch])} == expected
-
-
-def test_a_patch_belongs_to_what_covers_most_of_it():
-    shared = 0
-    for seed in range(60):
-        scene = emoji.make_scene(seed)
-        owners = recipe.owners_of_patches(scene, 16)
-        for patch in range(49):
-            y, x = patch // 7 * 16, patch % 7 * 16
-            pixels = [int(thing.mask[y : y + 16, x : x + 16].sum()) for thing in scene.objects]
-            assert owners[patch] == (pixels.index(max(pixels)) if max(pixels) >= 64 else -1)
-            shared += sum(n >= 64 for n in pixels) > 1
-    assert shared > 3  # or nothing had to be decided
-
-
-def test_pose_batch_holds_the_pose_of_each_thing(processor):
-    steps = recipe.PoseSteps(TINY, processor, 4)
-    batch, drawn = steps[1], steps.scenes(1)
-    assert [scene.seed for scene in drawn] == recipe.FinishSteps(TINY, processor, 4).seeds(1)
-    poses = [(thing.angle / 15, thing.mirrored) for scene in drawn for thing in scene.objects]
-    assert batch["poses"].dtype == torch.float32 and batch["poses"].tolist() == torch.tensor(poses).tolist()
-    assert batch["owners"].shape == (4, 16)
-    first = 0
-    for scene, pixels, owners in zip(drawn, batch["pixel_values"], batch["owners"], strict=True):
-        assert torch.equal(pixels, processor.preprocess_images([scene.image])[0])
-        own = recipe.owners_of_patches(scene, 16)
-        assert owners.tolist() == [first + thing if thing >= 0 else -1 for thing in own]
-        first += len(scene.objects)
-
-
-def test_loss_of_the_pose_by_hand(processor):
-    """A mean over all patches: of what is misread, where there is something to read, and of what has changed."""
-    posing = recipe.PoseObjective(recipe.new_model(TINY, processor))
-    batch = recipe.PoseSteps(TINY, processor, 4)[0]
-    with torch.no_grad():
-        before = posing.model.encode_image(batch["pixel_values"]).double()
-        posing.model.multi_modal_projector.linear.bias += 0.5
-        features = posing.model.encode_image(batch["pixel_values"])
-        read, got = posing.reader(features).double(), posing(**batch).double()
-    owners, misread = batch["owners"], 0.0
-    assert (owners < 0).any() and (owners >= 0).any()
-    for scene, patch in (owners >= 0).nonzero().tolist():
-        angle, mirrored = batch["poses"][owners[scene, patch]].double()
-        chance = read[scene, patch, 1].sigmoid()  # that it is mirrored
-        misread += float((read[scene, patch, 0] - angle) ** 2 - (chance if mirrored else 1 - chance).log())
-    changed = (features.double() - before).square().mean()
-    assert changed == pytest.approx(0.25)
-    torch.testing.assert_close(got, misread / owners.numel() + 0.005 * changed, rtol=1e-6, atol=0)
-    posing.begin()
-    with torch.no_grad():
-        assert float(posing(**batch)) == pytest.approx(misread / owners.numel(), rel=1e-6)
-
-
-def test_the_pose_is_taught_to_the_tower_alone(processor):
-    posing = recipe.PoseObjective(recipe.new_model(TINY, processor))
-    posing(**recipe.PoseSteps(TINY, processor, 4)[0]).backward()
-    taught = {name.split(".")[1] for name, weight in posing.named_parameters() if weight.grad is not None}
-    assert taught == {"vision_tower", "multi_modal_projector", "0", "2"}  # and the reader's two layers
-
-
-def test_name_ids_are_three_forms_of_each_name(processor):
-    ids = recipe.AlignSteps(TINY, processor, 4).name_ids()
-    texts = processor.batch_decode(ids)
-    n = len(emoji.OBJECTS)
-    assert texts[:n] == list(emoji.OBJECTS)
-    assert texts[n : 2 * n] == [f" {name}" for name in emoji.OBJECTS]
-    assert texts[2 * n :] == [f" {emoji.plural(name)}" for name in emoji.OBJECTS]
-
-
-def test_bag_of_words_is_the_mean_of_its_words(processor):
-    alignment = recipe.AlignmentObjective(recipe.new_model(TINY, processor))
+def test_embedding_of_a_name_is_the_mean_of_its_tokens(model):
+    alignment = objectives.AlignmentObjective(model)
     ids = torch.tensor([[10, 11, 12], [20, 0, 0]])
-    table = alignment.model.language_model.model.embed_tokens.weight * 32**0.5
-    bags = alignment.names(ids)
-    torch.testing.assert_close(bags[0], (table[10] + table[11] + table[12]) / 3)
-    torch.testing.assert_close(bags[1], table[20])
+    table = model.language_model.model.embed_tokens.weight * 32**0.5
+    names = alignment.embed_names(ids)
+    torch.testing.assert_close(names[0], (table[10] + table[11] + table[12]) / 3)
+    torch.testing.assert_close(names[1], table[20])
 
 
-def test_answer_batch_holds_the_scenes_own_answers(processor):
-    steps = recipe.AnswerSteps(TINY, processor, 4)
-    batch = steps[3]
-    assert batch["pixel_values"].shape == (4, 3, 64, 64) and len(batch["input_ids"]) == 8
-    for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        scene = emoji.make_scene(3 * 4 + row // 2, "train", 64)
-        text = processor.decode(ids)
-        prompt, answer = text.split("\n")
-        assert (prompt, answer) in {(e.prompt, e.answers[0]) for e in scene.examples}
-        assert processor.decode(labels[labels != -100]) == answer
-
-
-def test_processes_share_a_step_without_overlap(processor):
-    whole = recipe.AnswerSteps(TINY, processor, 4)[1]["pixel_values"]
-    parts = [recipe.AnswerSteps(TINY, processor, 4, rank, 2)[1]["pixel_values"] for rank in range(2)]
-    assert torch.equal(whole, torch.cat(parts))
-    with pytest.raises(ValueError, match="do not divide"):
-        recipe.AnswerSteps(TINY, processor, 4, 0, 3)
-
-
-@pytest.mark.parametrize("mixture", [recipe.MIXTURE, recipe.SEGMENT], ids=["answer", "segment"])
-def test_examples_are_drawn_by_the_mixture(mixture):
-    """Of all kinds that it names, and of no other: `segment` is asked in stage 6 alone."""
-    drawn = map(emoji.make_scene, range(99))
-    scene = next(s for s in drawn if {e.kind for e in s.examples} == set(recipe.SEGMENT))
-    rng = np.random.default_rng(0)
-    drawn = [recipe.choose_examples(scene, 1, rng, mixture)[0].kind for _ in range(4000)]
-    assert set(drawn) == set(mixture)
-    total = sum(mixture.get(e.kind, 0) for e in scene.examples)
-    for kind, weight in mixture.items():
-        expected = weight * sum(e.kind == kind for e in scene.examples) / total
-        assert abs(drawn.count(kind) / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
-    assert len(set(recipe.choose_examples(scene, 4, rng, mixture))) == 4
-
-
-def test_the_mixtures_of_earlier_stages_know_no_masks():
-    assert "segment" in recipe.SEGMENT
-    for earlier in (recipe.MIXTURE, recipe.POLISH, recipe.FINISH):
-        assert set(earlier) == set(recipe.SEGMENT) - {"segment"}
-
-
-def test_learning_rate_rises_then_falls_and_the_tower_lags(processor):
-    rates = [recipe.learning_rate(step, 1000, 0.1) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.01, rel=0.01) and max(rates) > 0.97 and rates[-1] < 1e-5
-    assert rates.index(max(rates)) == 99
-    stage = recipe.stages(TINY, recipe.new_model(TINY, processor), processor)[2]
-    optimizer = recipe.new_optimizer(stage.module, 0.1)
-    stage.horizon = 1000
-    for step, share in ((0, 0.005), (99, 0.5), (199, 1.0), (500, 1.0)):
-        stage.set_learning_rate(optimizer, step)
-        by_tower = {group["tower"]: group["lr"] for group in optimizer.param_groups}
-        assert by_tower[True] / by_tower[False] == pytest.approx(TINY.tower_lr * share)
-
-
-def test_stage_three_goes_on_with_new_scenes_and_its_own_mixture(processor):
-    plan = recipe.stages(TINY, recipe.new_model(TINY, processor), processor)
-    assert [stage.name for stage in plan] == "masks align answer polish finish pose segment redraw".split()
-    assert [stage.steps for stage in plan] == [6, 6, 6, 2, 2, 2, 2, 2]
-    masks, align, answer, polish, finish, pose, segment, redraw = plan
-    assert answer.horizon == 8 and all(stage.horizon == stage.steps for stage in plan if stage is not answer)
-    assert isinstance(masks.module, recipe.MaskVQVAEObjective) and isinstance(masks.batches, recipe.MaskSteps)
-    assert answer.module is polish.module and answer.module.model is align.module.model
-    assert [scene.seed for scene in polish.batches.scenes(0)] == [24, 25, 26, 27]
-    assert polish.batches.mixture is recipe.POLISH
-    assert finish.module is polish.module is segment.module
-    assert isinstance(pose.module, recipe.PoseObjective) and pose.module.model is align.module.model
-    assert finish.batches.mixture is recipe.FINISH and segment.batches.mixture is recipe.SEGMENT
-    assert isinstance(redraw.module, recipe.MaskDecoderObjective) and redraw.module.model is align.module.model
-    assert isinstance(redraw.batches, recipe.RedrawSteps) and redraw.lr == TINY.redraw_lr
-    assert segment.lr == TINY.segment_lr and segment.tower_lr == TINY.segment_tower_lr
-
-
-def test_stage_four_draws_new_scenes_in_proportion_to_what_they_show(processor):
-    batches = recipe.FinishSteps(TINY, processor, 16)
-    first = TINY.answer_scenes + TINY.polish_scenes
-    drawn = [batches.seeds(step) for step in range(300)]
-    for step, seeds in enumerate(drawn):
-        window = range(first + 32 * step, first + 32 * (step + 1))
-        assert len(set(seeds)) == 16 and set(seeds) <= set(window)
-    planned = [emoji.planned_count(seed) for seeds in drawn for seed in seeds]
-    everywhere = [emoji.planned_count(seed) for seed in range(first, first + 9600)]
-    kept = [planned.count(n) / everywhere.count(n) for n in (1, 2, 3, 4)]
-    assert kept == sorted(kept) and kept[0] < 0.35 and kept[3] > 0.6
-    two = [recipe.FinishSteps(TINY, processor, 16, rank, 2).scenes(0) for rank in (0, 1)]
-    assert [scene.seed for half in two for scene in half] == drawn[0]
-
-
-def test_the_last_stage_draws_the_same_way_from_the_scenes_after_those_of_stage_four(processor):
-    finish, segment = (kind(TINY, processor, 4) for kind in (recipe.FinishSteps, recipe.SegmentSteps))
-    assert segment.first_seed == finish.first_seed + 2 * TINY.finish_scenes == 24 + 8 + 2 * 8
-    last = max(seed for step in range(TINY.finish_scenes // 4) for seed in finish.seeds(step))
-    drawn = [segment.seeds(step) for step in range(2)]
-    assert last < segment.first_seed <= min(drawn[0]) and max(drawn[0]) < segment.first_seed + 8 <= min(drawn[1])
-
-
-def test_only_matrices_decay(processor):
-    module = recipe.AlignmentObjective(recipe.new_model(TINY, processor))
-    name_of = {id(weight): name for name, weight in module.named_parameters()}
-    for group in recipe.new_optimizer(module, 0.1).param_groups:
-        for weight in group["params"]:
-            name = name_of[id(weight)]
-            assert group["tower"] == ("vision_tower" in name)
-            assert (group["weight_decay"] > 0) == (weight.ndim > 1 and "embed" not in name), name
-
-
-def test_loss_falls(processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "new_processor", lambda recipe: processor)
-    config = replace(TINY, masks_scenes=80, align_scenes=240, answer_scenes=480, answer_horizon=480, answer_lr=5e-3)
-    recipe.train(config, tmp_path, HERE)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    module = recipe.SuffixObjective(PaliGemma.from_pretrained(tmp_path / "checkpoint"))
-    saved = Processor.from_pretrained(tmp_path / "checkpoint")
-    new = recipe.SuffixObjective(recipe.new_model(config, saved))
-    batch = recipe.AnswerSteps(config, saved, 8)[1000]
+def test_loss_of_the_pose_by_hand(processor, model):
+    """A mean over all patches: of the errors where a patch shows an object, and of the change."""
+    objective = objectives.PoseObjective(model)
+    batch = batches.PoseBatches(processor, 4)[0]
     with torch.no_grad():
-        assert float(module(**batch)) < 0.7 * float(new(**batch))
-    assert {r["stage"] for r in records} == set(range(8))
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    vae = MaskVQVAE.from_pretrained(tmp_path / "checkpoint").state_dict()  # its codes are those the model has learned
-    of_run = MaskVQVAE.from_pretrained(tmp_path).state_dict()
-    assert {name for name, value in vae.items() if not torch.equal(value, of_run[name])} == {
-        name for name in vae if name.startswith("decoder")
-    }
-    assert vae["_vq_vae._embedding"].norm() > 0
+        before = model.encode_image(batch["pixel_values"]).double()
+        model.multi_modal_projector.linear.bias += 0.5
+        features = model.encode_image(batch["pixel_values"])
+        read, loss = objective.reader(features).double(), objective(**batch).double()
+    owners, error = batch["owners"], 0.0
+    assert (owners < 0).any() and (owners >= 0).any()
+    for image, patch in (owners >= 0).nonzero().tolist():
+        angle, mirrored = batch["poses"][owners[image, patch]].double()
+        p = read[image, patch, 1].sigmoid()  # that it is mirrored
+        error += float((read[image, patch, 0] - angle) ** 2 - (p if mirrored else 1 - p).log())
+    change = (features.double() - before).square().mean()
+    assert change == pytest.approx(0.25)
+    torch.testing.assert_close(loss, error / owners.numel() + 0.005 * change, rtol=1e-6, atol=0)
+    objective.prepare()  # remembers the features as they are now
+    with torch.no_grad():
+        assert float(objective(**batch)) == pytest.approx(error / owners.numel(), rel=1e-6)
 
 
-def train_in_subprocess(out: Path, *options: str, launcher=(sys.executable, "-m", "minivlm")) -> subprocess.Popen:
-    numbers = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
-    command = [*launcher, "train", "--out", str(out), "--device", "cpu", "--save-every", "0", *numbers, *options]
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TQDM_MININTERVAL": "10",
-    }  # or its bars fill the pipe, which nobody reads
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-
-
-def finish(process: subprocess.Popen) -> None:
-    error = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 0, error
-
-
-def test_killed_run_goes_on_to_the_same_result(tmp_path):
-    """SIGKILL, at no chosen moment, in every stage: same losses, same weights, same codebook, bit for bit."""
-    scenes_of = dict.fromkeys(("masks", "align", "answer", "polish", "finish", "pose", "segment"), 240) | {
-        "redraw": 480
-    }
-    options = [word for stage, count in scenes_of.items() for word in (f"--{stage}-scenes", str(count))]
-    options += ["--answer-horizon", "240"]
-    never_killed = train_in_subprocess(tmp_path / "whole", *options)  # meanwhile
-    for stage in range(8):
-        process = train_in_subprocess(tmp_path / "killed", *options)
-        state = tmp_path / "killed" / "state.safetensors"
-        deadline = time.monotonic() + 120
-        while recipe.state_position(state) <= (stage, 0) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert recipe.state_position(state)[0] == stage and not (tmp_path / "killed" / "checkpoint").exists()
-    finish(train_in_subprocess(tmp_path / "killed", *options))
-    finish(never_killed)
-    whole, killed = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed"))
-    for one, other in zip(whole, killed, strict=True):
-        one, other = json.loads(one), json.loads(other)
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    one, other = (
-        PaliGemma.from_pretrained(tmp_path / name / "checkpoint").state_dict() for name in ("whole", "killed")
-    )
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    one, other = (
-        MaskVQVAE.from_pretrained(tmp_path / name / "checkpoint").state_dict() for name in ("whole", "killed")
-    )
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_two_processes_give_the_loss_of_one(tmp_path):
-    options = ("--precision", "float32")
-    alone = train_in_subprocess(tmp_path / "one", *options)  # meanwhile
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    finish(train_in_subprocess(tmp_path / "two", *options, launcher=(*launcher, "-m", "minivlm")))
-    finish(alone)
-    one, two = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert len(one) == 8 and one == pytest.approx(two, rel=1e-5)
-
-
-def test_bad_runs_say_what_to_do(processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "new_processor", lambda recipe: processor)
-    with pytest.raises(ValueError, match="at least one step"):
-        replace(TINY, align_scenes=3)
-    with pytest.raises(ValueError, match="masks_scenes is 3"):
-        replace(TINY, masks_scenes=3)
-    with pytest.raises(ValueError, match="precision"):
-        replace(TINY, precision="float16")
-    recipe.check_recipe(TINY, tmp_path, HERE)
-    with pytest.raises(ValueError, match="another recipe"):
-        recipe.check_recipe(replace(TINY, seed=1), tmp_path, HERE)
-    (tmp_path / "state.safetensors").write_bytes(b"not a state")
-    with pytest.raises(ValueError, match="no state of a training run"):
-        recipe.train(TINY, tmp_path, HERE)
-
-
-def test_halves_give_the_loss_and_gradient_of_the_whole(processor):
-    one, two = (recipe.SuffixObjective(recipe.new_model(TINY, processor)) for _ in range(2))
-    batch = recipe.AnswerSteps(TINY, processor, 4)[0]
+def test_halves_have_the_loss_and_gradient_of_the_whole(processor):
+    one, two = (objectives.SuffixObjective(recipe.make_model(TINY, processor)) for _ in range(2))
+    batch = suffix_batches(processor)[0]
     lengths = batch["attention_mask"].sum(1)
     assert lengths.sort().values[3] < lengths.max()  # the halves differ, or this would test nothing
     whole, halves = one.model.loss(**batch), two(**batch)
@@ -566,3 +543,405 @@ def test_halves_give_the_loss_and_gradient_of_the_whole(processor):
         # the tower's key biases shift all scores of a softmax alike: their true gradient is zero
         scale = 1.0 if name.endswith("k_proj.bias") else weight.grad.abs().max()
         assert (other.grad - weight.grad).abs().max() <= 1e-5 * scale, name
+
+
+def test_loss_of_the_mask_decoder_by_hand(plan):
+    """1 - soft IoU and a little squared error, which train the decoder alone."""
+    stage = plan[7]
+    objective = stage.objective
+    objective.vae.load_state_dict(MaskVQVAE.from_pretrained().state_dict())
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "codes": torch.randint(128, (5, 16), generator=generator),
+        "masks": torch.rand(5, 64, 64, generator=generator).round(),
+        "written": torch.tensor([True, False, True, True, False]),
+    }
+    expected = 0.0
+    for codes, mask, written in zip(*batch.values(), strict=True):
+        values = objective.vae.decode(codes[None])[0].detach().double()
+        inside = 1 / (1 + (-5 * values).exp())
+        iou = (inside * mask).sum() / (inside + mask - inside * mask).sum()
+        error = ((values - (2 * mask - 1)) ** 2).mean()
+        expected += (1.0 if written else 0.3) * (1 - iou + 0.2 * error) / 5
+    torch.testing.assert_close(objective(**batch).double(), expected, rtol=1e-5, atol=0)
+
+    objective.prepare()
+    optimizer = training.make_optimizer(objective, 0.02)
+    for step in range(8):
+        training.set_learning_rate(optimizer, min(step, 1), stage.config)
+        loss = training.train_step(objective, batch, optimizer)
+    changed = {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("vae.decoder")}
+    assert loss < 0.95 * expected
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_mask_batch_has_the_masks_of_all_objects_in_their_boxes(processor):
+    masks = batches.MaskBatches(processor, 4)[2]["masks"]
+    objects = [o for seed in range(8, 12) for o in emoji.make_scene(seed, "train", 64).objects]
+    expected = np.stack([locations.crop_mask(o.mask, o.box) for o in objects])
+    assert masks.dtype == torch.float32 and np.array_equal(masks.numpy(), expected)
+    halves = [batches.MaskBatches(processor, 4, rank=rank, world_size=2)[2]["masks"] for rank in range(2)]
+    assert torch.equal(masks, torch.cat(halves))
+
+
+def test_patches_show_what_covers_a_quarter_of_them():
+    for seed in range(20):
+        scene = emoji.make_scene(seed, "train", 64)
+        shows = batches.names_in_patches(scene, 16)
+        for patch in range(16):
+            y, x = patch // 4 * 16, patch % 4 * 16
+            expected = set()
+            for o in scene.objects:
+                pixels = sum(o.mask[y + i, x + j] for i in range(16) for j in range(16))
+                if pixels >= 64:
+                    expected.add(o.name)
+            assert {emoji.OBJECTS[i] for i in np.flatnonzero(shows[patch])} == expected
+
+
+def test_a_patch_belongs_to_the_object_that_covers_most_of_it():
+    shared = 0
+    for seed in range(60):
+        scene = emoji.make_scene(seed)
+        owners = batches.patch_owners(scene, 16)
+        for patch in range(49):
+            y, x = patch // 7 * 16, patch % 7 * 16
+            pixels = [int(o.mask[y : y + 16, x : x + 16].sum()) for o in scene.objects]
+            assert owners[patch] == (pixels.index(max(pixels)) if max(pixels) >= 64 else -1)
+            shared += sum(n >= 64 for n in pixels) > 1
+    assert shared > 3  # or there was nothing to decide
+
+
+def test_alignment_batch_says_which_patch_shows_which_name(processor):
+    alignment = batches.AlignmentBatches(processor, 4)
+    batch, scenes = alignment[1], alignment.scenes(1)
+    assert torch.equal(batch["pixel_values"], processor.preprocess_images([scene.image for scene in scenes]))
+    expected = np.stack([batches.names_in_patches(scene, 16) for scene in scenes])
+    for third in batch["shows"].chunk(3, dim=2):
+        assert np.array_equal(third.numpy(), expected)
+    texts, n = processor.batch_decode(batch["name_ids"]), len(emoji.OBJECTS)
+    assert texts[:n] == list(emoji.OBJECTS)
+    assert texts[n : 2 * n] == [f" {name}" for name in emoji.OBJECTS]
+    assert texts[2 * n :] == [f" {emoji.plural(name)}" for name in emoji.OBJECTS]
+
+
+def test_pose_batch_has_the_pose_of_each_object(processor):
+    options = {"first_seed": 32, "crowded": True}
+    poses = batches.PoseBatches(processor, 4, **options)
+    batch, scenes = poses[1], poses.scenes(1)
+    assert [scene.seed for scene in scenes] == batches.SceneBatches(processor, 4, **options).scene_seeds(1)
+    expected = [(o.angle / 15, o.mirrored) for scene in scenes for o in scene.objects]
+    assert batch["poses"].dtype == torch.float32 and batch["poses"].tolist() == torch.tensor(expected).tolist()
+    assert batch["owners"].shape == (4, 16)
+    first = 0
+    for scene, pixels, owners in zip(scenes, batch["pixel_values"], batch["owners"], strict=True):
+        assert torch.equal(pixels, processor.preprocess_images([scene.image])[0])
+        of_scene = batches.patch_owners(scene, 16)
+        assert owners.tolist() == [first + index if index >= 0 else -1 for index in of_scene]
+        first += len(scene.objects)
+
+
+def test_suffix_batch_has_the_answers_of_its_scenes(processor):
+    batch = suffix_batches(processor)[3]
+    assert batch["pixel_values"].shape == (4, 3, 64, 64) and len(batch["input_ids"]) == 8
+    for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        scene = emoji.make_scene(3 * 4 + row // 2, "train", 64)
+        prompt, answer = processor.decode(ids).split("\n")
+        assert (prompt, answer) in {(e.prompt, e.answers[0]) for e in scene.examples}
+        assert processor.decode(labels[labels != -100]) == answer
+
+
+def test_segment_batch_has_the_codes_of_the_masks(processor):
+    vae = MaskVQVAE.from_pretrained()
+    segment = suffix_batches(processor, mixture=recipe.SEGMENT_MIXTURE, first_seed=48, crowded=True, vae=vae)
+    coded = 0
+    for step in range(6):
+        batch, scenes = segment[step], [scene for scene in segment.scenes(step) for _ in range(2)]
+        for scene, ids, labels in zip(scenes, batch["input_ids"], batch["labels"], strict=True):
+            prompt, answer = processor.decode(ids).split("\n")
+            (example,) = (e for e in scene.examples if e.prompt == prompt)
+            assert processor.decode(labels[labels != -100]) == answer
+            if example.kind != "segment":
+                assert answer == example.answers[0]
+                continue
+            parsed = locations.parse_detections(answer, 64, 64)
+            assert parsed.problems == []
+            objects = emoji.select_objects(scene.objects, prompt.removeprefix("segment ").split(" ; "))
+            codes = vae.codes_from_masks([o.mask for o in objects], [o.box for o in objects])
+            expected = list(zip([o.name for o in objects], codes, strict=True))
+            assert [(d.label, d.codes) for d in parsed.detections] == expected
+            coded += len(codes)
+    assert coded > 10
+
+
+def test_mask_decoder_batch_has_what_the_model_writes_and_what_is_true():
+    """Masks written by the embedded model, matched by name and box, and the true ones, scene by scene."""
+    model, processor, vae = PaliGemma.from_pretrained(), Processor.from_pretrained(), MaskVQVAE.from_pretrained()
+    redraw = batches.MaskDecoderBatches(processor, 6, model=model, vae=vae, first_seed=80, crowded=True)
+    batch, row, missed = redraw[0], 0, 0
+    for scene in redraw.scenes(0):
+        classes = sorted({o.name for o in scene.objects}, key=[o.name for o in scene.objects].index)
+        answer = generate(model, processor, scene.image, "segment " + " ; ".join(classes), max_new_tokens=120)
+        detections = locations.parse_detections(answer, 112, 112).detections
+        written, true = [], []
+        for o in scene.objects:
+            correct = [d for d in detections if d.label == o.name and evaluation.box_iou(d.box, o.box) >= 0.5]
+            best = max(correct, key=lambda d: evaluation.box_iou(d.box, o.box), default=None)
+            missed += best is None
+            if best:
+                written.append((best.codes, locations.crop_mask(o.mask, best.box)))
+            mask = locations.crop_mask(o.mask, o.box)
+            true.append((tuple(vae.encode(torch.tensor(mask)[None])[0].tolist()), mask))
+        for (codes, mask), of_model in [*((pair, True) for pair in written), *((pair, False) for pair in true)]:
+            assert tuple(batch["codes"][row].tolist()) == codes and bool(batch["written"][row]) == of_model
+            assert np.array_equal(batch["masks"][row].numpy(), mask)
+            row += 1
+    assert row == len(batch["codes"]) == len(batch["masks"]) == len(batch["written"])
+    assert batch["written"].sum() > 5 > missed
+
+
+def test_mask_decoder_batch_of_a_model_that_finds_nothing_has_the_true_masks(processor, model):
+    vae = MaskVQVAE.from_pretrained()
+    redraw = batches.MaskDecoderBatches(processor, 4, model=model.eval(), vae=vae, first_seed=80)
+    batch = redraw[1]
+    assert len(batch["codes"]) == sum(len(scene.objects) for scene in redraw.scenes(1)) and not batch["written"].any()
+
+
+def test_processes_share_a_step_without_overlap(processor):
+    whole = suffix_batches(processor)[1]["pixel_values"]
+    parts = [suffix_batches(processor, rank=rank, world_size=2)[1]["pixel_values"] for rank in range(2)]
+    assert torch.equal(whole, torch.cat(parts))
+    with pytest.raises(ValueError, match="3 processes cannot share 4 scenes per step equally"):
+        suffix_batches(processor, rank=0, world_size=3)
+
+
+def test_crowded_batches_have_new_scenes_in_proportion_to_their_objects(processor):
+    crowded = batches.SceneBatches(processor, 16, first_seed=32, crowded=True)
+    seeds_of = [crowded.scene_seeds(step) for step in range(300)]
+    for step, seeds in enumerate(seeds_of):
+        window = range(32 + 32 * step, 32 + 32 * (step + 1))
+        assert len(set(seeds)) == 16 and set(seeds) <= set(window)
+    planned = [emoji.planned_count(seed) for seeds in seeds_of for seed in seeds]
+    offered = [emoji.planned_count(seed) for seed in range(32, 32 + 9600)]
+    kept = [planned.count(n) / offered.count(n) for n in (1, 2, 3, 4)]
+    assert kept == sorted(kept) and kept[0] < 0.35 and kept[3] > 0.6
+    options = {"first_seed": 32, "crowded": True, "world_size": 2}
+    halves = [batches.SceneBatches(processor, 16, rank=rank, **options).scenes(0) for rank in (0, 1)]
+    assert [scene.seed for half in halves for scene in half] == seeds_of[0]
+
+
+@pytest.mark.parametrize("mixture", [recipe.ANSWER_MIXTURE, recipe.SEGMENT_MIXTURE], ids=["answer", "segment"])
+def test_examples_are_sampled_by_the_mixture(mixture):
+    """All kinds in the mixture and no other: `segment` is only in that of the segment stage."""
+    scenes = map(emoji.make_scene, range(99))
+    scene = next(s for s in scenes if {e.kind for e in s.examples} == set(recipe.SEGMENT_MIXTURE))
+    rng = np.random.default_rng(0)
+    kinds = [batches.sample_examples(scene, 1, rng, mixture)[0].kind for _ in range(4000)]
+    assert set(kinds) == set(mixture)
+    total = sum(mixture.get(e.kind, 0) for e in scene.examples)
+    for kind, weight in mixture.items():
+        expected = weight * sum(e.kind == kind for e in scene.examples) / total
+        assert abs(kinds.count(kind) / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+    assert len(set(batches.sample_examples(scene, 4, rng, mixture))) == 4
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_that_of_the_embedded_checkpoint():
+    """Token for token: a model trained from scratch reads and writes as the embedded one does."""
+    embedded = json.loads((EMBEDDED / "tokenizer.json").read_text(encoding="utf-8"))
+    assert json.loads(recipe.make_processor(TINY).tokenizer.to_str()) == embedded
+
+
+def test_the_mixtures_of_earlier_stages_have_no_masks():
+    assert "segment" in recipe.SEGMENT_MIXTURE
+    for earlier in (recipe.ANSWER_MIXTURE, recipe.POLISH_MIXTURE, recipe.FINISH_MIXTURE):
+        assert set(earlier) == set(recipe.SEGMENT_MIXTURE) - {"segment"}
+
+
+def test_the_stages(plan, model):
+    assert [stage.name for stage in plan] == STAGES
+    assert [stage.config.steps for stage in plan] == [6, 6, 6, 2, 2, 2, 2, 2]
+    masks, align, answer, polish, finish, pose, segment, redraw = plan
+    assert answer.config.horizon == 8
+    assert all(stage.config.horizon == stage.config.steps for stage in plan if stage is not answer)
+    kinds = [(type(stage.objective), type(stage.batches)) for stage in plan]
+    suffix = (objectives.SuffixObjective, batches.SuffixBatches)
+    assert kinds == [
+        (objectives.MaskVQVAEObjective, batches.MaskBatches),
+        (objectives.AlignmentObjective, batches.AlignmentBatches),
+        *(suffix, suffix, suffix),
+        (objectives.PoseObjective, batches.PoseBatches),
+        suffix,
+        (objectives.MaskDecoderObjective, batches.MaskDecoderBatches),
+    ]
+    assert all(stage.objective.model is model for stage in plan[1:-1])
+    assert answer.batches.mixture is recipe.ANSWER_MIXTURE and polish.batches.mixture is recipe.POLISH_MIXTURE
+    assert finish.batches.mixture is recipe.FINISH_MIXTURE and segment.batches.mixture is recipe.SEGMENT_MIXTURE
+    for stage in plan:
+        assert stage.config.lr == getattr(TINY, f"{stage.name}_lr")
+        assert stage.config.precision == "bfloat16" and stage.config.weight_decay == TINY.weight_decay
+        if stage not in (masks, align, redraw):
+            (tower,) = stage.config.groups
+            prefix = "" if stage is answer else f"{stage.name}_"
+            assert tower.match == "vision_tower" and tower.lr_scale == getattr(TINY, f"{prefix}tower_lr")
+            assert tower.warmup == (TINY.tower_warmup if stage is answer else 0)
+
+
+def test_stages_use_scenes_that_no_earlier_one_used(plan):
+    """But for the first three, which all start at seed 0, and ``pose``, which has the scenes of ``finish``."""
+    masks, align, answer, polish, finish, pose, segment, redraw = (stage.batches for stage in plan)
+    assert masks.first_seed == align.first_seed == answer.first_seed == 0
+    assert [scene.seed for scene in polish.scenes(0)] == [24, 25, 26, 27]
+    assert pose.scene_seeds(1) == finish.scene_seeds(1)
+    assert [polish.first_seed, finish.first_seed, segment.first_seed, redraw.first_seed] == [24, 32, 48, 64]
+    for earlier, later in ((answer, polish), (polish, finish), (finish, segment), (segment, redraw)):
+        steps = next(stage.config.steps for stage in plan if stage.batches is earlier)
+        last = max(seed for step in range(steps) for seed in earlier.scene_seeds(step))
+        assert last < later.first_seed <= min(later.scene_seeds(0))
+
+
+def test_a_whole_run(processor, tmp_path, monkeypatch):
+    """All stages, their files, and a checkpoint; the same call again only loads them."""
+    monkeypatch.setattr(recipe, "make_processor", lambda config: processor)
+    recipe.train(TINY, tmp_path, HERE)
+    assert json.loads((tmp_path / "recipe.json").read_text()) == vars(TINY)
+    for stage, steps in zip(STAGES, (6, 6, 6, 2, 2, 2, 2, 2), strict=True):
+        assert [record["step"] for record in metrics(tmp_path / stage)] == [steps]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = tmp_path / "checkpoint"
+    assert Processor.from_pretrained(checkpoint).tokenizer.to_str() == processor.tokenizer.to_str()
+    vae, of_masks = (MaskVQVAE.from_pretrained(folder).state_dict() for folder in (checkpoint, tmp_path))
+    changed = {name for name, value in vae.items() if not torch.equal(value, of_masks[name])}
+    assert changed == {name for name in vae if name.startswith("decoder")}  # codes keep the meaning the model learned
+    assert vae["_vq_vae._embedding"].norm() > 0
+    before = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").unlink()
+    recipe.train(TINY, tmp_path, HERE)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_loss_falls(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "make_processor", lambda config: processor)
+    config = replace(TINY, masks_scenes=80, align_scenes=240, answer_scenes=480, answer_horizon=480, answer_lr=5e-3)
+    recipe.train(config, tmp_path, HERE)
+    trained = objectives.SuffixObjective(PaliGemma.from_pretrained(tmp_path / "checkpoint"))
+    new = objectives.SuffixObjective(recipe.make_model(config, processor))
+    batch = suffix_batches(Processor.from_pretrained(tmp_path / "checkpoint"))[1000]
+    with torch.no_grad():
+        assert float(trained(**batch)) < 0.7 * float(new(**batch))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--masks-scenes 3", "masks_scenes must be at least masks_batch, 64, for one step, not 3"),
+        ("--segment-scenes 15", "segment_scenes must be at least answer_batch, 16"),
+        ("--answer-horizon 0", "answer_horizon must be at least 1, not 0"),
+        ("--answer-horizon 15", "answer_horizon must be at least answer_batch"),
+        ("--align-batch -4", "align_batch must be at least 1, not -4"),
+        ("--examples 0", "examples must be at least 1, not 0"),
+        ("--patch-size 0", "patch_size must be at least 1, not 0"),
+        ("--patch-size 15", "image_size must be a multiple of patch_size 15, not 112"),
+        ("--image-size 32", "image_size must be from 48 to 896, not 32"),
+        ("--heads 5", "width must be a multiple of the number of heads, 5, not 192"),
+        ("--heads 64", "head_dim 3 is odd"),
+        ("--seed -1", "seed must be at least 0, not -1"),
+        ("--pose-lr -0.001", "pose_lr must be at least 0, not -0.001"),
+        ("--segment-lr nan", "segment_lr must be at least 0, not nan"),
+        ("--warmup 2", "warmup must be from 0 to 1, not 2.0"),
+        ("--tower-warmup 2", "warmup must be from 0 to 1, not 2.0"),
+        ("--precision float16", "precision must be one of float32, bfloat16, not 'float16'"),
+        ("--workers -1", "workers must be at least 0, not -1"),
+        ("--save-every -1", "save_every must be at least 0, not -1.0"),
+        ("--device cuda:99", "There is no device 'cuda:99' to train on"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, processor, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(recipe, "make_processor", lambda config: processor)
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), "--device", "cpu", *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_has_one_recipe(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(recipe, "make_processor", lambda config: processor)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(vars(TINY)))
+    recipe.check_recipe(TINY, path)
+    with pytest.raises(ValueError, match="recipe.json records another recipe"):
+        recipe.train(replace(TINY, seed=1), tmp_path, HERE)
+    for content in (b"", b'{"seed": 0', b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="recipe.json is not valid JSON .* Delete it, or choose another folder"):
+            recipe.train(TINY, tmp_path, HERE)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_a_state_of_another_stage_is_refused(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(recipe, "make_processor", lambda config: processor)
+    masks = tmp_path / "masks"
+    training.fit(Line(), Points(), steps=6, lr=0.1, out=masks, context=HERE, name="redraw")
+    with pytest.raises(ValueError, match="masks/state.safetensors is the state of 'redraw' at step 6"):
+        recipe.train(TINY, tmp_path, HERE)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+# --- runs in processes of their own ---------------------------------------------------------------------------------
+
+
+def train_in_subprocess(out: Path, *options: str, launcher=(sys.executable, "-m", "minivlm")) -> subprocess.Popen:
+    numbers = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
+    command = [*launcher, "train", "--out", str(out), "--device", "cpu", "--save-every", "0", *numbers, *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"}  # or progress bars fill the pipe
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> None:
+    error = process.communicate(timeout=600)[1].decode()
+    assert process.returncode == 0, error
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_result(tmp_path):
+    """SIGKILL at an arbitrary moment of every stage: same losses, same weights, same codebook, bit for bit."""
+    scenes = dict.fromkeys(STAGES, 240) | {"redraw": 480}
+    options = [word for stage, count in scenes.items() for word in (f"--{stage}-scenes", str(count))]
+    options += ["--answer-horizon", "240"]
+    never_killed = train_in_subprocess(tmp_path / "whole", *options)  # meanwhile
+    killed = tmp_path / "killed"
+    for number, stage in enumerate(STAGES):
+        process = train_in_subprocess(killed, *options)
+        deadline = time.monotonic() + 300
+        while not (killed / stage / "state.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached = [name for name in STAGES if (killed / name / "state.safetensors").exists()]
+        assert reached == STAGES[: number + 1] and not (killed / "checkpoint" / "model.safetensors").exists()
+    finish(train_in_subprocess(killed, *options))
+    finish(never_killed)
+    for stage in STAGES:
+        assert metrics(killed / stage) == metrics(tmp_path / "whole" / stage)
+    for cls in (PaliGemma, MaskVQVAE):
+        one, other = (cls.from_pretrained(tmp_path / name / "checkpoint") for name in ("whole", "killed"))
+        assert_equal_weights(one, other)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    options = ("--precision", "float32")
+    alone = train_in_subprocess(tmp_path / "one", *options)  # meanwhile
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    finish(train_in_subprocess(tmp_path / "two", *options, launcher=(*launcher, "-m", "minivlm")))
+    finish(alone)
+    one, two = ([metrics(tmp_path / name / stage)[0]["loss"] for stage in STAGES] for name in ("one", "two"))
+    assert len(one) == 8 and one == pytest.approx(two, rel=1e-5)

@@ -1,1 +1,1 @@
-"""All that teaches: the chapters, their exercises, grading, and figures."""
+"""Everything that teaches: the table of chapters, the exercises, grading, and figures."""

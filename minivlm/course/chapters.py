@@ -38,7 +38,7 @@ CHAPTERS: dict[str, Chapter] = {
             ("losses.py",),
         ),
         Chapter("03", "patch embedding", "How does an image become a sequence?", 100, ("siglip.py",)),
-        Chapter("04", "the processor", "What does the model actually receive?", 80, ("processor.py",)),
+        Chapter("04", "the processor", "What does the model actually receive?", 80, ("processor.py", "tokenizer.py")),
         Chapter("05", "the prefix-LM mask", "Which token attends to which?", 80, ("masks.py",)),
         Chapter(
             "06",

@@ -1,9 +1,10 @@
-"""Emoji scenes: the data set of the embedded checkpoint, and how that checkpoint is trained and measured.
+"""Emoji scenes: the data set of the embedded checkpoint, and how that checkpoint is trained and evaluated.
 
     scene = emoji.make_scene(5, "validation")     # an image, its objects, and what can be said about it
     scene.image, scene.objects, scene.examples
 
-``recipe`` trains the checkpoint and ``evaluation`` measures it; both are imported by name, since they need torch.
+``batches`` makes batches of scenes, ``recipe`` trains the checkpoint and ``evaluation`` measures it. They need torch,
+so they are not imported here.
 """
 
 from minivlm.emoji.language import (

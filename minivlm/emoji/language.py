@@ -1,7 +1,7 @@
 """What can be said about a scene: captions, questions with answers, and targets for boxes and masks.
 
-Every text is exact, since the scene knows its objects. What is ambiguous by the margins below is left out.
-Prompts use PaliGemma's task prefixes. Lengths are fractions of the image's side.
+Every text is exact, since the objects of a scene are known. What is ambiguous by the margins below is left out. Prompts
+have PaliGemma's task prefixes.
 """
 
 import re
@@ -17,9 +17,9 @@ from minivlm.locations import Detection, format_detections
 
 MAX_OBJECTS = 4  # in one scene
 
-# Margins of the language, as fractions of the side: what is closer than this is not asked or said.
+# Margins, as fractions of the image's side. What is closer than this is not asked or said.
 ORDER_GAP = 0.04  # between the centers of neighbors in "from left to right"
-CELL_MARGIN = 0.03  # from a center to a border of its 3 x 3 cell
+CELL_MARGIN = 0.03  # from a center to a border of its 3 × 3 cell
 CELL_CLEAR = 0.08  # from a cell to any other object's center, for "what is at the top left?"
 DIRECTION = 0.10  # a center this much further left *is* left
 OPPOSITE = 0.05  # a center this much further right is clearly *not* left
@@ -32,9 +32,9 @@ DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below":
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answers: `answers[0]` is the training target, all of them are right.
+    """A prompt and its correct answers, of which the first is the training target.
 
-    Of `segment` it is the boxes alone: what codes a mask has, only a VQ-VAE knows (`segment_target`).
+    Answers of ``segment`` have boxes only. The codes of a mask depend on a VQ-VAE (``segment_target``).
     """
 
     kind: str
@@ -43,14 +43,18 @@ class Example:
 
 
 def count_phrase(name: str, count: int) -> str:
-    """`a cat`, `two cats`, … up to four. ValueError for other counts or an unknown name."""
+    """ "a cat", "two cats", … up to four.
+
+    Raises:
+        ValueError: If the count is another or the name is unknown.
+    """
     if not 1 <= count <= MAX_OBJECTS:
-        raise ValueError(f"count is {count}; a scene holds 1 to {MAX_OBJECTS} objects.")
+        raise ValueError(f"count must be from 1 to {MAX_OBJECTS}, the most objects in a scene, not {count}.")
     return with_article(name) if count == 1 else f"{NUMBERS[count]} {plural(name)}"
 
 
 def join_phrases(phrases: list[str]) -> str:
-    """`["a", "b", "c"]` → "a, b and c"."""
+    """["a", "b", "c"] → "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
@@ -63,24 +67,24 @@ _PHRASES = {count_phrase(name, n): (name, n) for name in OBJECTS for n in range(
 
 
 def parse_caption(text: str) -> Counter | None:
-    """Read "a cat and two dogs" as Counter(dog=2, cat=1); None where the text is not such a caption."""
+    """Parse "a cat and two dogs" into Counter(dog=2, cat=1). None if the text is not such a caption."""
     counts: Counter = Counter()
-    for piece in re.split(", | and ", text.strip()):
-        if piece not in _PHRASES:
+    for phrase in re.split(", | and ", text.strip()):
+        if phrase not in _PHRASES:
             return None
-        name, count = _PHRASES[piece]
+        name, count = _PHRASES[phrase]
         counts[name] += count
     return counts
 
 
 def same_caption(predicted: str, expected: str) -> bool:
-    """Whether two `caption en` texts say the same, in whatever order. False where one cannot be understood."""
+    """Whether two ``caption en`` texts say the same, in any order. False if one cannot be parsed."""
     counts = parse_caption(predicted)
     return counts is not None and counts == parse_caption(expected)
 
 
 def cell_of(center: tuple[float, float], size: int) -> str | None:
-    """Name of the 3 x 3 cell that holds a point (x, y); None within CELL_MARGIN of a border between cells."""
+    """Name of the 3 × 3 cell that contains a point (x, y). None within ``CELL_MARGIN`` of a border between cells."""
     x, y = center[0] / size, center[1] / size
     if any(abs(v - border) < CELL_MARGIN for v in (x, y) for border in (1 / 3, 2 / 3)):
         return None
@@ -88,38 +92,39 @@ def cell_of(center: tuple[float, float], size: int) -> str | None:
 
 
 def at_cell(cell: str) -> str:
-    """The place of a cell: "top left" → "at the top left", "center" → "in the center"."""
+    """ "top left" → "at the top left", "center" → "in the center"."""
     return f"{'in' if cell == 'center' else 'at'} the {cell}"
 
 
 def select_objects(objects: Iterable[SceneObject], classes: Iterable[str]) -> list[SceneObject]:
-    """The objects of these classes: classes in the order asked, from left to right within a class."""
+    """The objects of these classes, in the order of the classes and from left to right within a class."""
     by_x = sorted(objects, key=lambda o: (o.box[0], o.box[1]))
     return [o for name in classes for o in by_x if o.name == name]
 
 
 def detect_target(objects: Iterable[SceneObject], classes: Iterable[str], size: int) -> str:
-    """What `detect a ; b` should say."""
+    """The correct answer to ``detect a ; b``."""
     return format_detections([Detection(o.name, o.box) for o in select_objects(objects, classes)], size, size)
 
 
 def segment_target(
     objects: Iterable[SceneObject], classes: Iterable[str], size: int, codes_from_masks: Callable
 ) -> str:
-    """What `segment a ; b` should say: the same boxes, each with the codes of its mask.
+    """The correct answer to ``segment a ; b``: the same boxes, each with the 16 codes of its mask.
 
-    `codes_from_masks(masks, boxes)`, such as `vqvae.MaskVQVAE.codes_from_masks`, gives each mask's 16.
+    Args:
+        codes_from_masks: Such as ``vqvae.MaskVQVAE.codes_from_masks``: (masks, boxes) → the codes of each.
     """
-    found = select_objects(objects, classes)
-    codes = codes_from_masks([o.mask for o in found], [o.box for o in found])
-    return format_detections([Detection(o.name, o.box, c) for o, c in zip(found, codes, strict=True)], size, size)
+    selected = select_objects(objects, classes)
+    codes = codes_from_masks([o.mask for o in selected], [o.box for o in selected])
+    return format_detections([Detection(o.name, o.box, c) for o, c in zip(selected, codes, strict=True)], size, size)
 
 
 def relation_answer(objects: tuple[SceneObject, ...], name: str, direction: str, size: int) -> str | None:
-    """Answer to "what is {direction} the {name}?", or None where it would be ambiguous.
+    """Answer to "what is {direction} the {name}?", or None if it would be ambiguous.
 
-    With offsets of centers along the direction, in fractions of the side: `name` must occur once, exactly one other
-    object lies 0.10 or more that way (DIRECTION), and all others lie 0.05 or more the opposite way (OPPOSITE).
+    ``name`` must occur once. Exactly one other object must be at least ``DIRECTION`` away that way, and all others at
+    least ``OPPOSITE`` the opposite way, from center to center.
     """
     reference = [o for o in objects if o.name == name]
     if len(reference) != 1:
@@ -142,7 +147,7 @@ def _ordered_clearly(ordered: list[SceneObject], size: int) -> bool:
 
 
 def _describe(ordered: list[SceneObject], size: int) -> tuple[str, ...]:
-    """The relation phrase and its inverse ("a cat above a dog", "a dog below a cat"); empty where ambiguous."""
+    """The relation phrase and its inverse ("a cat above a dog", "a dog below a cat"); empty if ambiguous."""
     first = with_article(ordered[0].name)
     if len(ordered) == 1:
         cell = cell_of(ordered[0].center, size)
@@ -172,30 +177,30 @@ def _captions(objects: tuple[SceneObject, ...], size: int) -> Iterator[Example]:
 
 
 def _absent(rng: np.random.Generator, present: Iterable[str]) -> str:
-    """A name that the scene lacks and that may appear beside all of its objects."""
+    """A name that is not in the scene and forms no held-out pair with its objects."""
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]
         if name not in present and PARTNERS[name].isdisjoint(present):
             return name
 
 
-def _some(rng: np.random.Generator, examples: list[Example], most: int) -> list[Example]:
-    """At most `most` of the examples, at random."""
-    if len(examples) <= most:
+def _sample(rng: np.random.Generator, examples: list[Example], limit: int) -> list[Example]:
+    """All examples, or ``limit`` of them at random if there are more."""
+    if len(examples) <= limit:
         return examples
-    return [examples[i] for i in rng.permutation(len(examples))[:most]]
+    return [examples[i] for i in rng.permutation(len(examples))[:limit]]
 
 
-def _lonely_in_cell(objects: tuple[SceneObject, ...], index: int, size: int) -> str | None:
-    """The cell of object `index`, if all other centers are CELL_CLEAR or more away from that cell."""
+def _cell_of_its_own(objects: tuple[SceneObject, ...], index: int, size: int) -> str | None:
+    """The cell of an object if all other centers are ``CELL_CLEAR`` or more away from it."""
     cell = cell_of(objects[index].center, size)
     if cell is None:
         return None
     column, row = (int(v / size * 3) for v in objects[index].center)
     for other in objects[:index] + objects[index + 1 :]:
         x, y = (v / size for v in other.center)
-        away = max(column / 3 - x, x - (column + 1) / 3, row / 3 - y, y - (row + 1) / 3)
-        if away < CELL_CLEAR:
+        distance = max(column / 3 - x, x - (column + 1) / 3, row / 3 - y, y - (row + 1) / 3)
+        if distance < CELL_CLEAR:
             return None
     return cell
 
@@ -205,14 +210,14 @@ def _where_and_what(
 ) -> list[Example]:
     what, where = [], []
     for index, o in enumerate(objects):
-        if cell := _lonely_in_cell(objects, index, size):
+        if cell := _cell_of_its_own(objects, index, size):
             what.append(Example("what", f"answer en what is {at_cell(cell)}?", (o.name,)))
         if counts[o.name] == 1 and (cell := cell_of(o.center, size)):
             where.append(Example("where", f"answer en where is the {o.name}?", (cell,)))
-    chosen = _some(rng, what, 2 if len(objects) > 1 else 1)
+    chosen = _sample(rng, what, 2 if len(objects) > 1 else 1)
     if len(objects) == 1:
         chosen = [*chosen, Example("what", "answer en what is this?", (objects[0].name,))]
-    return chosen + _some(rng, where, 2)
+    return chosen + _sample(rng, where, 2)
 
 
 def _counting(objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator) -> list[Example]:
@@ -233,13 +238,13 @@ def _relations(objects: tuple[SceneObject, ...], counts: Counter, rng: np.random
         for direction in DIRECTIONS:
             if answer := relation_answer(objects, name, direction, size):
                 found.append(Example("relation", f"answer en what is {direction} the {name}?", (answer,)))
-    return _some(rng, found, 2)
+    return _sample(rng, found, 2)
 
 
-def _pointing(
+def _detections(
     task: str, objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator, size: int
 ) -> Iterator[Example]:
-    """One class, then two or more where the scene has them. 8% of the queries name a class that is not there."""
+    """One class, then two or more if the scene has them. 8% of the queries name a class that is not there."""
     names = list(counts)
     single = _absent(rng, counts) if rng.random() < 0.08 else names[rng.integers(len(names))]
     queries = [[single]]
@@ -253,13 +258,13 @@ def _pointing(
 
 
 def examples(objects: tuple[SceneObject, ...], size: int, rng: np.random.Generator) -> tuple[Example, ...]:
-    """Captions, then questions, then boxes, then masks: everything asked about a scene of these objects."""
+    """All prompts about a scene of these objects: captions, then questions, then boxes, then masks."""
     counts = Counter(o.name for o in objects)
     return (
         *_captions(objects, size),
         *_where_and_what(objects, counts, rng, size),
         *_counting(objects, counts, rng),
         *_relations(objects, counts, rng, size),
-        *_pointing("detect", objects, counts, rng, size),
-        *_pointing("segment", objects, counts, rng, size),
+        *_detections("detect", objects, counts, rng, size),
+        *_detections("segment", objects, counts, rng, size),
     )

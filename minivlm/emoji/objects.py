@@ -1,8 +1,8 @@
 """The 100 objects of the emoji scenes: names, artists, sprites, and the pairs that training never shows together.
 
-    h, w  height and width of a sprite in pixels
+    H, W height and width of an image, h, w of a sprite, in pixels
 
-Sprites are stored one sheet per artist in ``data/emoji``; ``data/emoji/index.json`` lists objects and artists.
+Sprites are stored in one sheet per artist in ``data/emoji``; ``data/emoji/index.json`` lists objects and artists.
 """
 
 import json
@@ -21,7 +21,7 @@ from minivlm.hub import DATA
 def _read_index() -> dict:
     path = DATA / "emoji" / "index.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: clone minivlm's repository and run pip install -e . in it.")
+        raise FileNotFoundError(f"{path} is missing. Clone minivlm's repository and run pip install -e . in it.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -34,28 +34,36 @@ UNSEEN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "uns
 
 
 def plural(name: str) -> str:
-    """`plural("leaf") == "leaves"`. ValueError for a name that is not in OBJECTS."""
+    """``plural("leaf") == "leaves"``.
+
+    Raises:
+        ValueError: If the name is not in ``OBJECTS``.
+    """
     return _entry(name)["plural"]
 
 
 def with_article(name: str) -> str:
-    """`with_article("apple") == "an apple"`. ValueError for a name that is not in OBJECTS."""
+    """``with_article("apple") == "an apple"``.
+
+    Raises:
+        ValueError: If the name is not in ``OBJECTS``.
+    """
     return f"{_entry(name)['article']} {name}"
 
 
-def may_mirror(name: str) -> bool:
-    """Whether the object may be shown mirrored. ValueError for a name that is not in OBJECTS."""
+def can_be_mirrored(name: str) -> bool:
+    """Whether a mirrored image of the object is still right: not so for digits and clock hands."""
     return _entry(name)["mirror"]
 
 
 def _entry(name: str) -> dict:
     if name not in _ENTRY:
-        raise ValueError(f"{name!r} is not an object of the data set; see minivlm.emoji.OBJECTS.")
+        raise ValueError(f"{name!r} is not an object of the data set. minivlm.emoji.OBJECTS lists them.")
     return _ENTRY[name]
 
 
 def _held_out(a: str, b: str) -> bool:
-    """Whether a hash of the two names falls into one twentieth of its range."""
+    """Whether a hash of the two names is in one twentieth of its range."""
     return a != b and zlib.crc32("+".join(sorted((a, b))).encode()) % 20 == 0
 
 
@@ -67,16 +75,20 @@ PARTNERS = {n: frozenset(b if a == n else a for a, b in HELD_OUT_PAIRS if n in (
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as it can be seen: `box` is tight around `mask`, and `mask` leaves out what later objects cover.
+    """The visible part of one object.
 
-    `angle` and `mirrored` are its pose: how `draw_sprite` drew it.
+    Attributes:
+        box: Tight around the mask: x0, y0, x1, y1 in pixels, half open.
+        mask: Its pixels, without those that later objects cover.
+        angle: Of its sprite in degrees, counterclockwise.
+        mirrored: Whether its sprite is mirrored.
     """
 
     name: str
     artist: str
-    box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half open
+    box: tuple[int, int, int, int]
     mask: Bool[np.ndarray, "H W"] = field(repr=False, compare=False)
-    angle: int = 0  # degrees, counter-clockwise
+    angle: int = 0
     mirrored: bool = False
 
     @property
@@ -88,7 +100,7 @@ class SceneObject:
 
 @cache
 def _sprites(artist: str) -> dict[str, Image.Image]:
-    """Name → 64 x 64 picture with premultiplied alpha (colors never leak from transparent pixels when resampled)."""
+    """Name → 64 × 64 image with premultiplied alpha, so that resampling mixes in no color of transparent pixels."""
     cell, columns = _INDEX["cell"], _INDEX["columns"]
     with Image.open(DATA / "emoji" / f"{artist}.png") as file:
         sheet = file.convert("RGBA").convert("RGBa")
@@ -97,16 +109,20 @@ def _sprites(artist: str) -> dict[str, Image.Image]:
 
 
 def draw_sprite(name: str, artist: str, side: int, angle: int = 0, mirror: bool = False) -> UInt8[np.ndarray, "h w 4"]:
-    """One object, cut to its own outline, with premultiplied alpha.
+    """One object, cropped to its outline, with premultiplied alpha.
 
-    `side` is the longer of h and w in pixels; `angle` turns counter-clockwise, in whole degrees.
-    ValueError for an unknown name or artist, or a side below 1.
+    Args:
+        side: The longer of h and w, in pixels.
+        angle: In degrees, counterclockwise.
+
+    Raises:
+        ValueError: If the name or the artist is unknown, or ``side`` is below 1.
     """
     _entry(name)
     if artist not in TRAIN_ARTISTS + UNSEEN_ARTISTS:
-        raise ValueError(f"artist is {artist!r}; choose one of {', '.join(TRAIN_ARTISTS + UNSEEN_ARTISTS)}.")
+        raise ValueError(f"artist must be one of {', '.join(TRAIN_ARTISTS + UNSEEN_ARTISTS)}, not {artist!r}.")
     if side < 1:
-        raise ValueError(f"side is {side}; give at least 1 pixel.")
+        raise ValueError(f"side must be at least 1 pixel, not {side}.")
     sprite = _sprites(artist)[name]
     if mirror:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,15 +1,16 @@
-"""Emoji scenes: an endless, seeded data set of pictures with captions, questions, boxes and masks.
+"""Emoji scenes: an endless, seeded data set of images with captions, questions, boxes and masks.
 
-`make_scene(seed)` pastes one to four emoji on a plain, shaded or photographic background and knows what it did, so
+    H, W height and width of an image, both ``size`` · h, w of one pasted object, all in pixels
+
+``make_scene(seed)`` pastes one to four emoji on a plain, shaded or photographic background and records what it did, so
 every caption, answer and box is exact. The same seed gives the same scene everywhere (the same bytes with the same
-versions of numpy and Pillow). Four splits:
+versions of numpy and Pillow). There are four splits:
 
-- `train`, `validation`: two training artists, disjoint streams; some pairs of objects (about 5%) never meet;
-- `pairs`: every picture holds at least one of those never-seen-together pairs;
-- `artist`: every object is drawn by an artist that training never shows.
+- ``train``, ``validation``: two training artists, disjoint streams. Some pairs of objects (about 5%) are held out.
+- ``pairs``: every image has at least one of the held-out pairs.
+- ``artist``: every object is drawn by an artist that training never shows.
 
-Letters: H, W = height and width of the picture in pixels (both `size`); h, w = of one pasted object.
-Boxes are (x0, y0, x1, y1) in pixels, half open, origin at the top left. Prompts are PaliGemma's task prefixes.
+Boxes are (x0, y0, x1, y1) in pixels, half open, origin at the top left. Prompts have PaliGemma's task prefixes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,28 +30,27 @@ from minivlm.emoji.objects import (
     TRAIN_ARTISTS,
     UNSEEN_ARTISTS,
     SceneObject,
+    can_be_mirrored,
     draw_sprite,
-    may_mirror,
 )
 from minivlm.hub import DATA
 
-MAX_OBJECTS = 4
 MIN_SIZE, MAX_SIZE = 48, 896
 
-# Layout. Lengths are fractions of the picture's side (24 to 52 pixels at 112).
+# Layout. Lengths are fractions of the image's side (24 to 52 pixels at 112).
 SMALLEST, LARGEST = 24 / 112, 52 / 112
-MIN_VISIBLE = 0.75  # of an object's own pixels
+MIN_VISIBLE = 0.75  # of an object's pixels
 TRIES = 20  # positions tried before an object is left out
 OBJECT_COUNTS = np.cumsum([0.20, 0.30, 0.25, 0.25])  # of 1, 2, 3, 4 objects
-REPEAT = 0.45  # of the scenes with two or more objects, how many repeat a name
-TILT = 15  # degrees
+REPEAT = 0.45  # fraction of the scenes with two or more objects that repeat a name
+TILT = 15  # largest angle of an object, in degrees
 
 _HELD_OUT_LIST = sorted(HELD_OUT_PAIRS)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, the objects in it in the order they were pasted, and what can be said about it."""
+    """An image, its objects in the order in which they were pasted, and what can be said about it."""
 
     seed: int
     split: str
@@ -60,18 +60,18 @@ class Scene:
 
     @cached_property
     def examples(self) -> tuple[language.Example, ...]:
-        """Everything asked about this scene, the same at every call."""
-        rng = np.random.default_rng((SPLITS.index(self.split), self.seed, 1))  # a stream of its own
+        """All prompts about this scene with their answers, the same at every call."""
+        rng = np.random.default_rng((SPLITS.index(self.split), self.seed, 1))  # a separate stream
         return language.examples(self.objects, self.size, rng)
 
     @property
     def captions(self) -> dict[str, tuple[str, ...]]:
-        """Kind of caption ("caption", "cap", "describe", where the scene allows it) → its accepted texts."""
+        """Kind of caption ("caption", "cap", "describe", if the scene allows it) → its accepted texts."""
         return {e.kind: e.answers for e in self.examples if e.kind in ("caption", "cap", "describe")}
 
     @property
     def questions(self) -> tuple[language.Example, ...]:
-        """The examples whose prompt starts with "answer en "."""
+        """The examples whose prompt starts with ``answer en``."""
         return tuple(e for e in self.examples if e.prompt.startswith("answer en "))
 
 
@@ -79,12 +79,12 @@ class Scene:
 def _textures() -> tuple[Image.Image, ...]:
     paths = sorted((DATA / "images" / "textures").glob("*.png"))
     if not paths:
-        raise FileNotFoundError(f"{DATA / 'images' / 'textures'} holds no PNG files: clone the repository again.")
+        raise FileNotFoundError(f"{DATA / 'images' / 'textures'} has no PNG files. Clone the repository again.")
     return tuple(Image.open(path).convert("RGB") for path in paths)
 
 
 def _background(rng: np.random.Generator, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Plain, shaded or photographic, a third each. Whole-number arithmetic, so that all machines agree."""
+    """Plain, shaded or photographic, a third each. Integer arithmetic, so that all machines agree."""
     kind = rng.integers(3)
     first, second = rng.integers(50, 256, (2, 3))
     if kind == 0:
@@ -101,7 +101,7 @@ def _background(rng: np.random.Generator, size: int) -> UInt8[np.ndarray, "H W 3
 
 
 def _texture_background(rng: np.random.Generator, size: int, tint: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
-    """A random crop of a photo texture, its contrast lowered and its mean moved towards `tint`."""
+    """A random crop of a photo texture, its contrast lowered and its mean moved toward ``tint``."""
     texture = _textures()[rng.integers(len(_textures()))]
     side = int(rng.integers(texture.width // 2, texture.width + 1))
     x, y = (int(v) for v in rng.integers(0, texture.width - side + 1, 2))
@@ -112,7 +112,7 @@ def _texture_background(rng: np.random.Generator, size: int, tint: np.ndarray) -
 
 
 def _paste(image: UInt8[np.ndarray, "H W 3"], sprite: UInt8[np.ndarray, "h w 4"], x: int, y: int) -> None:
-    """Lay a premultiplied sprite over `image` in place, its top left corner at (x, y)."""
+    """Paste a premultiplied sprite onto ``image`` in place, its top left corner at (x, y)."""
     part = image[y : y + sprite.shape[0], x : x + sprite.shape[1]]
     through = (255 - sprite[..., 3:]).astype(np.uint16)
     part[...] = sprite[..., :3] + ((part * through + 127) // 255).astype(np.uint8)
@@ -121,25 +121,27 @@ def _paste(image: UInt8[np.ndarray, "H W 3"], sprite: UInt8[np.ndarray, "h w 4"]
 def _place(
     rng: np.random.Generator, mask: Bool[np.ndarray, "h w"], visible: list[np.ndarray], totals: list[int], size: int
 ) -> tuple[int, int] | None:
-    """A corner (x, y) for one more object, or None. The first half of the tries covers nothing, the second some.
+    """A corner (x, y) for one more object, or None. The second half of the tries can cover parts of earlier objects.
 
-    `visible`: H x W masks of the earlier objects; `totals`: their areas when nothing covered them, in pixels.
+    Args:
+        visible: H × W masks of the earlier objects.
+        totals: Their areas before anything covered them, in pixels.
     """
     h, w = mask.shape
     corners = rng.integers(0, (size - w + 1, size - h + 1), (TRIES, 2)).tolist()
     for attempt, (x, y) in enumerate(corners):
         share = 1.0 if attempt < TRIES // 2 else MIN_VISIBLE
-        seen = [v[y : y + h, x : x + w] & mask for v in visible]  # what this place would cover
-        if not any(s.any() for s in seen):
+        covered = [v[y : y + h, x : x + w] & mask for v in visible]
+        if not any(c.any() for c in covered):
             return x, y
-        left = [np.count_nonzero(v) - np.count_nonzero(s) for v, s in zip(visible, seen, strict=True)]
+        left = [np.count_nonzero(v) - np.count_nonzero(c) for v, c in zip(visible, covered, strict=True)]
         if all(n >= share * total for n, total in zip(left, totals, strict=True)):
             return x, y
     return None
 
 
 def _choose_names(rng: np.random.Generator, split: str) -> list[str]:
-    """One to four names: in `pairs` they start with a held-out pair, elsewhere they contain none."""
+    """One to four names. In ``pairs`` they start with a held-out pair, elsewhere they contain none."""
     count = 1 + int(np.searchsorted(OBJECT_COUNTS, rng.random(), side="right"))
     names: list[str] = []
     if split == "pairs":
@@ -156,7 +158,7 @@ def _choose_names(rng: np.random.Generator, split: str) -> list[str]:
 
 
 def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarray, list[SceneObject]]:
-    """Paste the chosen objects one after the other; what finds no place is left out."""
+    """Paste the chosen objects one after the other. One that does not fit anywhere is left out."""
     names = _choose_names(rng, split)
     artists = UNSEEN_ARTISTS if split == "artist" else TRAIN_ARTISTS
     image = _background(rng, size)
@@ -167,7 +169,7 @@ def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarra
     for name in names:
         artist = artists[rng.integers(len(artists))]
         side = round(size * (SMALLEST + (LARGEST - SMALLEST) * rng.random()))
-        angle, mirror = int(rng.integers(-TILT, TILT + 1)), bool(rng.random() < 0.5 and may_mirror(name))
+        angle, mirror = int(rng.integers(-TILT, TILT + 1)), bool(rng.random() < 0.5 and can_be_mirrored(name))
         sprite = draw_sprite(name, artist, side, angle, mirror)
         mask = sprite[..., 3] > 127
         corner = _place(rng, mask, visible, totals, size)
@@ -189,30 +191,40 @@ def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarra
 
 
 def mask_box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
-    """Tight half-open box (x0, y0, x1, y1) around the true pixels, in pixels. ValueError if there are none."""
+    """Tight half-open box (x0, y0, x1, y1) around the true pixels, in pixels.
+
+    Raises:
+        ValueError: If there are none.
+    """
     rows, columns = mask.any(1), mask.any(0)
     if not rows.any():
-        raise ValueError("The mask has no true pixel, so it has no box; pass a mask of something visible.")
+        raise ValueError("The mask has no true pixel, so it has no box. Pass the mask of a visible object.")
     y0, x0 = int(rows.argmax()), int(columns.argmax())
     return x0, y0, len(columns) - int(columns[::-1].argmax()), len(rows) - int(rows[::-1].argmax())
 
 
 def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
-    """The scene of this seed: a `size` x `size` RGB picture with its objects, the same on every machine.
+    """The scene of a seed, the same on every machine.
 
-    Another size is another layout of the same names, not the same picture enlarged.
-    seed: an integer, 0 or more; split: one of SPLITS; size: pixels, MIN_SIZE to MAX_SIZE.
-    ValueError where one of them is something else.
+    Another size gives another layout of the same names, not the same image enlarged.
+
+    Args:
+        seed: An integer, 0 or more.
+        split: One of ``SPLITS``.
+        size: Of each side in pixels, ``MIN_SIZE`` to ``MAX_SIZE``.
+
+    Raises:
+        ValueError: If an argument is something else.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}.")
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; give an integer, 0 or more.")
+        raise ValueError(f"seed must be an integer, 0 or more, not {seed!r}.")
     if not isinstance(size, int | np.integer) or isinstance(size, bool) or not MIN_SIZE <= size <= MAX_SIZE:
-        raise ValueError(f"size is {size!r}; give an integer of pixels from {MIN_SIZE} to {MAX_SIZE}.")
+        raise ValueError(f"size must be an integer from {MIN_SIZE} to {MAX_SIZE} pixels, not {size!r}.")
     seed, size = int(seed), int(size)
     rng = np.random.default_rng((SPLITS.index(split), seed))
-    while True:  # a second round only where a held-out pair found no place
+    while True:  # again only if one of a held-out pair did not fit
         image, objects = _compose(rng, split, size)
         names = {o.name for o in objects}
         if split != "pairs" or any(PARTNERS[n] & names for n in names):
@@ -220,14 +232,14 @@ def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
 
 
 def planned_count(seed: int, split: str = "train") -> int:
-    """How many objects the scene of this seed sets out to show, without drawing it; now and then one finds no place."""
+    """How many objects the scene of this seed has, without rendering it. Now and then one of them does not fit."""
     return len(_choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split))
 
 
 def texts(seeds: Iterable[int], split: str = "train") -> Iterator[str]:
-    """Every prompt and every training target of these seeds: the corpus that a tokenizer learns from.
+    """Every prompt and every training target of these seeds: the corpus to train a tokenizer on.
 
-    But for `segment`, which would only repeat what `detect` says.
+    Without ``segment``, which would only repeat the words of ``detect``.
     """
     for seed in seeds:
         for example in (e for e in make_scene(seed, split).examples if e.kind != "segment"):

@@ -1,17 +1,19 @@
 """``python -m minivlm.course.exercises`` prints the table of docs/teaching.md."""
 
-from minivlm.course.exercises import CHAPTERS, EXERCISES
+from minivlm.course.chapters import CHAPTERS
+from minivlm.course.exercises import in_chapter
 
 
 def table() -> str:
+    """Every exercise and its mistakes, in Markdown, chapter by chapter."""
     lines = []
-    for number, title in CHAPTERS.items():
-        lines += [f"### {number} {title}", "", "| exercise | stars | minutes | points | it names who … |"]
+    for number, chapter in CHAPTERS.items():
+        lines += [f"### {number} {chapter.title}", ""]
+        lines += ["| exercise | stars | minutes | points | the check recognizes a solution that … |"]
         lines += ["|---|---|---|---|---|"]
-        for e in (e for e in EXERCISES.values() if e.chapter == number):
-            stars = "★" * e.difficulty + "☆" * (3 - e.difficulty)
-            caught = "; ".join(mistake.name for mistake in e.mistakes).replace("|", "\\|")
-            lines.append(f"| {e.key} `{e.name}` | {stars} | {e.minutes} | {e.points} | {caught} |")
+        for e in in_chapter(number):
+            mistakes = "; ".join(mistake.name for mistake in e.mistakes).replace("|", "\\|")
+            lines.append(f"| {e.key} `{e.name}` | {e.stars} | {e.minutes} | {e.points} | {mistakes} |")
         lines.append("")
     return "\n".join(lines)
 

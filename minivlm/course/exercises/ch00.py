@@ -1,4 +1,4 @@
-"""Chapter 00: three pieces to warm up with, on shapes, axes and softmax."""
+"""Chapter 00: three warm-up exercises, on shapes, axes and softmax."""
 
 import math
 
@@ -10,12 +10,12 @@ from minivlm.course.exercises.exercise import Exercise, Mistake
 
 
 def num_image_tokens(image_size, patch_size):
-    """Pixels along a side of the picture and of a patch → how many whole patches the picture holds."""
+    """Side of the image and of a patch in pixels → how many whole patches the image contains."""
     return (image_size // patch_size) ** 2
 
 
 def size_cases(rng):
-    """The sizes of PaliGemma and of the embedded model, then some that leave a rest at the edge."""
+    """The sizes of PaliGemma and of the embedded model, then some with leftover pixels at the edge."""
     yield 224, 14
     yield 112, 16
     for _ in range(5):
@@ -33,32 +33,32 @@ IMAGE_TOKENS = Exercise(
         Mistake(
             "counts the patches along one side only",
             lambda image_size, patch_size: image_size // patch_size,
-            "There are as many rows of patches as columns: square it.",
+            "There are as many rows of patches as columns: square the number.",
         ),
         Mistake(
             "counts the pixels of one patch",
             lambda image_size, patch_size: patch_size**2,
-            "How many patches go into the picture? Start with how many go along one side.",
+            "How many patches fit into the image? Start with how many fit along one side.",
         ),
         Mistake(
-            "rounds up, as if a patch could hang over the edge",
+            "rounds up, as if a patch could extend beyond the edge",
             lambda image_size, patch_size: math.ceil(image_size / patch_size) ** 2,
-            "Only whole patches count, what is left at the edge is dropped: `//` rounds down.",
+            "Only whole patches count. Leftover pixels at the edge are dropped: `//` rounds down.",
         ),
         Mistake(
-            "divides the areas, so that rests at the edges add up to patches",
+            "divides the areas, so leftover pixels at the edges add up to extra patches",
             lambda image_size, patch_size: image_size**2 // patch_size**2,
-            "Patches lie in whole rows and columns: divide the sides first, then square.",
+            "Patches form whole rows and columns: divide the sides first, then square.",
         ),
         Mistake(
-            "keeps the fraction",
+            "returns a fraction",
             lambda image_size, patch_size: (image_size / patch_size) ** 2,
-            "A number of patches is whole: `//` instead of `/`.",
+            "The number of patches is an integer: use `//` instead of `/`.",
         ),
         Mistake(
-            "counts a [class] token as well",
+            "also counts a [class] token",
             lambda image_size, patch_size: (image_size // patch_size) ** 2 + 1,
-            "Many vision transformers add one; PaliGemma's tower has none.",
+            "Many vision transformers add one, but PaliGemma's vision tower doesn't.",
         ),
     ),
 )
@@ -68,12 +68,12 @@ IMAGE_TOKENS = Exercise(
 
 
 def mean_color(images):
-    """Pictures [N, H, W, 3] → the mean red, green and blue of each, [N, 3]."""
+    """Images [N, H, W, 3] → the mean red, green and blue of each, [N, 3]."""
     return images.mean((1, 2))
 
 
-def picture_cases(rng):
-    """Pictures that are not square, of different numbers, so that every axis has a length of its own."""
+def image_cases(rng):
+    """Batches of images that are not square, so that every axis has a different length."""
     for count, height, width in ((2, 4, 5), (4, 2, 6), (1, 5, 2), (5, 6, 4), (3, 1, 2)):
         yield (torch.from_numpy(rng.random((count, height, width, 3))).float(),)
 
@@ -81,44 +81,44 @@ def picture_cases(rng):
 MEAN_COLOR = Exercise(
     key="00.2",
     reference=mean_color,
-    cases=picture_cases,
+    cases=image_cases,
     difficulty=1,
     minutes=6,
     mistakes=(
         Mistake(
-            "takes the mean of all numbers together",
+            "takes the mean of all values at once",
             lambda images: images.mean(),
-            "One color for each picture: keep the axes of pictures and of colors, `mean((1, 2))`.",
+            "One color per image: keep the batch axis and the color axis, `mean((1, 2))`.",
         ),
         Mistake(
-            "takes the mean over the pictures too",
+            "averages over the batch too",
             lambda images: images.mean((0, 1, 2)),
-            "Each picture has a mean of its own: leave axis 0 alone.",
+            "Each image has its own mean: leave axis 0 alone.",
         ),
         Mistake(
-            "takes the mean over the colors, which gives grays",
+            "averages over the colors, which turns the images gray",
             lambda images: images.mean(-1),
-            "The last axis holds red, green and blue: keep it, and take the mean over rows and columns.",
+            "The last axis is red, green and blue: keep it and average over rows and columns.",
         ),
         Mistake(
-            "takes the mean over rows or columns, but not over both",
+            "averages over the rows but not over the columns",
             lambda images: images.mean(1),
-            "`mean` takes several axes at once: `mean((1, 2))`.",
+            "`mean` accepts several axes at once: `mean((1, 2))`.",
         ),
         Mistake(
-            "sums where it should average",
+            "sums instead of averaging",
             lambda images: images.sum((1, 2)),
             "Divide by the number of pixels, or call `mean`.",
         ),
         Mistake(
-            "mixes the first three axes up: it averages over pictures and rows",
+            "averages over images and rows instead of rows and columns",
             lambda images: images.mean((0, 1)),
-            "The axes of [N, H, W, 3] are counted from 0: H is 1 and W is 2.",
+            "The axes of [N, H, W, 3] are numbered from 0: H is 1 and W is 2.",
         ),
         Mistake(
-            "keeps the axes that it has averaged away",
+            "keeps the averaged axes with length 1",
             lambda images: images.mean((1, 2), keepdim=True),
-            "`keepdim=True` leaves axes of length 1; here the shape is to be [N, 3].",
+            "`keepdim=True` leaves axes of length 1, but the shape should be [N, 3].",
         ),
     ),
 )
@@ -128,7 +128,7 @@ MEAN_COLOR = Exercise(
 
 
 def best_words(scores, words):
-    """Scores [N, V] of V words → for each of the N rows, the likeliest word and its probability."""
+    """Scores [N, V] of V words → for each of the N rows, the most likely word and its probability."""
     best = scores.softmax(-1).max(-1)
     return [(words[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
@@ -146,12 +146,12 @@ def _pairs(values, indices, words):
     return [(words[i], v) for v, i in zip(values.tolist(), indices.tolist(), strict=True)]
 
 
-def _chosen(choose, weigh):
-    """A wrong answer: which column each row chooses, and what it calls its probability."""
+def _chosen(choose, probability):
+    """A wrong answer: which column each row chooses, and what it returns as its probability."""
 
     def function(scores, words):
         index = choose(scores)
-        return _pairs(weigh(scores).gather(-1, index[:, None])[:, 0], index, words)
+        return _pairs(probability(scores).gather(-1, index[:, None])[:, 0], index, words)
 
     return function
 
@@ -172,44 +172,44 @@ BEST_WORDS = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "gives the scores as they are in place of probabilities",
+            "returns the raw scores instead of probabilities",
             _chosen(_largest, lambda scores: scores),
-            "Scores may be negative or above 1: `scores.softmax(-1)` makes probabilities of them.",
+            "Scores can be negative or above 1: `scores.softmax(-1)` turns them into probabilities.",
         ),
         Mistake(
-            "takes the softmax over the rows, not over the words",
+            "takes the softmax over the rows instead of the words",
             _chosen(lambda scores: scores.softmax(0).argmax(-1), lambda scores: scores.softmax(0)),
-            "In each row the probabilities of the V words sum to 1: the last axis, `softmax(-1)`.",
+            "In each row, the probabilities of the V words sum to 1: that is the last axis, `softmax(-1)`.",
         ),
         Mistake(
             "takes the softmax over the whole table",
             _chosen(_largest, lambda scores: scores.flatten().softmax(0).view_as(scores)),
-            "Every row is a choice of its own: `softmax(-1)`.",
+            "Every row is its own distribution: `softmax(-1)`.",
         ),
         Mistake(
-            "chooses the unlikeliest word",
+            "chooses the least likely word",
             _chosen(lambda scores: scores.argmin(-1), _probabilities),
-            "The likeliest has the largest score: `argmax`, or `max`.",
+            "The most likely word has the largest score: use `argmax` or `max`.",
         ),
         Mistake(
             "divides the scores by their sum",
             _chosen(_largest, lambda scores: scores / scores.sum(-1, keepdim=True)),
-            "Softmax takes exponentials first, exp(score) / Σ exp(score), so that nothing is negative.",
+            "Softmax exponentiates first, exp(score) / Σ exp(score), so that nothing is negative.",
         ),
         Mistake(
-            "gives the exponentials without dividing by their sum",
+            "forgets to divide the exponentials by their sum",
             _chosen(_largest, lambda scores: scores.exp()),
-            "exp(score) becomes a probability when divided by the sum over the row.",
+            "exp(score) becomes a probability when you divide it by the sum over the row.",
         ),
         Mistake(
-            "gives the words alone",
+            "returns the words without their probabilities",
             lambda scores, words: [words[i] for i in scores.argmax(-1).tolist()],
-            "For each row a pair is wanted: (word, probability).",
+            "Return a pair for each row: (word, probability).",
         ),
         Mistake(
-            "gives the number of the word, not the word",
+            "returns the index of the word instead of the word",
             lambda scores, words: _pairs(*scores.softmax(-1).max(-1), range(len(words))),
-            "`words[i]` is the word in place i.",
+            "`words[i]` is the word with index i.",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Chapter 01: how pictures and words come to share a space."""
+"""Chapter 01: how images and text come to share one embedding space."""
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +8,18 @@ from minivlm.course.exercises.exercise import Exercise, Mistake
 
 
 def random_rows(rng, rows, width):
-    """Vectors of very different lengths, so that it shows when a length is not divided out."""
+    """Vectors of very different lengths, so that a missing normalization shows."""
     x = rng.normal(0, 1, (rows, width)) * rng.uniform(0.3, 3, (rows, 1))
     return torch.from_numpy(x).float()
 
 
 def table_cases(rng):
-    """Never as many rows as columns, so that no axis can be taken for the other."""
+    """Never as many rows as columns, so that the axes cannot be confused."""
     for rows, width in ((2, 3), (4, 2), (3, 5), (1, 4), (5, 2)):
         yield (random_rows(rng, rows, width),)
 
 
-NORMALISE = Exercise(
+NORMALIZE = Exercise(
     key="01.1",
     reference=losses.l2_normalize,
     name="l2_normalize",  # chapter 04 has another normalize
@@ -30,39 +30,39 @@ NORMALISE = Exercise(
         Mistake(
             "normalizes over the batch axis",
             lambda x: x / x.norm(dim=0, keepdim=True),
-            "Each row is a vector of its own: sum the squares along the last axis, `dim=-1`.",
+            "Each row is one vector: sum the squares along the last axis, `dim=-1`.",
         ),
         Mistake(
-            "divides all vectors by one length, that of the whole table",
+            "divides every vector by the norm of the whole table",
             lambda x: x / x.norm(),
-            "Every row has its own length: say `dim=-1`.",
+            "Every row has its own length: pass `dim=-1`.",
         ),
         Mistake(
-            "lets the summed axis disappear, so that the division does not line up",
+            "drops the summed axis, so the division does not broadcast row by row",
             lambda x: x / x.norm(dim=-1),
-            "`keepdim=True` leaves the lengths as a column, [N, 1], which divides row by row.",
+            "`keepdim=True` keeps the lengths as a column, [N, 1], which divides row by row.",
         ),
         Mistake(
             "divides by the sum of the absolute values",
             lambda x: x / x.abs().sum(-1, keepdim=True),
-            "That is the L1 norm; the L2 norm is the root of the sum of the squares.",
+            "That is the L1 norm. The L2 norm is the square root of the sum of squares.",
         ),
         Mistake(
             "forgets the square root",
             lambda x: x / x.square().sum(-1, keepdim=True),
-            "Σ x² is the square of the length: take its root.",
+            "Σ x² is the squared length: take its square root.",
         ),
         Mistake(
-            "divides by the root of the mean square, not of the sum",
+            "divides by the root mean square instead of the norm",
             lambda x: x / x.square().mean(-1, keepdim=True).sqrt(),
-            "Pythagoras sums the squares; the mean makes vectors of length √D.",
+            "Sum the squares. With their mean, vectors end up with length √D.",
         ),
     ),
 )
 
 
 def clip_logits(images, texts, log_temperature):
-    """[N, D], [M, D], a number → [N, M]: temperature × cosine of every picture with every text."""
+    """[N, D], [M, D], a scalar → [N, M]: temperature × cosine of every image with every text."""
     return log_temperature.exp() * (losses.l2_normalize(images) @ losses.l2_normalize(texts).T)
 
 
@@ -79,46 +79,46 @@ LOGITS = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "forgets to normalize, so that long vectors win",
+            "forgets to normalize, so long vectors win",
             lambda images, texts, log_temperature: log_temperature.exp() * (images @ texts.T),
-            "A cosine is the dot product of vectors of length 1: normalize both sides first.",
+            "A cosine is the dot product of two vectors of length 1: normalize both sides first.",
         ),
         Mistake(
-            "normalizes the pictures alone",
+            "normalizes the images but not the texts",
             lambda images, texts, log_temperature: log_temperature.exp() * (losses.l2_normalize(images) @ texts.T),
-            "The texts have lengths too.",
+            "The text embeddings have different lengths too.",
         ),
         Mistake(
             "divides by the temperature instead of multiplying",
             lambda images, texts, log_temperature: clip_logits(images, texts, -log_temperature),
-            "Here exp(t) is a factor, large for sharp choices; the τ of the paper, which divides, is its inverse.",
+            "Here exp(t) is a factor: larger means sharper. The τ in the paper, which divides, is its inverse.",
         ),
         Mistake(
             "multiplies by t itself instead of exp(t)",
             lambda images, texts, log_temperature: log_temperature * clip_logits(images, texts, log_temperature * 0),
-            "What is learned is the logarithm: the factor is `log_temperature.exp()`.",
+            "The learned parameter is the logarithm: the factor is `log_temperature.exp()`.",
         ),
         Mistake(
-            "leaves the temperature out",
+            "leaves out the temperature",
             lambda images, texts, log_temperature: clip_logits(images, texts, log_temperature * 0),
             "Multiply the cosines by `log_temperature.exp()`.",
         ),
         Mistake(
-            "has texts in the rows and pictures in the columns",
+            "puts texts in the rows and images in the columns",
             lambda images, texts, log_temperature: clip_logits(texts, images, log_temperature),
-            "The table is indexed [picture, text]: `images @ texts.T`.",
+            "The table is indexed [image, text]: `images @ texts.T`.",
         ),
         Mistake(
-            "goes on to the softmax",
+            "applies the softmax too",
             lambda images, texts, log_temperature: clip_logits(images, texts, log_temperature).softmax(1),
-            "Logits are wanted: what comes before a softmax.",
+            "Return logits, the values before the softmax.",
         ),
     ),
 )
 
 
 def pair_cases(rng):
-    """Pairs that are a little alike, two of them mixed up: the loss of an easy batch is little more than rounding."""
+    """Somewhat similar pairs, two of them swapped: the loss of an easy batch would be little more than rounding."""
     for N, D in ((3, 4), (5, 3), (2, 6), (6, 4), (4, 5)):
         images = random_rows(rng, N, D)
         texts = images + random_rows(rng, N, D)
@@ -127,9 +127,9 @@ def pair_cases(rng):
 
 
 def _two_ways(images, texts, log_temperature, reduction="mean", logits=clip_logits):
-    """The cross-entropy of the rows and that of the columns."""
-    table, own = logits(images, texts, log_temperature), torch.arange(len(images))
-    return F.cross_entropy(table, own, reduction=reduction), F.cross_entropy(table.T, own, reduction=reduction)
+    """The cross-entropy over rows and over columns."""
+    table, target = logits(images, texts, log_temperature), torch.arange(len(images))
+    return F.cross_entropy(table, target, reduction=reduction), F.cross_entropy(table.T, target, reduction=reduction)
 
 
 def _average(images, texts, log_temperature, **how):
@@ -155,55 +155,55 @@ CLIP_LOSS = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "asks the pictures alone: rows only",
+            "takes only the loss over rows, from images to texts",
             lambda images, texts, log_temperature: _two_ways(images, texts, log_temperature)[0],
-            "Each text chooses among the pictures too: the same cross-entropy of `logits.T`, and the mean of both.",
+            "Each text also chooses among the images: average this with the cross-entropy of `logits.T`.",
         ),
         Mistake(
-            "asks the texts alone: columns only",
+            "takes only the loss over columns, from texts to images",
             lambda images, texts, log_temperature: _two_ways(images, texts, log_temperature)[1],
-            "Each picture chooses among the texts too: the cross-entropy of `logits` itself, and the mean of both.",
+            "Each image also chooses among the texts: average this with the cross-entropy of `logits` itself.",
         ),
         Mistake(
-            "adds the two directions where it should take their mean",
+            "adds the two directions instead of averaging them",
             lambda images, texts, log_temperature: sum(_two_ways(images, texts, log_temperature)),
             "Guessing should cost log N, not twice that: halve the sum.",
         ),
         Mistake(
-            "sums over the pairs where it should take the mean",
+            "sums over the pairs instead of averaging",
             lambda images, texts, log_temperature: _average(images, texts, log_temperature, reduction="sum"),
-            "The mean keeps batches of different size comparable.",
+            "With the mean, losses of different batch sizes are comparable.",
         ),
         Mistake(
-            "takes the softmax twice",
+            "applies the softmax twice",
             lambda images, texts, log_temperature: _average(images, texts, log_temperature, logits=_probabilities),
-            "`F.cross_entropy` takes logits and does the softmax itself.",
+            "`F.cross_entropy` expects logits and applies the softmax itself.",
         ),
         Mistake(
             "averages over the whole table instead of its diagonal",
             _all_entries,
-            "Only the right answers count, and pair i stands at (i, i).",
+            "Only the matching pairs contribute, and pair i is at (i, i).",
         ),
         Mistake(
             "forgets to normalize",
             lambda images, texts, log_temperature: _average(
                 images, texts, log_temperature, logits=lambda x, y, t: t.exp() * (x @ y.T)
             ),
-            "Logits are temperature × cosine: divide both sides by their lengths, as in 1.1.",
+            "Logits are temperature × cosine: normalize both sides, as in 1.1.",
         ),
         Mistake(
             "multiplies by t itself instead of exp(t)",
             lambda images, texts, log_temperature: _average(
                 images, texts, log_temperature, logits=lambda x, y, t: t * clip_logits(x, y, t * 0)
             ),
-            "What is learned is the logarithm: the factor is `log_temperature.exp()`.",
+            "The learned parameter is the logarithm: the factor is `log_temperature.exp()`.",
         ),
     ),
 )
 
 
 def zero_shot(images, class_texts):
-    """[N, D], [C, D] → [N] integers: for each picture the class whose text has the largest cosine with it."""
+    """[N, D], [C, D] → [N] integers: for each image, the class whose text has the largest cosine with it."""
     return (losses.l2_normalize(images) @ losses.l2_normalize(class_texts).T).argmax(1)
 
 
@@ -224,41 +224,41 @@ ZERO_SHOT = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "finds the best picture of each class, not the best class of each picture",
+            "finds the best image for each class instead of the best class for each image",
             lambda images, class_texts: _cosines(images, class_texts).argmax(0),
-            "One answer a picture: the largest number of each *row*, `argmax(1)`.",
+            "One answer per image: the largest value in each *row*, `argmax(1)`.",
         ),
         Mistake(
             "returns the cosines instead of the classes",
             lambda images, class_texts: _cosines(images, class_texts).amax(1),
-            "Wanted is where the largest number stands, `argmax`, not how large it is.",
+            "Return the index of the largest value, `argmax`, not the value itself.",
         ),
         Mistake(
             "picks the least similar class",
             lambda images, class_texts: _cosines(images, class_texts).argmin(1),
-            "The larger the cosine, the more alike: `argmax`.",
+            "The larger the cosine, the more similar: use `argmax`.",
         ),
         Mistake(
-            "forgets to normalize the texts, so that long ones win",
+            "forgets to normalize the texts, so long ones win",
             lambda images, class_texts: (images @ class_texts.T).argmax(1),
-            "The length of a text says nothing about the picture: divide it out.",
+            "The length of a text embedding says nothing about the image: divide by it.",
         ),
         Mistake(
-            "measures the distance of vectors that still have their lengths",
+            "takes the smallest distance between unnormalized vectors",
             lambda images, class_texts: torch.cdist(images, class_texts).argmin(1),
-            "The space was trained with cosines: only directions count.",
+            "The embedding space was trained with cosines, so only directions matter.",
         ),
         Mistake(
-            "lets the pictures compete for each class before it chooses",
+            "applies a softmax over the images before it chooses",
             lambda images, class_texts: _cosines(images, class_texts).softmax(0).argmax(1),
-            "A picture's class must not depend on which other pictures are asked about: no softmax over the rows.",
+            "The class of an image must not depend on the other images in the batch: no softmax over the rows.",
         ),
     ),
 )
 
 
 def retrieval_ranks(similarity):
-    """[N, N], indexed [picture, text] → [N] integers: at which place, from 1, each text finds its own picture."""
+    """[N, N], indexed [image, text] → [N] integers: the rank, from 1, at which each text finds its own image."""
     return (similarity > similarity.diagonal()).sum(0) + 1
 
 
@@ -276,41 +276,41 @@ RANKS = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "ranks the texts of each picture, not the pictures of each text",
+            "ranks the texts for each image instead of the images for each text",
             lambda similarity: retrieval_ranks(similarity.T),
-            "A text is a column: compare its entries with its own one along axis 0.",
+            "A text is a column: compare the column with its entry on the diagonal, along axis 0.",
         ),
         Mistake(
             "counts ranks from 0",
             lambda similarity: retrieval_ranks(similarity) - 1,
-            "The best has rank 1: add 1 to the number of better pictures.",
+            "The best rank is 1: add 1 to the number of images that are more similar.",
         ),
         Mistake(
-            "counts the own picture among the better ones",
+            "counts the image itself as better than itself",
             lambda similarity: retrieval_ranks(similarity) + 1,
-            "Better is `>`, not `>=`: nothing is better than itself.",
+            "Count with `>`, not `>=`.",
         ),
         Mistake(
-            "gives rank 1 to the least similar picture",
+            "gives rank 1 to the least similar image",
             lambda similarity: retrieval_ranks(-similarity),
-            "The largest similarity comes first.",
+            "The largest similarity has rank 1.",
         ),
         Mistake(
-            "sorts once: that says which picture stands at place j, not at which place picture j stands",
+            "sorts only once, which tells which image has rank j instead of which rank image j has",
             lambda similarity: similarity.argsort(0, descending=True).diagonal() + 1,
-            "Sort the order once more, or count how many entries of the column are larger.",
+            "Sort the order again (argsort of argsort), or count how many entries of the column are larger.",
         ),
         Mistake(
-            "returns which picture is found first, not where the own one comes",
+            "returns which image comes first instead of the rank of the right one",
             lambda similarity: similarity.argmax(0),
-            "A rank is a place: 1 if the own picture is found first.",
+            "The rank is 1 if the right image comes first, 2 if one image beats it, and so on.",
         ),
         Mistake(
-            "says only whether the own picture came first",
+            "returns only whether the right image comes first",
             lambda similarity: (similarity.argmax(0) == torch.arange(len(similarity))).long(),
-            "Count how many pictures of the column are more similar than the own one.",
+            "Count how many images in the column are more similar than the right one.",
         ),
     ),
 )
 
-EXERCISES = [NORMALISE, LOGITS, CLIP_LOSS, ZERO_SHOT, RANKS]
+EXERCISES = [NORMALIZE, LOGITS, CLIP_LOSS, ZERO_SHOT, RANKS]

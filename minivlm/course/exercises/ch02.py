@@ -11,7 +11,7 @@ INF = float("inf")
 
 
 def table_cases(rng):
-    """Tame rows and wild ones, either axis; rows of very different size; a row where everything is forbidden."""
+    """Small and huge values, along either axis; rows that are far apart; a row of −inf only."""
     for shape, dim, size in (((2, 3), -1, 1), ((3, 4), 0, 3), ((2, 5), 1, 400), ((4, 3), 0, 900), ((3, 4), -1, 2)):
         x = torch.from_numpy(rng.normal(0, size, shape)).float()
         if size == 400:
@@ -42,44 +42,44 @@ SAFE_SOFTMAX = Exercise(
     minutes=10,
     mistakes=(
         Mistake(
-            "does not subtract the maximum, and overflows",
+            "does not subtract the maximum, so it overflows",
             lambda x, dim=-1: _quotient(x.exp(), dim),
-            "Subtract the largest number along `dim` first: `x - x.amax(dim, keepdim=True)`.",
+            "Subtract the largest value along `dim` first: `x - x.amax(dim, keepdim=True)`.",
         ),
         Mistake(
-            "gives NaN for a row of nothing but −inf",
+            "returns NaN if all values are −inf",
             lambda x, dim=-1: _quotient((x - _top(x, dim)).exp(), dim),
-            "−inf − (−inf) is NaN: where the maximum is not finite, subtract 0, and where the sum is 0, divide by 1.",
+            "−inf − (−inf) is NaN: if the maximum is not finite, subtract 0, and if the sum is 0, divide by 1.",
         ),
         Mistake(
-            "subtracts the maximum of the whole table, so that rows far below it become 0/0",
+            "subtracts the maximum of the whole table, so rows far below it become 0/0",
             lambda x, dim=-1: _quotient((x - x.max()).exp(), dim),
-            "Right on paper; but every row needs a shift of its own, or all its exponentials vanish.",
+            "That is right on paper, but every row needs its own shift, or all its exponentials underflow to 0.",
         ),
         Mistake(
-            "subtracts the maximum over the wrong axis",
+            "subtracts the maximum along the wrong axis",
             lambda x, dim=-1: _quotient((x - _top(x, 1 - dim % 2)).exp(), dim),
-            "The shift must be the same for all numbers that are summed: the maximum is taken along the same `dim`.",
+            "All values in one sum need the same shift: take the maximum along the same `dim`.",
         ),
         Mistake(
-            "lets the reduced axis disappear, so that rows and columns do not line up",
+            "drops the reduced axis, so rows and columns do not line up",
             lambda x, dim=-1: (x - x.amax(dim)).exp() / (x - x.amax(dim)).exp().sum(dim),
-            "`keepdim=True` keeps a 1 in the place of `dim`.",
+            "`keepdim=True` keeps `dim` with length 1.",
         ),
         Mistake(
-            "always normalizes along the last axis, whatever `dim` says",
+            "always normalizes along the last axis and ignores `dim`",
             lambda x, dim=-1: _guarded_softmax(x, -1),
-            "Use `dim` both for the maximum and for the sum.",
+            "Use `dim` for both the maximum and the sum.",
         ),
         Mistake(
-            "subtracts the mean, which leaves the largest number free to overflow",
+            "subtracts the mean, so the largest value can still overflow",
             lambda x, dim=-1: _quotient((x - x.mean(dim, keepdim=True)).exp(), dim),
-            "Only the maximum makes sure that no exponent is above 0.",
+            "Only the maximum guarantees that no exponent is above 0.",
         ),
         Mistake(
-            "does not give zeros where everything is forbidden",
+            "does not return zeros if all values are −inf",
             lambda x, dim=-1: torch.where(_top(x, dim) == -INF, 1 / x.shape[dim], _guarded_softmax(x, dim)),
-            "A row of nothing but −inf has no choice at all: zeros, not equal shares.",
+            "With only −inf there is nothing to choose from: return zeros, not equal probabilities.",
         ),
     ),
 )
@@ -90,7 +90,7 @@ def _guarded_softmax(x, dim):
 
 
 def _plain_lse(x, dim):
-    """The formula without a thought for rows of −inf."""
+    """The formula without special treatment of rows of −inf."""
     return x.amax(dim) + (x - _top(x, dim)).exp().sum(dim).log()
 
 
@@ -102,44 +102,44 @@ LOG_SUM_EXP = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "does not subtract the maximum, and overflows",
+            "does not subtract the maximum, so it overflows",
             lambda x, dim=-1: x.exp().sum(dim).log(),
-            "max + log Σ exp(x − max): the same number, and no exponent above 0.",
+            "max + log Σ exp(x − max) has the same value and no exponent above 0.",
         ),
         Mistake(
-            "gives NaN for a row of nothing but −inf",
+            "returns NaN if all values are −inf",
             _plain_lse,
-            "The logarithm of an empty sum is −inf; −inf − (−inf) is NaN: where the maximum is not finite, subtract 0.",
+            "log 0 is −inf, but −inf − (−inf) is NaN: if the maximum is not finite, subtract 0.",
         ),
         Mistake(
             "forgets to add the maximum back",
             lambda x, dim=-1: torch.logsumexp(x - _top(x, dim).nan_to_num(neginf=0), dim),
-            "A factor exp(max) was taken out of the sum; outside of the logarithm it is + max.",
+            "You took the factor exp(max) out of the sum; outside the logarithm that is + max.",
         ),
         Mistake(
             "subtracts the maximum at the end instead of adding it",
             lambda x, dim=-1: torch.logsumexp(x, dim) - 2 * x.amax(dim).nan_to_num(neginf=0),
-            "exp(max) was taken out of the sum, so its logarithm comes back with a plus.",
+            "You took the factor exp(max) out of the sum, so its logarithm, max, must be added.",
         ),
         Mistake(
-            "subtracts the maximum of the whole table, so that rows far below it vanish",
+            "subtracts the maximum of the whole table, so rows far below it underflow",
             lambda x, dim=-1: x.max() + (x - x.max()).exp().sum(dim).log(),
-            "Every row needs a shift of its own: `amax(dim)`.",
+            "Every row needs its own shift: `amax(dim)`.",
         ),
         Mistake(
-            "keeps the axis that should disappear",
+            "keeps the axis that it sums over",
             lambda x, dim=-1: torch.logsumexp(x, dim).unsqueeze(dim),
-            "One number a row: the result has one axis fewer than x.",
+            "The result has one axis fewer than x: drop `keepdim=True` at the end.",
         ),
         Mistake(
-            "takes the mean where it should take the sum",
+            "takes the mean instead of the sum",
             lambda x, dim=-1: torch.logsumexp(x, dim) - torch.tensor(float(x.shape[dim])).log(),
             "It is the logarithm of a *sum*.",
         ),
         Mistake(
-            "always sums along the last axis, whatever `dim` says",
+            "always sums along the last axis and ignores `dim`",
             lambda x, dim=-1: torch.logsumexp(x, -1),
-            "Use `dim` for the maximum and for the sum.",
+            "Use `dim` for both the maximum and the sum.",
         ),
     ),
 )
@@ -150,7 +150,7 @@ def number(rng, low, high):
 
 
 def labeled_cases(rng):
-    """With labels first, more texts than pictures and some rows with two matches; then plain pairs."""
+    """First with labels: N ≠ M, and rows with two matches. Then plain pairs."""
     for N, M, D in ((2, 3, 4), (4, 3, 2)):
         labels = torch.from_numpy(rng.random((N, M)) < 0.4)
         labels[0, :2], labels[-1, 0] = True, False
@@ -161,7 +161,7 @@ def labeled_cases(rng):
 
 
 def _z(images, labels, no=-1.0):
-    """1 where picture and text match, ``no`` elsewhere."""
+    """1 where image and text match, ``no`` elsewhere."""
     return torch.where(torch.eye(len(images), dtype=torch.bool) if labels is None else labels, 1.0, no)
 
 
@@ -169,12 +169,12 @@ def _sum_over_pairs(z, logits):
     return -F.logsigmoid(z * logits).sum()
 
 
-def _wrong_sigmoid(logits, z=_z, share=len):
-    """The sigmoid loss with one part exchanged: ``logits`` of (x, y, t, b), ``share`` by which the sum is divided."""
+def _wrong_sigmoid(logits, z=_z, count=len):
+    """The sigmoid loss with one part replaced: ``logits`` of (x, y, t, b), or ``count``, which divides the sum."""
 
     def loss(image_embeddings, text_embeddings, log_temperature, bias, labels=None):
         table = logits(image_embeddings, text_embeddings, log_temperature, bias)
-        return _sum_over_pairs(z(image_embeddings, labels), table) / share(image_embeddings)
+        return _sum_over_pairs(z(image_embeddings, labels), table) / count(image_embeddings)
 
     return loss
 
@@ -197,14 +197,14 @@ SIGMOID_LOSS = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "takes the mean over all pairs, not the sum per picture",
+            "takes the mean over all pairs instead of the sum per image",
             _mean_of_all,
-            "The sum over the table is divided by the number of pictures, N; by N·M, a right pair hardly counts.",
+            "Divide the sum over the table by N, the number of images. With N·M, a matching pair hardly contributes.",
         ),
         Mistake(
-            "sums and does not divide",
-            _wrong_sigmoid(_logits, share=lambda images: 1),
-            "Divide by the number of pictures.",
+            "sums without dividing",
+            _wrong_sigmoid(_logits, count=lambda images: 1),
+            "Divide by the number of images.",
         ),
         Mistake(
             "forgets the bias",
@@ -214,51 +214,51 @@ SIGMOID_LOSS = Exercise(
         Mistake(
             "subtracts the bias",
             _wrong_sigmoid(lambda x, y, t, b: clip_logits(x, y, t) - b),
-            "The bias, a negative number at the start, is added.",
+            "The bias is added. It starts out negative.",
         ),
         Mistake(
             "adds the bias to the cosine, before the temperature",
             _wrong_sigmoid(lambda x, y, t, b: clip_logits(x, y, t) + t.exp() * b),
-            "The temperature scales the cosine alone; the bias comes after.",
+            "The temperature scales only the cosine; the bias comes after.",
         ),
         Mistake(
-            "labels wrong pairs 0 instead of −1",
+            "labels non-matching pairs 0 instead of −1",
             _wrong_sigmoid(_logits, z=lambda images, labels: _z(images, labels, 0.0)),
-            "With 0 a wrong pair costs log 2 whatever the model says: z is 1 or −1.",
+            "With 0, a non-matching pair costs log 2 whatever the model predicts: z is 1 or −1.",
         ),
         Mistake(
             "treats every pair as a match",
             _wrong_sigmoid(_logits, z=lambda images, labels: _z(images, labels, 1.0)),
-            "Where picture and text do not belong together the sign turns: z = −1.",
+            "For an image and a text that do not belong together, z = −1.",
         ),
         Mistake(
-            "has the sign of z the wrong way round",
+            "flips the sign of z",
             _wrong_sigmoid(_logits, z=lambda images, labels: -_z(images, labels)),
-            "z is +1 for what belongs together, −1 for the rest.",
+            "z is +1 for matching pairs and −1 for the rest.",
         ),
         Mistake(
             "multiplies by t itself instead of exp(t)",
             _wrong_sigmoid(lambda x, y, t, b: t * clip_logits(x, y, t * 0) + b),
-            "What is learned is the logarithm: the factor is `log_temperature.exp()`.",
+            "The learned parameter is the logarithm: the factor is `log_temperature.exp()`.",
         ),
         Mistake(
             "forgets to normalize",
             _wrong_sigmoid(lambda x, y, t, b: t.exp() * (x @ y.T) + b),
-            "Logits are made of cosines: divide both sides by their lengths, as in chapter 01.",
+            "Logits are scaled cosines: normalize both sides, as in chapter 01.",
         ),
     ),
 )
 
 
 def chunk_cases(rng):
-    """Chunks that do and do not divide the batch, and one that is larger than it."""
+    """Chunk sizes that do and do not divide the batch size, and one that is larger."""
     for N, D, chunk_size in ((5, 3, 2), (6, 4, 3), (7, 2, 3), (3, 4, 8), (4, 3, 1)):
         x = random_rows(rng, N, D)
         yield x, x + random_rows(rng, N, D), number(rng, 0.5, 2), number(rng, -3, -1), chunk_size
 
 
 def _by_chunks(block, starts=lambda N, size: range(0, N, size)):
-    """A walk over chunks of texts with ``block(logits of the chunk, first, N)`` for the loss of each."""
+    """A loop over chunks of texts; ``block(logits of the chunk, first, N)`` is the loss of one chunk."""
 
     def loss(image_embeddings, text_embeddings, log_temperature, bias, chunk_size=1024):
         N, total = len(image_embeddings), torch.zeros(())
@@ -291,46 +291,46 @@ CHUNKED = Exercise(
     points=4,
     mistakes=(
         Mistake(
-            "starts the diagonal anew in every chunk",
+            "restarts the diagonal in every chunk",
             _by_chunks(lambda logits, first, N: _sum_over_pairs(_signs(logits, 0), logits) / N),
-            "Text j of a chunk that begins at `first` belongs to picture first + j.",
+            "Text j of a chunk that starts at `first` belongs to image first + j.",
         ),
         Mistake(
-            "counts right pairs in the first chunk alone",
+            "marks matching pairs only in the first chunk",
             _by_chunks(
                 lambda logits, first, N: (
                     _sum_over_pairs(_signs(logits, 0) if first == 0 else -torch.ones_like(logits), logits) / N
                 )
             ),
-            "Every chunk holds the partners of some pictures: those from `first` on.",
+            "Every chunk contains the texts of some images: those from `first` on.",
         ),
         Mistake(
-            "cuts the pictures too, and so leaves out the pairs between chunks",
+            "also splits the images, so it misses the pairs across chunks",
             _by_chunks(_own_rows),
-            "Each chunk of texts meets *all* pictures; only the texts are cut.",
+            "Compare each chunk of texts with *all* images; only the texts are split.",
         ),
         Mistake(
-            "leaves out the last chunk where it is not full",
+            "skips the last chunk if it is not full",
             _by_chunks(
                 lambda logits, first, N: _sum_over_pairs(_signs(logits, first), logits) / N,
                 starts=lambda N, size: range(0, N - size + 1, size),
             ),
-            "`range(0, N, chunk_size)`: a slice may reach beyond the end.",
+            "Use `range(0, N, chunk_size)`: a slice can extend past the end.",
         ),
         Mistake(
             "divides each chunk by its own size",
             _by_chunks(lambda logits, first, N: _sum_over_pairs(_signs(logits, first), logits) / logits.shape[1]),
-            "The loss is per picture: divide by N, the number of all pictures.",
+            "The loss is per image: divide by N, the number of all images.",
         ),
         Mistake(
-            "sums and does not divide",
+            "sums without dividing",
             _by_chunks(lambda logits, first, N: _sum_over_pairs(_signs(logits, first), logits)),
-            "Divide by the number of pictures.",
+            "Divide by the number of images.",
         ),
         Mistake(
-            "takes the mean over the pairs of each chunk",
+            "averages over the pairs of each chunk",
             _by_chunks(lambda logits, first, N: _sum_over_pairs(_signs(logits, first), logits) / logits.numel()),
-            "Sums may be cut anywhere, means may not: sum all chunks, then divide by N.",
+            "A sum can be split anywhere, a mean can't: sum over all chunks, then divide by N.",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Chapter 03: how a picture becomes a sequence."""
+"""Chapter 03: how an image becomes a sequence."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,17 @@ def random(rng, *shape):
 
 # --- patches --------------------------------------------------------------------------------------------------------
 
-PICTURES = ((2, 3, 4, 6, 2), (1, 3, 6, 4, 2), (2, 3, 6, 9, 3), (3, 1, 8, 4, 4), (1, 2, 8, 8, 2))  # B, C, H, W, patch
+IMAGES = ((2, 3, 4, 6, 2), (1, 3, 6, 4, 2), (2, 3, 6, 9, 3), (3, 1, 8, 4, 4), (1, 2, 8, 8, 2))  # B, C, H, W, patch
 
 
 def patch_cases(rng):
-    """Pictures that are not square, with patches of two pixels or more."""
-    for *shape, patch_size in PICTURES:
+    """Images that are not square, with patches of two pixels or more."""
+    for *shape, patch_size in IMAGES:
         yield random(rng, *shape), patch_size
 
 
 def _patches(pixels, size, order):
-    """The axes B, row of patches, row, column of patches, column in another order, then flattened to [B, P, …]."""
+    """Split into [B, C, patch row, row, patch column, column], permute by ``order``, and flatten to [B, P, …]."""
     B, C, H, W = pixels.shape
     six = pixels.reshape(B, C, H // size, size, W // size, size)
     return six.permute(order).flatten(3).flatten(1, 2)
@@ -41,39 +41,39 @@ PATCHIFY = Exercise(
         Mistake(
             "numbers the patches column by column",
             lambda pixels, size: _patches(pixels, size, (0, 4, 2, 1, 3, 5)),
-            "Patches are read as a page is: along the first row, then the next one.",
+            "Number the patches as you read a page: along the first row, then the next one.",
         ),
         Mistake(
-            "puts the colors last inside of each patch",
+            "puts the colors last within each patch",
             lambda pixels, size: _patches(pixels, size, (0, 2, 4, 3, 5, 1)),
-            "A patch is laid out as the weights of the convolution are: all of red, then green, then blue.",
+            "A patch has the layout of the convolution's weights: all of red, then green, then blue.",
         ),
         Mistake(
-            "lays each patch on its side",
+            "transposes each patch",
             lambda pixels, size: _patches(pixels, size, (0, 2, 4, 1, 5, 3)),
-            "Inside a patch the row comes before the column.",
+            "Within a patch, rows come before columns.",
         ),
         Mistake(
-            "cuts the memory into equal pieces instead of the picture into squares",
+            "splits the memory into equal chunks instead of the image into squares",
             lambda pixels, size: pixels.reshape(len(pixels), -1, pixels.shape[1] * size * size),
-            "A patch's pixels are not neighbors in memory: split them into six axes, `permute`, flatten.",
+            "The pixels of a patch are not contiguous in memory: split into six axes, `permute`, flatten.",
         ),
         Mistake(
-            "gives every patch a column instead of a row",
+            "returns one column per patch instead of one row",
             lambda pixels, size: F.unfold(pixels, size, stride=size),
-            "The result is [B, P, C·h·w]: `F.unfold` has the last two axes the other way round.",
+            "The result is [B, P, C·h·w]; `F.unfold` has the last two axes swapped.",
         ),
         Mistake(
-            "moves on by half a patch, so that patches overlap",
+            "moves by half a patch, so patches overlap",
             lambda pixels, size: F.unfold(pixels, size, stride=max(1, size // 2)).transpose(1, 2),
-            "The stride is the patch size: every pixel belongs to exactly one patch.",
+            "The stride is the patch size, so every pixel belongs to exactly one patch.",
         ),
     ),
 )
 
 
 def embedding_cases(rng):
-    for width, (B, C, H, W, size) in zip((5, 3, 4, 2, 7), PICTURES, strict=True):
+    for width, (B, C, H, W, size) in zip((5, 3, 4, 2, 7), IMAGES, strict=True):
         yield random(rng, B, C, H, W), random(rng, width, C, size, size), random(rng, width)
 
 
@@ -92,48 +92,48 @@ EMBED = Exercise(
         Mistake(
             "forgets the bias",
             lambda pixels, weight, bias: _convolve(pixels, weight, None).flatten(2).transpose(1, 2),
-            "SigLIP's patch embedding has a bias of D numbers: add it to every patch.",
+            "SigLIP's patch embedding has a bias [D]: add it to every patch.",
         ),
         Mistake(
-            "flattens the weights in another order than the patches",
+            "flattens the weights in a different order than the patches",
             lambda pixels, weight, bias: F.linear(
                 siglip.patchify(pixels, weight.shape[-1]), weight.permute(0, 2, 3, 1).flatten(1), bias
             ),
-            "Both go color, row, column: `weight.flatten(1)`, without moving an axis.",
+            "The order of both is color, row, column: use `weight.flatten(1)` without moving an axis.",
         ),
         Mistake(
-            "fills the weights into a matrix [C·h·w, D] without turning them",
+            "reshapes the weights to [C·h·w, D] instead of transposing them",
             lambda pixels, weight, bias: (
                 siglip.patchify(pixels, weight.shape[-1]) @ weight.reshape(-1, len(weight)) + bias
             ),
-            "A reshape does not transpose: `weight.flatten(1).T`.",
+            "A reshape does not transpose: use `weight.flatten(1).T`.",
         ),
         Mistake(
-            "puts the filters on every pixel instead of every patch",
+            "applies the filters at every pixel instead of every patch",
             lambda pixels, weight, bias: _convolve(pixels, weight, bias, 1).flatten(2).transpose(1, 2),
-            "The stride is the size of the kernel.",
+            "The stride is the kernel size.",
         ),
         Mistake(
             "reshapes [B, D, P] to [B, P, D] instead of swapping the axes",
             lambda pixels, weight, bias: (
                 _convolve(pixels, weight, bias).flatten(2).reshape(len(pixels), -1, len(weight))
             ),
-            "`reshape` keeps the order of the numbers and mixes channels with patches: use `transpose(1, 2)`.",
+            "`reshape` keeps the memory order and mixes channels with patches: use `transpose(1, 2)`.",
         ),
         Mistake(
             "leaves the patches on the last axis",
             lambda pixels, weight, bias: _convolve(pixels, weight, bias).flatten(2),
-            "The sequence comes first, the width last: [B, P, D].",
+            "The patches come first, the hidden size last: [B, P, D].",
         ),
         Mistake(
             "numbers the patches column by column",
             lambda pixels, weight, bias: _convolve(pixels, weight, bias).transpose(2, 3).flatten(2).transpose(1, 2),
-            "Flatten [rows, columns] as they are: the first row of patches comes first.",
+            "Flatten [rows, columns] without swapping them: the first row of patches comes first.",
         ),
         Mistake(
-            "turns the filters by half a turn, as a convolution in mathematics does",
+            "rotates the filters by 180°, like a mathematical convolution",
             lambda pixels, weight, bias: _convolve(pixels, weight.flip(2, 3), bias).flatten(2).transpose(1, 2),
-            "What deep learning calls convolution does not flip the kernel: pixel (0, 0) meets weight (0, 0).",
+            "In deep learning, a convolution does not flip the kernel: weight (0, 0) multiplies pixel (0, 0).",
         ),
     ),
 )
@@ -142,13 +142,13 @@ EMBED = Exercise(
 
 
 def norm_cases(rng):
-    """Vectors away from zero, and an eps that can be seen."""
+    """Vectors with nonzero mean, and an eps large enough to matter."""
     for shape, eps in (((2, 3, 4), 0.1), ((3, 2, 5), 1e-6), ((2, 4, 3), 0.03), ((1, 3, 6), 1.0), ((4, 3), 0.01)):
         x = random(rng, *shape) * float(rng.uniform(0.5, 3)) + random(rng, *shape[:-1], 1)
         yield x, random(rng, shape[-1]), random(rng, shape[-1]), eps
 
 
-def _standardised(x, eps, dim=-1, unbiased=False):
+def _standardized(x, eps, dim=-1, unbiased=False):
     return (x - x.mean(dim, keepdim=True)) / (x.var(dim, keepdim=True, unbiased=unbiased) + eps).sqrt()
 
 
@@ -160,48 +160,48 @@ LAYER_NORM = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "normalizes over the batch: that is batch norm",
-            lambda x, weight, bias, eps: _standardised(x, eps, 0) * weight + bias,
-            "Each vector stands for itself: mean and variance over the last axis, `dim=-1`.",
+            "normalizes over the batch (that is batch norm)",
+            lambda x, weight, bias, eps: _standardized(x, eps, 0) * weight + bias,
+            "Each vector is normalized on its own: take mean and variance over the last axis, `dim=-1`.",
         ),
         Mistake(
             "normalizes over the patches",
-            lambda x, weight, bias, eps: _standardised(x, eps, -2) * weight + bias,
-            "Mean and variance are those of the D numbers of one vector, the last axis.",
+            lambda x, weight, bias, eps: _standardized(x, eps, -2) * weight + bias,
+            "Take mean and variance over the D values of one vector, the last axis.",
         ),
         Mistake(
             "divides the variance by D − 1",
-            lambda x, weight, bias, eps: _standardised(x, eps, unbiased=True) * weight + bias,
-            "The mean of the squares, not an estimate from a sample: `var(-1, keepdim=True, unbiased=False)`.",
+            lambda x, weight, bias, eps: _standardized(x, eps, unbiased=True) * weight + bias,
+            "Use the biased variance, `var(-1, keepdim=True, unbiased=False)`.",
         ),
         Mistake(
-            "divides by the variance and not by its root",
+            "divides by the variance instead of the standard deviation",
             lambda x, weight, bias, eps: (
                 (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps) * weight + bias
             ),
             "The standard deviation is the square root of the variance.",
         ),
         Mistake(
-            "adds eps after the root",
+            "adds eps outside the square root",
             lambda x, weight, bias, eps: (
                 (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False).sqrt() + eps) * weight + bias
             ),
-            "eps goes under the root, beside the variance.",
+            "eps goes inside the square root: √(variance + eps).",
         ),
         Mistake(
-            "does not subtract the mean: that is RMS norm",
+            "does not subtract the mean (that is RMSNorm)",
             lambda x, weight, bias, eps: x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias,
-            "SigLIP centers each vector first; Gemma does not, as chapter 06 shows.",
+            "SigLIP centers each vector first. Gemma doesn't, as chapter 06 shows.",
         ),
         Mistake(
             "forgets the scale and the shift",
-            lambda x, weight, bias, eps: _standardised(x, eps),
-            "The normalized vector is multiplied by `weight`, then `bias` is added.",
+            lambda x, weight, bias, eps: _standardized(x, eps),
+            "Multiply the normalized vector by `weight`, then add `bias`.",
         ),
         Mistake(
             "adds the shift before it scales",
-            lambda x, weight, bias, eps: (_standardised(x, eps) + bias) * weight,
-            "First times `weight`, then plus `bias`.",
+            lambda x, weight, bias, eps: (_standardized(x, eps) + bias) * weight,
+            "First multiply by `weight`, then add `bias`.",
         ),
     ),
 )
@@ -211,7 +211,7 @@ LAYER_NORM = Exercise(
 
 @dataclass(frozen=True)
 class Layer:
-    """Stands for a norm, an attention or an MLP: any function would do, so these are as plain as can be."""
+    """A stand-in for a norm, attention or an MLP. Any function would do, so this one is simple."""
 
     scale: float
     shift: float
@@ -242,7 +242,7 @@ def _first_residual_only(x, norm1, attention, norm2, mlp):
     return mlp(norm2(x))
 
 
-def _norm_after_block(x, norm1, attention, norm2, mlp):
+def _norm_after_sublayer(x, norm1, attention, norm2, mlp):
     x = x + norm1(attention(x))
     return x + norm2(mlp(x))
 
@@ -266,42 +266,42 @@ BLOCK = Exercise(
         Mistake(
             "is post-norm",
             _post_norm,
-            "The norm stands on the way into the block, `x + attention(norm1(x))`, and none on the stream itself.",
+            "The norm is applied to what goes into attention or the MLP, `x + attention(norm1(x))`, never to x itself.",
         ),
         Mistake(
             "forgets the residual connections",
             lambda x, norm1, attention, norm2, mlp: mlp(norm2(attention(norm1(x)))),
-            "What a block gives is *added* to the stream.",
+            "The outputs of attention and the MLP are *added* to the residual stream.",
         ),
         Mistake(
             "forgets the residual connection of the MLP",
             _first_residual_only,
-            "Both blocks add their result to the stream.",
+            "Attention and the MLP both add their output to the residual stream.",
         ),
         Mistake(
-            "adds to the normalized copy instead of the stream",
+            "adds to the normalized x instead of the residual stream",
             _from_normalized,
-            "Keep x as it is: only what goes into the block is normalized.",
+            "Leave x unchanged: normalize only what goes into attention or the MLP.",
         ),
         Mistake(
-            "lets both blocks read the same x",
+            "feeds attention and the MLP with the same x",
             lambda x, norm1, attention, norm2, mlp: x + attention(norm1(x)) + mlp(norm2(x)),
-            "The MLP reads the stream after attention has added to it.",
+            "The MLP reads the residual stream after attention has added to it.",
         ),
         Mistake(
-            "adds the MLP's result to the stream from before attention, and loses what attention gave",
+            "adds the MLP's output to the original x, so attention's output is lost",
             _from_input,
-            "Overwrite x after the first block: `x = x + attention(norm1(x))`.",
+            "Update x after attention: `x = x + attention(norm1(x))`.",
         ),
         Mistake(
-            "puts the MLP before attention",
+            "runs the MLP before attention",
             _mlp_first,
-            "First attention, with norm1, then the MLP, with norm2.",
+            "First attention with norm1, then the MLP with norm2.",
         ),
         Mistake(
-            "normalizes what comes out of a block instead of what goes in",
-            _norm_after_block,
-            "`x + attention(norm1(x))`: first the norm, then the block.",
+            "normalizes the outputs of attention and the MLP instead of their inputs",
+            _norm_after_sublayer,
+            "First the norm, then attention: `x + attention(norm1(x))`.",
         ),
     ),
 )
@@ -310,7 +310,7 @@ BLOCK = Exercise(
 
 
 def attention_cases(rng):
-    """Two heads or more of two numbers or more, as many patches as keep the axes apart."""
+    """At least two heads of dimension two or more, and sizes that keep the axes apart."""
     for B, P, heads, d in ((2, 5, 2, 3), (1, 4, 3, 2), (3, 2, 2, 4), (2, 6, 4, 2)):
         yield *(random(rng, B, P, heads * d) * 1.5 for _ in range(3)), heads
 
@@ -372,57 +372,57 @@ ATTENTION = Exercise(
         Mistake(
             "forgets the scale",
             _with(scale=lambda d, D: 1.0),
-            "The scores are divided by √d before the softmax, or it becomes too sharp.",
+            "Divide the scores by √d before the softmax, or it becomes too sharp.",
         ),
         Mistake(
-            "scales by the whole width D, not by the width d of a head",
+            "scales by the hidden size D instead of the head dimension d",
             _with(scale=lambda d, D: D**-0.5),
             "A score is a sum of d products, those of one head: divide by √d with d = D / num_heads.",
         ),
         Mistake(
-            "divides by d and not by its root",
+            "divides by d instead of √d",
             _with(scale=lambda d, D: 1 / d),
-            "A sum of d random products spreads like √d: multiply by `d ** -0.5`.",
+            "The standard deviation of a sum of d random products grows like √d: multiply by `d ** -0.5`.",
         ),
         Mistake(
-            "multiplies by √d where it should divide",
+            "multiplies by √d instead of dividing",
             _with(scale=lambda d, D: d**0.5),
-            "The scale is `d ** -0.5`, which makes scores smaller.",
+            "The scale is `d ** -0.5`, which makes the scores smaller.",
         ),
         Mistake(
             "takes the softmax over the queries",
             _with(dim=-2),
-            "Scores are [B, N, query, key]: each query shares out 1 among the keys, along the last axis.",
+            "Scores are [B, N, query, key]: the weights of a query sum to 1 over the keys, the last axis.",
         ),
         Mistake(
             "is causal",
             _with(causal=True),
-            "Patches have no before and after: every patch sees every other.",
+            "Patches have no before and after: every patch attends to every other.",
         ),
         Mistake(
-            "has a single head",
+            "uses a single head",
             lambda q, k, v, heads: _attend(q, k, v, q.shape[-1] ** -0.5),
-            "Split the width into `num_heads` heads, each with a softmax of its own.",
+            "Split the hidden size into `num_heads` heads, each with its own softmax.",
         ),
         Mistake(
-            "cuts the heads across the patches",
+            "splits the heads across patches",
             _cut_across_patches,
             "Split the last axis into [N, d] first, then move N: `unflatten(-1, (num_heads, -1)).transpose(1, 2)`.",
         ),
         Mistake(
             "joins the heads without moving their axis back",
             _not_moved_back,
-            "Out of the heads comes [B, N, P, d]: `transpose(1, 2)` before `flatten(2)`.",
+            "The heads' output is [B, N, P, d]: `transpose(1, 2)` before `flatten(2)`.",
         ),
         Mistake(
-            "lets the heads of one patch look at each other",
+            "lets the heads of one patch attend to each other",
             _heads_to_heads,
-            "With [B, P, N, d] the product compares heads: move N before P first.",
+            "With [B, P, N, d], the product compares heads: move N before P first.",
         ),
         Mistake(
-            "deals the width out to the heads in turn",
+            "assigns the D features to the heads in turn",
             _interleaved,
-            "Head 0 has the first d numbers, head 1 the next d: `unflatten(-1, (num_heads, -1))`.",
+            "Head 0 has the first d features, head 1 the next d: `unflatten(-1, (num_heads, -1))`.",
         ),
     ),
 )

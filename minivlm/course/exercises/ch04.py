@@ -1,4 +1,4 @@
-"""Chapter 04: what the model really receives."""
+"""Chapter 04: what the model actually receives."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from minivlm.course.exercises.exercise import Exercise, Mistake
 
 
 def color_cases(rng):
-    """Pictures in 0…1, alone and in batches, whose channels want different means and stds."""
+    """Images in 0…1, alone and in batches, with different means and stds per channel."""
     for shape in ((2, 4, 5, 3), (3, 6, 3), (1, 2, 4, 3), (4, 4, 3), (2, 3, 2, 3)):
         pixels = torch.from_numpy(rng.random(shape)).float()
         yield pixels, *(rng.uniform(low, low + 0.4, 3).round(2).tolist() for low in (0.3, 0.2))
@@ -20,7 +20,7 @@ def _channels(values):
     return torch.tensor(values)
 
 
-NORMALISE = Exercise(
+NORMALIZE = Exercise(
     key="04.1",
     reference=processor.normalize,
     cases=color_cases,
@@ -30,7 +30,7 @@ NORMALISE = Exercise(
         Mistake(
             "multiplies by std",
             lambda pixels, mean, std: (pixels - _channels(mean)) * _channels(std),
-            "Less spread out numbers must become more spread out: divide.",
+            "Divide: std is below 1, and dividing by it spreads the values out.",
         ),
         Mistake(
             "swaps mean and std",
@@ -40,51 +40,51 @@ NORMALISE = Exercise(
         Mistake(
             "forgets to divide by std",
             lambda pixels, mean, std: pixels - _channels(mean),
-            "With a mean of 0.5 alone the numbers lie in −0.5…0.5, half as far out as they should.",
+            "Subtracting a mean of 0.5 leaves −0.5…0.5, only half the range the values should have.",
         ),
         Mistake(
-            "forgets the brackets: it divides only the mean",
+            "divides only the mean because parentheses are missing",
             lambda pixels, mean, std: pixels - _channels(mean) / _channels(std),
-            "Division comes before subtraction: `(pixels - mean) / std`.",
+            "Division binds tighter than subtraction: `(pixels - mean) / std`.",
         ),
         Mistake(
             "divides the pixels before it subtracts the mean",
             lambda pixels, mean, std: pixels / _channels(std) - _channels(mean),
-            "The mean is that of the pixels as they are: subtract it first.",
+            "The mean is that of the original pixels: subtract it first.",
         ),
         Mistake(
             "divides by the variance",
             lambda pixels, mean, std: (pixels - _channels(mean)) / _channels(std) ** 2,
-            "std is the standard deviation already: no square, no root.",
+            "std is already the standard deviation: no square, no root.",
         ),
         Mistake(
-            "uses the numbers of red for all channels",
+            "uses the mean and std of red for all channels",
             lambda pixels, mean, std: (pixels - mean[0]) / std[0],
-            "There is one mean and one std a channel, and the channels are the last axis: broadcasting fits by itself.",
+            "There is one mean and one std per channel, and the channels are the last axis, so they broadcast.",
         ),
         Mistake(
             "always uses 0.5",
             lambda pixels, mean, std: pixels * 2 - 1,
-            "Use the mean and std that are given: other models have others.",
+            "Use the arguments `mean` and `std`: other models have other values.",
         ),
         Mistake(
-            "divides by 255 once more",
+            "divides by 255 again",
             lambda pixels, mean, std: (pixels / 255 - _channels(mean)) / _channels(std),
-            "The step before, `rescale`, has done that: these pixels lie in 0…1.",
+            "The step before, `rescale`, already did that: these pixels are in 0…1.",
         ),
         Mistake(
-            "takes mean and std from the pictures themselves",
+            "computes mean and std from the images",
             lambda pixels, mean, std: (
                 (pixels - pixels.mean(tuple(range(pixels.ndim - 1)))) / pixels.std(tuple(range(pixels.ndim - 1)))
             ),
-            "The same color must become the same number in every picture: use the two arguments.",
+            "The same color must map to the same value in every image: use the two arguments.",
         ),
     ),
 )
 
 
-def picture_cases(rng):
-    """Pictures that are not square, alone and in batches."""
+def image_cases(rng):
+    """Images that are not square, alone and in batches."""
     for shape in ((2, 4, 5, 3), (4, 6, 3), (3, 2, 4, 3), (5, 3, 3), (2, 6, 3, 3)):
         yield (torch.from_numpy(rng.random(shape)).float(),)
 
@@ -92,37 +92,37 @@ def picture_cases(rng):
 CHANNELS_FIRST = Exercise(
     key="04.2",
     reference=processor.channels_first,
-    cases=picture_cases,
+    cases=image_cases,
     difficulty=1,
     minutes=6,
     mistakes=(
         Mistake(
-            "reads the same memory in a new shape",
+            "reshapes instead of permuting",
             lambda pixels: pixels.reshape(*pixels.shape[:-3], 3, *pixels.shape[-3:-1]),
-            "`reshape` and `view` never move a number. Axes are moved by `permute`, `movedim` or `transpose`.",
+            "`reshape` and `view` keep the memory order. Move axes with `permute`, `movedim` or `transpose`.",
         ),
         Mistake(
-            "swaps color and row, and so lays the picture on its side",
+            "swaps color and row, which transposes the image",
             lambda pixels: pixels.transpose(-1, -3),
             "One swap is not enough: rows must stay before columns, [H, W, 3] → [3, H, W].",
         ),
         Mistake(
             "puts the colors between rows and columns",
             lambda pixels: pixels.movedim(-1, -2),
-            "The color axis goes before the rows, to place −3.",
+            "The color axis goes before the rows, to position −3.",
         ),
         Mistake(
             "puts the colors before the batch",
             lambda pixels: pixels.movedim(-1, 0),
-            "A batch stays in front: count the axes from the end, so that one picture and a batch both work.",
+            "The batch axis stays in front: count axes from the end, so that one image and a batch both work.",
         ),
         Mistake(
-            "turns red, green, blue round",
+            "reverses red, green, blue",
             lambda pixels: pixels.movedim(-1, -3).flip(-3),
             "Only the axis moves; the order red, green, blue stays.",
         ),
         Mistake(
-            "turns the picture upside down",
+            "flips the image vertically",
             lambda pixels: pixels.movedim(-1, -3).flip(-2),
             "Row 0 stays the top row.",
         ),
@@ -149,37 +149,37 @@ BUILD_PROMPT = Exercise(
         Mistake(
             "forgets the newline",
             lambda prefix, bos, image, n: image * n + bos + prefix,
-            "The prompt ends with a newline: it says that the question is over.",
+            "The prompt ends with a newline, which marks the end of the question.",
         ),
         Mistake(
             "writes a backslash and an n instead of a newline",
             lambda prefix, bos, image, n: image * n + bos + prefix + r"\n",
-            'One character, written "\\n" in Python, without an r before the quotes.',
+            'A newline is one character, written "\\n" in Python, without an r before the quotes.',
         ),
         Mistake(
             "forgets <bos>",
             lambda prefix, bos, image, n: image * n + prefix + "\n",
-            "<bos>, the beginning of the text, stands between the picture and the prefix.",
+            "<bos>, beginning of sequence, goes between the image tokens and the prefix.",
         ),
         Mistake(
-            "puts <bos> before the picture",
+            "puts <bos> before the image",
             lambda prefix, bos, image, n: bos + image * n + prefix + "\n",
-            "PaliGemma puts the picture first: image tokens, then <bos>, then the prefix.",
+            "PaliGemma puts the image first: image tokens, then <bos>, then the prefix.",
         ),
         Mistake(
-            "puts the picture behind the text",
+            "puts the image after the text",
             lambda prefix, bos, image, n: bos + prefix + "\n" + image * n,
             "The image tokens come first.",
         ),
         Mistake(
-            "has a space between <bos> and the prefix",
+            "adds a space between <bos> and the prefix",
             lambda prefix, bos, image, n: image * n + bos + " " + prefix + "\n",
-            "A space makes another token of the first word: nothing stands between the parts.",
+            "A space changes the first word's token: join the parts without spaces.",
         ),
         Mistake(
-            "has a space before the newline",
+            "adds a space before the newline",
             lambda prefix, bos, image, n: image * n + bos + prefix + " \n",
-            "The newline follows the last letter: a space would be a token of its own.",
+            "The newline follows the last letter: a space would be an extra token.",
         ),
         Mistake(
             "puts the newline before the prefix",
@@ -187,14 +187,14 @@ BUILD_PROMPT = Exercise(
             "The newline ends the prompt.",
         ),
         Mistake(
-            "has a single image token",
+            "uses a single image token",
             lambda prefix, bos, image, n: image + bos + prefix + "\n",
-            "Every patch needs a place of its own in the sequence: `image_token * num_image_tokens`.",
+            "Every patch needs its own position in the sequence: `image_token * num_image_tokens`.",
         ),
         Mistake(
             "ends the prompt with <eos>",
             lambda prefix, bos, image, n: image * n + bos + prefix + "\n<eos>",
-            "<eos> ends the answer. After the prompt the answer is still to come.",
+            "<eos> ends the answer, and after the prompt the answer is still to come.",
         ),
     ),
 )
@@ -203,7 +203,7 @@ BUILD_PROMPT = Exercise(
 
 
 def row_cases(rng):
-    """Rows of different lengths, filled up with a value that is not always 0."""
+    """Rows of different lengths, padded with a value that is not always 0."""
     for lengths, side in (
         ((2, 5), "left"),
         ((4, 1, 3), "right"),
@@ -224,7 +224,7 @@ def _pad(rows, value, side, length=max):
 
 
 def _pad_last(rows, value, side):
-    """Every row takes its missing numbers from its own last one."""
+    """Every row is padded with its own last token."""
     width = max(map(len, rows))
     return np.concatenate([_pad([row, [0] * width], row[-1], side)[:1] for row in rows])
 
@@ -239,49 +239,49 @@ PAD = Exercise(
         Mistake(
             "swaps left and right",
             lambda rows, value, side: _pad(rows, value, "right" if side == "left" else "left"),
-            'side says where the *padding* goes: "left" puts it in front of the row.',
+            '`side` says where the *padding* goes: "left" puts it in front of the row.',
         ),
         Mistake(
             "always pads on the right",
             lambda rows, value, side: _pad(rows, value, "right"),
-            'With side "left" the padding goes in front, so that all rows end in the last column.',
+            'With side "left", the padding goes in front, so that all rows end in the last column.',
         ),
         Mistake(
             "always pads on the left",
             lambda rows, value, side: _pad(rows, value, "left"),
-            'With side "right" the padding goes behind the row.',
+            'With side "right", the padding goes after the row.',
         ),
         Mistake(
-            "fills with 0",
+            "pads with 0",
             lambda rows, value, side: _pad(rows, 0, side),
-            "Fill with `value`: 0 is the id of <pad>, but labels, for one, are filled with −100.",
+            "Pad with `value`: 0 is the id of <pad>, but labels, for example, are padded with −100.",
         ),
         Mistake(
-            "cuts all rows to the shortest",
+            "truncates all rows to the shortest",
             lambda rows, value, side: _pad(rows, value, side, length=min),
-            "Nothing may be lost: the length is that of the longest row.",
+            "No token should be lost: pad to the length of the longest row.",
         ),
         Mistake(
-            "makes the rows one longer than the longest",
+            "makes all rows one longer than the longest",
             lambda rows, value, side: _pad(rows, value, side, length=lambda lengths: max(lengths) + 1),
-            "The longest row needs no padding at all.",
+            "The longest row needs no padding.",
         ),
         Mistake(
-            "gives floating-point numbers",
+            "returns floating-point numbers",
             lambda rows, value, side: _pad(rows, value, side).astype(np.float64),
-            "Ids are integers: `np.full(shape, value, dtype=np.int64)`.",
+            "Token ids are integers: `np.full(shape, value, dtype=np.int64)`.",
         ),
         Mistake(
-            "repeats the last token of each row",
+            "pads with the last token of each row",
             _pad_last,
-            "Fill with `value`, which nobody takes for a word.",
+            "Pad with `value`.",
         ),
     ),
 )
 
 
 def answer_cases(rng):
-    """Prompts and answers of different lengths; <eos> = 1 ends every answer; both sides; any id of padding."""
+    """Prompts and answers of different lengths; <eos> = 1 ends every answer; both padding sides, any pad id."""
     for lengths, side in (
         (((3, 2), (4, 4)), "right"),
         (((5, 1), (2, 3), (3, 3)), "left"),
@@ -296,35 +296,35 @@ def answer_cases(rng):
 def _assemble(prompts, answers, pad_id, side):
     pairs = list(zip(prompts, answers, strict=True))
     ids = _pad([p + a for p, a in pairs], pad_id, side)
-    seen = _pad([[1] * len(p + a) for p, a in pairs], 0, side)
+    real = _pad([[1] * len(p + a) for p, a in pairs], 0, side)
     types = _pad([[0] * len(p) + [1] * len(a) for p, a in pairs], 0, side)
-    return ids, seen, types, np.where(types == 1, ids, -100)
+    return ids, real, types, np.where(types == 1, ids, -100)
 
 
 def _shifted(prompts, answers, pad_id, side):
-    ids, seen, types, labels = _assemble(prompts, answers, pad_id, side)
+    ids, real, types, labels = _assemble(prompts, answers, pad_id, side)
     moved = np.full_like(labels, -100)
     moved[:, :-1] = labels[:, 1:]
-    return ids, seen, types, moved
+    return ids, real, types, moved
 
 
 def _without_eos(prompts, answers, pad_id, side):
-    ids, seen, types, labels = _assemble(prompts, answers, pad_id, side)
-    return ids, seen, types, np.where(ids == 1, -100, labels)
+    ids, real, types, labels = _assemble(prompts, answers, pad_id, side)
+    return ids, real, types, np.where(ids == 1, -100, labels)
 
 
 def _padding_is_answer(prompts, answers, pad_id, side):
-    ids, seen, types, labels = _assemble(prompts, answers, pad_id, side)
-    return ids, seen, np.where(seen == 0, 1, types), labels
+    ids, real, types, labels = _assemble(prompts, answers, pad_id, side)
+    return ids, real, np.where(real == 0, 1, types), labels
 
 
-def _padding_is_learnt(prompts, answers, pad_id, side):
-    ids, seen, types, labels = _assemble(prompts, answers, pad_id, side)
-    return ids, seen, types, np.where((types == 1) | (seen == 0), ids, -100)
+def _padding_has_labels(prompts, answers, pad_id, side):
+    ids, real, types, labels = _assemble(prompts, answers, pad_id, side)
+    return ids, real, types, np.where((types == 1) | (real == 0), ids, -100)
 
 
 def _changed(change):
-    """The right four, changed by a function of them."""
+    """The four right arrays, changed by a function."""
     return lambda prompts, answers, pad_id, side: change(*_assemble(prompts, answers, pad_id, side))
 
 
@@ -337,56 +337,56 @@ ASSEMBLE = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "learns the prompt as well",
-            _changed(lambda ids, seen, types, labels: (ids, seen, types, np.where(seen == 1, ids, -100))),
-            "The prompt is given, there is nothing to learn in guessing it: its labels are −100.",
+            "gives the prompt labels too",
+            _changed(lambda ids, real, types, labels: (ids, real, types, np.where(real == 1, ids, -100))),
+            "The model should not learn to predict the prompt: its labels are −100.",
         ),
         Mistake(
-            "learns to write padding",
-            _padding_is_learnt,
-            "Padding is no part of the answer: its labels are −100, not the id of <pad>.",
+            "gives padding labels",
+            _padding_has_labels,
+            "Padding is not part of the answer: its labels are −100, not the id of <pad>.",
         ),
         Mistake(
             "fills the labels with 0 instead of −100",
-            _changed(lambda ids, seen, types, labels: (ids, seen, types, np.where(types == 1, ids, 0))),
-            "0 is a token that could be learned. −100 is the number that the loss leaves out.",
+            _changed(lambda ids, real, types, labels: (ids, real, types, np.where(types == 1, ids, 0))),
+            "0 is a token id that the model would learn. The loss ignores −100.",
         ),
         Mistake(
             "shifts the labels by one",
             _shifted,
-            "A label stands at its own token here; the loss does the shift. Twice would be one too many.",
+            "Here a label is at the position of its own token. The loss does the shift later.",
         ),
         Mistake(
             "leaves <eos> out of the labels",
             _without_eos,
-            "A model that never learns to end goes on talking: the last token of the answer has a label, too.",
+            "A model that never learns to stop keeps generating: the last token of the answer has a label too.",
         ),
         Mistake(
-            "gives padding the type of the answer",
+            "gives padding the token type of the answer",
             _padding_is_answer,
-            "token_type_ids are 1 on the answer only, and 0 on prompt and padding.",
+            "token_type_ids are 1 for the answer only, and 0 for the prompt and padding.",
         ),
         Mistake(
-            "has the types turned round",
-            _changed(lambda ids, seen, types, labels: (ids, seen, np.where(seen == 1, 1 - types, 0), labels)),
+            "swaps the token types",
+            _changed(lambda ids, real, types, labels: (ids, real, np.where(real == 1, 1 - types, 0), labels)),
             "0 is the prompt, 1 is the answer.",
         ),
         Mistake(
-            "sees padding",
-            _changed(lambda ids, seen, types, labels: (ids, np.ones_like(seen), types, labels)),
-            "attention_mask is 1 on tokens and 0 on padding.",
+            "sets attention_mask to 1 on padding",
+            _changed(lambda ids, real, types, labels: (ids, np.ones_like(real), types, labels)),
+            "attention_mask is 1 for tokens and 0 for padding.",
         ),
         Mistake(
-            "hides the answer in attention_mask",
-            _changed(lambda ids, seen, types, labels: (ids, np.where(types == 1, 0, seen), types, labels)),
-            "attention_mask speaks of padding alone. That the answer is read causally follows from the types.",
+            "sets attention_mask to 0 on the answer",
+            _changed(lambda ids, real, types, labels: (ids, np.where(types == 1, 0, real), types, labels)),
+            "attention_mask marks only padding. The token types make the answer causal.",
         ),
         Mistake(
-            "takes the masks of all rows from the first",
-            _changed(lambda ids, seen, types, labels: (ids, np.repeat(seen[:1], len(seen), 0), types, labels)),
-            "Each row has its own length: make its ones and zeros before padding.",
+            "uses the first row's attention mask for all rows",
+            _changed(lambda ids, real, types, labels: (ids, np.repeat(real[:1], len(real), 0), types, labels)),
+            "Each row has its own length: build its ones and zeros before padding.",
         ),
     ),
 )
 
-EXERCISES = [NORMALISE, CHANNELS_FIRST, BUILD_PROMPT, PAD, ASSEMBLE]
+EXERCISES = [NORMALIZE, CHANNELS_FIRST, BUILD_PROMPT, PAD, ASSEMBLE]

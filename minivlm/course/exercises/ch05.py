@@ -1,4 +1,4 @@
-"""Chapter 05: who may look at whom."""
+"""Chapter 05: which token attends to which."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def random_ids(rng, rows, length, high=2):
 
 
 def block_cases(rng):
-    """A few rows, the first case longer than wide so that no axis can be taken for another."""
+    """More tokens than rows, so that the axes cannot be confused."""
     for rows, length in ((2, 5), (1, 7), (3, 4), (2, 6), (4, 3)):
         mask_ar = random_ids(rng, rows, length)
         mask_ar[0, 1:3], mask_ar[-1, -1] = torch.tensor([0, 1]), 1
@@ -31,41 +31,41 @@ BLOCK = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "has queries and keys swapped",
+            "swaps queries and keys",
             lambda mask_ar: _compare(mask_ar.cumsum(-1), torch.ge),
-            "The result is indexed [query, key]: the key's block is along the last axis, `block[..., None, :]`.",
+            "The result is indexed [query, key]: the key's block runs along the last axis, `block[..., None, :]`.",
         ),
         Mistake(
-            "forbids a token its own block",
+            "blocks a token's own block",
             lambda mask_ar: _compare(mask_ar.cumsum(-1), torch.lt),
-            "The rule is `<=`: tokens of one block see each other, and each token itself.",
+            "The rule is `<=`: tokens in one block attend to each other and to themselves.",
         ),
         Mistake(
-            "lets a token see its own block alone",
+            "lets a token attend only to its own block",
             lambda mask_ar: _compare(mask_ar.cumsum(-1), torch.eq),
             "Earlier blocks are visible too: the rule is `<=`, not `==`.",
         ),
         Mistake(
-            "compares mask_ar itself instead of its running sum",
+            "compares mask_ar itself instead of its cumulative sum",
             lambda mask_ar: _compare(mask_ar, torch.le),
-            "Every 1 starts a new block: `mask_ar.cumsum(-1)` numbers them.",
+            "Every 1 starts a new block: `mask_ar.cumsum(-1)` numbers the blocks.",
         ),
         Mistake(
             "sums over the batch axis",
             lambda mask_ar: _compare(mask_ar.cumsum(0), torch.le),
-            "Blocks are counted along the tokens, the last axis: `cumsum(-1)`.",
+            "Count blocks along the tokens, the last axis: `cumsum(-1)`.",
         ),
         Mistake(
-            "gives numbers where True and False are wanted",
+            "returns integers instead of booleans",
             lambda mask_ar: _compare(mask_ar.cumsum(-1), torch.le).long(),
-            "The comparison `<=` already gives booleans.",
+            "The comparison `<=` already returns booleans.",
         ),
     ),
 )
 
 
 def type_cases(rng):
-    """Image and prefix first, then a suffix of 2 or more."""
+    """Image and prefix first, then a suffix of at least two tokens."""
     for rows, length in ((2, 6), (1, 8), (3, 5), (2, 7), (1, 4)):
         ids = torch.zeros(rows, length, dtype=torch.long)
         for row in ids:
@@ -87,30 +87,30 @@ PREFIX_LM = Exercise(
         Mistake(
             "is causal everywhere",
             lambda ids: _square(ids, torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()),
-            "Image and prefix tokens (type 0) see each other in both directions; only the suffix is causal.",
+            "Image and prefix tokens (type 0) attend to each other in both directions; only the suffix is causal.",
         ),
         Mistake(
-            "lets everyone see everyone",
+            "lets every token attend to every token",
             lambda ids: _square(ids, torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)),
-            "A suffix token must not see the suffix tokens after it: they are what it has to predict.",
+            "A suffix token must not attend to later suffix tokens: it has to predict them.",
         ),
         Mistake(
-            "lets the suffix see its own future",
+            "lets suffix tokens attend to later suffix tokens",
             lambda ids: ids[:, None, :] <= ids[:, :, None],
-            "Give every suffix token a block of its own: the running sum of the types does that.",
+            "Put every suffix token into its own block: the cumulative sum of the types does that.",
         ),
         Mistake(
-            "lets image and prefix see the suffix",
+            "lets image and prefix attend to the suffix",
             lambda ids: masks.bidirectional_mask(ids.shape[1]) & ((ids == 0)[:, :, None] | masks.block_mask(ids)),
-            "The answer is not there yet when image and prefix are read: type 0 sees type 0 only.",
+            "At inference the answer does not exist yet during prefill: type 0 attends only to type 0.",
         ),
         Mistake(
-            "hides the prefix from the suffix",
+            "blocks the prefix for the suffix",
             lambda ids: masks.block_mask(ids) & (ids[:, None, :] == ids[:, :, None]),
-            "Every suffix token sees all of image and prefix: that is what it answers about.",
+            "Every suffix token attends to the whole image and prefix: the answer depends on them.",
         ),
         Mistake(
-            "has queries and keys swapped",
+            "swaps queries and keys",
             lambda ids: masks.block_mask(ids).transpose(1, 2),
             "The result is indexed [query, key].",
         ),
@@ -119,7 +119,7 @@ PREFIX_LM = Exercise(
 
 
 def padding_cases(rng):
-    """Prefix-LM masks with padding on either side, all rows of one batch different."""
+    """Prefix-LM masks with padding on either side; the rows of a batch differ."""
     for rows, length, side in ((2, 6, "right"), (2, 6, "left"), (3, 5, "right"), (1, 7, "left"), (3, 8, "left")):
         ids, real = torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
         for row in range(rows):
@@ -146,30 +146,30 @@ PADDING = Exercise(
         Mistake(
             "leaves padding visible",
             lambda mask, attention_mask: mask.clone(),
-            "Where attention_mask is 0, that key's column must be closed to everyone else.",
+            "If attention_mask is 0 for a key, mask its column for all other queries.",
         ),
         Mistake(
-            "closes the rows of padding instead of its columns",
+            "masks the rows of padding instead of its columns",
             lambda mask, attention_mask: (mask & attention_mask.bool()[:, :, None]) | _diagonal(mask),
-            "What matters is who looks *at* padding: the keys, the last axis.",
+            "No query should attend *to* padding: mask the keys, the last axis.",
         ),
         Mistake(
             "leaves a padding query without any key",
             lambda mask, attention_mask: mask & attention_mask.bool()[:, None, :],
-            "Every query sees itself, padding too: in a causal mask its row could be empty. `| torch.eye(T).bool()`.",
+            "Every query attends to itself, even padding, or its row could be empty: `| torch.eye(T).bool()`.",
         ),
         Mistake(
-            "closes the words and leaves the padding",
+            "masks the tokens instead of the padding",
             lambda mask, attention_mask: (mask & (attention_mask == 0)[:, None, :]) | _diagonal(mask),
-            "attention_mask is 1 on tokens and 0 on padding.",
+            "attention_mask is 1 for tokens and 0 for padding.",
         ),
         Mistake(
-            "opens every real key, also where the mask forbids it",
+            "allows every real key, even where the mask blocks it",
             lambda mask, attention_mask: mask | attention_mask.bool()[:, None, :] | _diagonal(mask),
-            "Padding only takes away: combine with `&`.",
+            "Padding can only block more: combine with `&`.",
         ),
         Mistake(
-            "takes every row's padding from the first row",
+            "uses the first row's padding for all rows",
             lambda mask, attention_mask: (mask & attention_mask[:1].bool()[:, None, :]) | _diagonal(mask),
             "Each row of the batch has its own padding: keep the batch axis, `attention_mask[:, None, :]`.",
         ),
@@ -195,32 +195,32 @@ WINDOW = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "sees one key too many",
+            "allows one key too many",
             lambda length, window: _steps_back(length) <= window,
-            "The token itself is 0 steps back and counts: a window of 1 is the token alone, so `<`.",
+            "The token itself is included, at distance 0. A window of 1 is only the token itself, so use `<`.",
         ),
         Mistake(
-            "sees one key too few",
+            "allows one key too few",
             lambda length, window: _steps_back(length) < window - 1,
-            "Keys 0, 1, …, window − 1 steps back are inside.",
+            "Keys at distance 0, 1, …, window − 1 are allowed.",
         ),
         Mistake(
-            "closes the keys ahead as well",
+            "also blocks later keys",
             lambda length, window: _steps_back(length).abs() < window,
-            "The window looks backwards only; what lies ahead is the business of the prefix-LM mask.",
+            "The window only limits how far back a query attends. The prefix-LM mask handles later keys.",
         ),
         Mistake(
-            "is causal as well",
+            "is also causal",
             lambda length, window: (_steps_back(length) < window) & (_steps_back(length) >= 0),
-            "The two are combined with `&` later; alone, the window leaves every key ahead open.",
+            "The two masks are combined with `&` later. On its own, the window allows every later key.",
         ),
         Mistake(
-            "looks ahead where it should look back",
+            "limits later keys instead of earlier ones",
             lambda length, window: -_steps_back(length) < window,
-            "Distance is query − key: positive for keys behind the query.",
+            "The distance is query − key, which is positive for earlier keys.",
         ),
         Mistake(
-            "closes what is near and opens what is far",
+            "blocks near keys and allows far ones",
             lambda length, window: _steps_back(length) >= window,
             "True means visible: near keys are True.",
         ),
@@ -229,12 +229,12 @@ WINDOW = Exercise(
 
 
 def suffix_loss(logits, labels):
-    """Mean cross-entropy of the words of the suffix, each predicted by the token before it; -100 marks all others."""
+    """Mean cross-entropy of the suffix tokens, each predicted by the token before it; all other labels are −100."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def loss_cases(rng):
-    """Suffixes of different length, so that a mean of rows is not the mean of words."""
+    """Suffixes of different length, so that the mean over rows is not the mean over tokens."""
     for rows, length, vocabulary in ((2, 6, 5), (3, 7, 4), (2, 8, 9), (4, 5, 6)):
         labels = torch.full((rows, length), -100)
         for row, suffix in enumerate(rng.permutation(rows)):
@@ -257,45 +257,45 @@ SUFFIX_LOSS = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "asks each token for itself instead of for the next one",
+            "predicts each token from itself instead of from the token before",
             lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100),
             "The logits at position t predict the token at t + 1: drop the last logits and the first label.",
         ),
         Mistake(
-            "asks each token for the one before",
+            "predicts the previous token instead of the next one",
             lambda logits, labels: F.cross_entropy(
                 logits[:, 1:].flatten(0, 1), labels[:, :-1].flatten(), ignore_index=-100
             ),
-            "Shifted the wrong way: `logits[:, :-1]` against `labels[:, 1:]`.",
+            "The shift goes the wrong way: compare `logits[:, :-1]` with `labels[:, 1:]`.",
         ),
         Mistake(
-            "divides by all tokens, not by those of the suffix",
+            "divides by the number of all tokens instead of suffix tokens",
             lambda logits, labels: (
                 F.cross_entropy(
                     logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
                 )
                 / labels[:, 1:].numel()
             ),
-            "The mean is over positions whose label is not -100.",
+            "Average over positions whose label is not −100.",
         ),
         Mistake(
-            "sums where it should average",
+            "sums instead of averaging",
             lambda logits, labels: F.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
             ),
-            "The mean over words keeps long and short answers comparable.",
+            "With the mean over tokens, losses of long and short answers are comparable.",
         ),
         Mistake(
-            "averages each row first, so that short answers weigh more",
+            "averages each row first, so tokens of short answers weigh more",
             _row_means,
-            "Take the mean over all words of the batch at once.",
+            "Average over all suffix tokens of the batch at once.",
         ),
         Mistake(
-            "counts the prefix too, as if its label were token 0",
+            "includes the prefix, as if its labels were token 0",
             lambda logits, labels: F.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1:].clamp(min=0).flatten(), ignore_index=-100
             ),
-            "-100 means: no loss here. F.cross_entropy leaves such labels out by itself.",
+            "−100 means no loss at this position. `F.cross_entropy` ignores these labels by default.",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Chapter 06: what turns embeddings into the next word."""
+"""Chapter 06: how the decoder turns embeddings into the next token."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ def random(rng, *shape, spread=1.0):
 
 
 def norm_cases(rng):
-    """An eps large enough to be missed; numbers whose mean is not zero; one case in bfloat16."""
+    """An eps large enough to matter, values with nonzero mean, and one case in bfloat16."""
     for shape, eps in (((2, 3, 5), 0.3), ((4, 6), 1e-6), ((7,), 0.05), ((3, 2, 4), 0.01)):
         yield random(rng, *shape) + 0.7, random(rng, shape[-1], spread=0.5), eps
     while True:
@@ -29,7 +29,7 @@ def norm_cases(rng):
 
 
 def _far_from_rounding(x, weight, eps):
-    """Whether a last bit more or less, which the order of the arithmetic decides, leaves the bfloat16 result alone."""
+    """Whether the bfloat16 result is the same if the order of the arithmetic changes a last bit of float32."""
     y = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + weight.double())
     return torch.equal((y * (1 + 1e-5)).bfloat16(), (y * (1 - 1e-5)).bfloat16())
 
@@ -39,11 +39,11 @@ def _normed(x, eps, axis=-1):
 
 
 def _layer_norm(x, weight, eps):
-    centerd = x.float() - x.float().mean(-1, keepdim=True)
-    return (_normed(centerd, eps) * (1 + weight.float())).type_as(x)
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    return (_normed(centered, eps) * (1 + weight.float())).type_as(x)
 
 
-def _in_the_type_of_x(x, weight, eps):
+def _in_dtype_of_x(x, weight, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + weight)
 
 
@@ -61,57 +61,57 @@ RMS_NORM = Exercise(
         Mistake(
             "multiplies by w instead of 1 + w",
             lambda x, weight, eps: (_normed(x, eps) * weight.float()).type_as(x),
-            "Gemma's weights are stored as the difference from 1: a w of 0 leaves the number as it is.",
+            "Gemma stores the difference from 1: w = 0 means a factor of 1.",
         ),
         Mistake(
             "subtracts the mean first, as LayerNorm does",
             _layer_norm,
-            "RMSNorm never centers: it divides by the root of the mean of x², nothing more.",
+            "RMSNorm does not center: it only divides by the root mean square.",
         ),
         Mistake(
-            "adds eps outside of the root",
+            "adds eps outside the square root",
             lambda x, weight, eps: _with_root(x, weight, x.float().pow(2).mean(-1, keepdim=True).sqrt() + eps),
             "eps belongs inside: √(mean(x²) + eps).",
         ),
         Mistake(
-            "leaves eps out",
+            "leaves out eps",
             lambda x, weight, eps: _with_root(x, weight, x.float().pow(2).mean(-1, keepdim=True).sqrt()),
-            "Without eps a vector of zeros is divided by zero: √(mean(x²) + eps).",
+            "Without eps, a vector of zeros is divided by zero: √(mean(x²) + eps).",
         ),
         Mistake(
-            "forgets the root",
+            "forgets the square root",
             lambda x, weight, eps: _with_root(x, weight, x.float().pow(2).mean(-1, keepdim=True) + eps),
-            "The R of RMS is a root: divide by √(mean(x²) + eps), or multiply by `torch.rsqrt` of it.",
+            "The R in RMS is a root: divide by √(mean(x²) + eps), or multiply by `torch.rsqrt(mean + eps)`.",
         ),
         Mistake(
-            "sums the squares where it should average them",
+            "sums the squares instead of averaging them",
             lambda x, weight, eps: _with_root(x, weight, (x.float().pow(2).sum(-1, keepdim=True) + eps).sqrt()),
-            "The M of RMS is a mean: `.mean(-1, keepdim=True)`, so that the width of the model does not matter.",
+            "The M in RMS is a mean, `.mean(-1, keepdim=True)`, so the hidden size does not matter.",
         ),
         Mistake(
             "takes the mean over the first axis",
             lambda x, weight, eps: (_normed(x, eps, axis=0) * (1 + weight.float())).type_as(x),
-            "Each vector is normalized by itself, along the last axis: `.mean(-1, keepdim=True)`.",
+            "Each vector is normalized on its own, along the last axis: `.mean(-1, keepdim=True)`.",
         ),
         Mistake(
-            "computes in the type of x",
-            _in_the_type_of_x,
-            "In bfloat16 the squares and their mean lose most of their digits: begin with `x.float()`.",
+            "computes in the dtype of x",
+            _in_dtype_of_x,
+            "In bfloat16, the squares and their mean lose most of their digits: start with `x.float()`.",
         ),
         Mistake(
             "casts back before it multiplies by 1 + w",
             lambda x, weight, eps: _normed(x, eps).type_as(x) * (1 + weight),
-            "Llama casts first; Gemma multiplies in float32 and casts last: `(y * (1 + weight.float())).type_as(x)`.",
+            "Llama casts first. Gemma multiplies in float32 and casts last: `(y * (1 + weight.float())).type_as(x)`.",
         ),
         Mistake(
-            "rounds 1 + w to the type of the weights",
+            "rounds 1 + w to the dtype of the weights",
             lambda x, weight, eps: (_normed(x, eps) * (1 + weight)).type_as(x),
-            "In bfloat16, 1 + w keeps eight bits only: take `1 + weight.float()`.",
+            "In bfloat16, 1 + w has only eight significant bits: use `1 + weight.float()`.",
         ),
         Mistake(
-            "returns float32 whatever x was",
+            "returns float32 whatever the dtype of x",
             lambda x, weight, eps: _normed(x, eps) * (1 + weight.float()),
-            "Compute in float32, but give back the type that came in: `.type_as(x)`.",
+            "Compute in float32, but return the dtype of x: `.type_as(x)`.",
         ),
     ),
 )
@@ -121,7 +121,7 @@ RMS_NORM = Exercise(
 
 
 def rotary_cases(rng):
-    """Four or more dimensions, so that halves are not neighbors; every row at positions of its own."""
+    """At least four dimensions, so that halves and neighbors differ; different positions in every row."""
     for B, H, T, d in ((2, 3, 4, 6), (1, 2, 5, 4), (3, 1, 2, 8), (2, 4, 3, 10)):
         positions = torch.from_numpy(rng.integers(1, 30, (B, T)))
         positions[-1, 0] = positions[0, 0] + 3
@@ -134,15 +134,15 @@ def _rotate(x, cos, sin, signs=(-1, 1)):
 
 
 def _interleaved(x, cos, sin):
-    """The pairs (0, 1), (2, 3), … each with its angle."""
+    """Rotate the pairs (0, 1), (2, 3), …, each by its angle."""
     cos, sin = (table[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1)[:, None] for table in (cos, sin))
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos + rotated * sin
 
 
 def _half_interleaved(x, cos, sin):
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return x * cos[:, None] + turned * sin[:, None]
+    rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos[:, None] + rotated * sin[:, None]
 
 
 def _first_half_only(x, cos, sin):
@@ -158,51 +158,51 @@ ROTARY = Exercise(
     minutes=12,
     mistakes=(
         Mistake(
-            "turns neighboring dimensions as pairs",
+            "rotates pairs of neighboring dimensions",
             _interleaved,
             "Gemma's pairs are (i, i + d/2): split x into two halves with `x.chunk(2, dim=-1)`.",
         ),
         Mistake(
-            "takes neighbors as pairs but the angles of halves",
+            "pairs neighboring dimensions but uses the angles for halves",
             _half_interleaved,
-            "The table is made for the pairs (i, i + d/2): swap the two halves of x, not its neighbors.",
+            "The tables are for the pairs (i, i + d/2): swap the two halves of x, not neighbors.",
         ),
         Mistake(
-            "turns the other way round",
+            "rotates in the opposite direction",
             lambda x, cos, sin: _rotate(x, cos, sin, (1, -1)),
             "The first half becomes first·cos − second·sin, the second half second·cos + first·sin.",
         ),
         Mistake(
-            "forgets the minus",
+            "forgets the minus sign",
             lambda x, cos, sin: _rotate(x, cos, sin, (1, 1)),
-            "A rotation has one minus: first·cos − second·sin. Without it lengths change.",
+            "A rotation has one minus sign: first·cos − second·sin. Without it, lengths change.",
         ),
         Mistake(
-            "has the minus on the wrong half too",
+            "puts a minus sign on both halves",
             lambda x, cos, sin: _rotate(x, cos, sin, (-1, -1)),
-            "Only the first half gets a minus; the second half becomes second·cos + first·sin.",
+            "Only the first half has a minus sign; the second half becomes second·cos + first·sin.",
         ),
         Mistake(
-            "has sine and cosine swapped",
+            "swaps sine and cosine",
             lambda x, cos, sin: _rotate(x, sin, cos),
-            "At position 0 the angle is 0, and cos 0 = 1 must leave x as it is: x itself goes with the cosine.",
+            "At position 0 the angle is 0 and x must stay unchanged. Since cos 0 = 1, x is multiplied by the cosine.",
         ),
         Mistake(
-            "does not swap the halves for the sine",
+            "does not swap the halves for the sine term",
             lambda x, cos, sin: (
                 x * cos[:, None] + torch.cat((-x.chunk(2, -1)[0], x.chunk(2, -1)[1]), -1) * sin[:, None]
             ),
-            "Each number is mixed with its partner in the other half: `torch.cat((-second, first), dim=-1)`.",
+            "Each value is mixed with its partner in the other half: `torch.cat((-second, first), dim=-1)`.",
         ),
         Mistake(
-            "turns the first half only",
+            "rotates only the first half",
             _first_half_only,
-            "Both numbers of a pair change: the second half becomes second·cos + first·sin.",
+            "Both values of a pair change: the second half becomes second·cos + first·sin.",
         ),
         Mistake(
-            "gives every row the positions of the first",
+            "uses the first row's positions for all rows",
             lambda x, cos, sin: _rotate(x, cos[:1], sin[:1]),
-            "The tables are [B, T, d]: `cos[:, None]` adds the axis of the heads and keeps that of the rows.",
+            "The tables are [B, T, d]: `cos[:, None]` adds the head axis and keeps the batch axis.",
         ),
     ),
 )
@@ -212,7 +212,7 @@ ROTARY = Exercise(
 
 
 def attention_cases(rng):
-    """Several key heads with several queries each; with mask and without, with cap and without; K = H and K = 1."""
+    """Several query heads per key head, K = H and K = 1; with and without mask, with and without cap."""
     for B, H, K, T, S, d, mask_rows, cap in (
         (2, 6, 2, 3, 5, 4, 2, None),
         (1, 4, 2, 2, 6, 3, 0, None),
@@ -229,8 +229,8 @@ def attention_cases(rng):
         yield q, k, v, mask, float(rng.uniform(0.6, 0.9)), cap
 
 
-def _no_steps(scores):
-    return scores
+def _unchanged(x):
+    return x
 
 
 def _hide(scores, mask, hidden=-torch.inf):
@@ -241,11 +241,11 @@ def _cap(scores, cap):
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def _attend(q, k, v, scores_of, heads=torch.repeat_interleave, axis=-1, shares=_no_steps):
-    """Attention with the heads laid out by ``heads`` and q·k turned into scores by ``scores_of``."""
+def _attend(q, k, v, scores_of, heads=torch.repeat_interleave, axis=-1, after=_unchanged):
+    """Attention with key heads repeated by ``heads`` and q·k turned into scores by ``scores_of``."""
     times = q.shape[1] // k.shape[1]
     k, v = (heads(x, times, 1) for x in (k, v))
-    return shares(scores_of(q @ k.transpose(2, 3)).softmax(axis)) @ v
+    return after(scores_of(q @ k.transpose(2, 3)).softmax(axis)) @ v
 
 
 def _in_turn(x, times, axis):
@@ -261,11 +261,11 @@ ATTENTION = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "hands out the key heads in turn, not in groups",
+            "repeats the key heads in turn instead of in groups",
             lambda q, k, v, mask, scale, cap=None: _attend(
                 q, k, v, lambda s: _hide(_cap(s * scale, cap), mask), heads=_in_turn
             ),
-            "Neighboring query heads share a key head, 0 0 1 1 and not 0 1 0 1: `repeat_interleave`, not `repeat`.",
+            "Neighboring query heads share a key head, 0 0 1 1, not 0 1 0 1: `repeat_interleave`, not `repeat`.",
         ),
         Mistake(
             "forgets the scale",
@@ -275,65 +275,65 @@ ATTENTION = Exercise(
         Mistake(
             "divides by the scale",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s / scale, cap), mask)),
-            "`scale` is the factor itself, such as 1/√d: multiply by it.",
+            "`scale` is a factor, such as 1/√d: multiply by it.",
         ),
         Mistake(
-            "scales by 1/√d whatever the scale says",
+            "scales by 1/√d and ignores `scale`",
             lambda q, k, v, mask, scale, cap=None: _attend(
                 q, k, v, lambda s: _hide(_cap(s * q.shape[-1] ** -0.5, cap), mask)
             ),
-            "The scale is given, since it is not always 1/√d: PaliGemma 2 28B has 144^-½ with heads of 128.",
+            "The scale is an argument because it is not always 1/√d: PaliGemma 2 28B uses 144^-½ with d = 128.",
         ),
         Mistake(
             "takes the softmax over the queries",
             lambda q, k, v, mask, scale, cap=None: _attend(
                 q, k, v, lambda s: _hide(_cap(s * scale, cap), mask), axis=-2
             ),
-            "Each query shares out its attention among the keys, the last axis: `softmax(-1)`.",
+            "The weights of a query sum to 1 over the keys, the last axis: `softmax(-1)`.",
         ),
         Mistake(
             "ignores the mask",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _cap(s * scale, cap)),
-            "Where the mask is False the score must become very negative before the softmax.",
+            "Where the mask is False, set the score to −∞ before the softmax.",
         ),
         Mistake(
-            "hides what the mask shows",
+            "blocks the keys that the mask allows",
             lambda q, k, v, mask, scale, cap=None: _attend(
                 q, k, v, lambda s: _hide(_cap(s * scale, cap), None if mask is None else ~mask)
             ),
             "True means visible: fill where the mask is False, `masked_fill(~mask, …)`.",
         ),
         Mistake(
-            "sets hidden scores to 0",
+            "sets masked scores to 0",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s * scale, cap), mask, 0.0)),
-            "A score of 0 still gets e⁰ = 1 in the softmax: fill with `-torch.inf`.",
+            "A score of 0 still contributes e⁰ = 1 to the softmax: fill with `-torch.inf`.",
         ),
         Mistake(
             "masks after the softmax",
             lambda q, k, v, mask, scale, cap=None: _attend(
-                q, k, v, lambda s: _cap(s * scale, cap), shares=lambda p: _hide(p, mask, 0.0)
+                q, k, v, lambda s: _cap(s * scale, cap), after=lambda p: _hide(p, mask, 0.0)
             ),
-            "The weights of a query must sum to 1: hide the scores before the softmax, not the weights after it.",
+            "The weights of a query must sum to 1: mask the scores before the softmax, not the weights after it.",
         ),
         Mistake(
             "caps after masking",
             lambda q, k, v, mask, scale, cap=None: _attend(
                 q, k, v, lambda s: _cap(_hide(s * scale, mask, -torch.inf), cap)
             ),
-            "Capped, −∞ is only −cap, and what was hidden shows through: cap first, then mask.",
+            "The cap turns −∞ into −cap, so masked keys get weight again: cap first, then mask.",
         ),
         Mistake(
             "ignores the cap",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(s * scale, mask)),
-            "Where `cap` is not None the scores become `cap * torch.tanh(scores / cap)`.",
+            "If `cap` is not None, the scores become `cap * torch.tanh(scores / cap)`.",
         ),
         Mistake(
             "caps before it scales",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s, cap) * scale, mask)),
-            "First the scale, then the cap, then the mask, then the softmax.",
+            "The order is scale, cap, mask, softmax.",
         ),
         Mistake(
-            "cuts the scores off instead of bending them",
+            "clamps the scores instead of using tanh",
             lambda q, k, v, mask, scale, cap=None: _attend(
                 q, k, v, lambda s: _hide(s * scale if cap is None else (s * scale).clamp(-cap, cap), mask)
             ),
@@ -343,7 +343,7 @@ ATTENTION = Exercise(
 )
 
 
-# --- the feed-forward gate ------------------------------------------------------------------------------------------
+# --- the gated MLP --------------------------------------------------------------------------------------------------
 
 
 def gate_cases(rng):
@@ -363,47 +363,47 @@ GEGLU = Exercise(
     minutes=6,
     mistakes=(
         Mistake(
-            "passes the wrong one through GELU",
+            "applies GELU to `up` instead of `gate`",
             lambda gate, up: gate * _gelu(up),
-            "The gate opens and closes: GELU goes on `gate`, and `up` is multiplied as it is.",
+            "GELU is applied to `gate`, and `up` stays linear.",
         ),
         Mistake(
-            "takes the exact GELU",
+            "uses the exact GELU",
             lambda gate, up: F.gelu(gate) * up,
             'Gemma was trained with the tanh approximation: `F.gelu(gate, approximate="tanh")`.',
         ),
         Mistake(
-            "adds where it should multiply",
+            "adds instead of multiplying",
             lambda gate, up: _gelu(gate) + up,
             "A gate multiplies: near 0 it shuts, whatever `up` is.",
         ),
         Mistake(
-            "is SwiGLU, the gate of Llama",
+            "is SwiGLU, Llama's gate",
             lambda gate, up: F.silu(gate) * up,
-            'SiLU is x·sigmoid(x); Gemma has GELU: `F.gelu(gate, approximate="tanh")`.',
+            'SiLU is x·sigmoid(x). Gemma uses GELU: `F.gelu(gate, approximate="tanh")`.',
         ),
         Mistake(
             "is a plain GLU with a sigmoid gate",
             lambda gate, up: torch.sigmoid(gate) * up,
-            'The gate is GELU, not a sigmoid: `F.gelu(gate, approximate="tanh")`.',
+            'The gate uses GELU, not a sigmoid: `F.gelu(gate, approximate="tanh")`.',
         ),
         Mistake(
-            "has a ReLU for its gate",
+            "uses ReLU in the gate",
             lambda gate, up: F.relu(gate) * up,
-            'The gate is GELU, which lets a little through below 0: `F.gelu(gate, approximate="tanh")`.',
+            'The gate uses GELU, which is not zero just below 0: `F.gelu(gate, approximate="tanh")`.',
         ),
         Mistake(
-            "passes both through GELU",
+            "applies GELU to both",
             lambda gate, up: _gelu(gate) * _gelu(up),
-            "Only `gate` goes through GELU; `up` stays as it is.",
+            "Apply GELU only to `gate`; `up` stays linear.",
         ),
         Mistake(
-            "multiplies first and passes the product through GELU",
+            "applies GELU to the product",
             lambda gate, up: _gelu(gate * up),
-            "GELU on `gate` alone, then the product.",
+            "Apply GELU to `gate` only, then multiply.",
         ),
         Mistake(
-            "leaves the gate out",
+            "leaves out the gate",
             lambda gate, up: _gelu(up),
             "Two projections come in: GELU(gate) · up.",
         ),
@@ -415,9 +415,10 @@ GEGLU = Exercise(
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer of Gemma 1. D width · H heads · K key/value heads · d head width · I inner width.
+    """The weights of one Gemma 1 layer.
 
-    Matrices are [out, in], as ``nn.Linear`` keeps them: ``x @ weights.q.T``.
+    D hidden size · H heads · K key/value heads · d head dimension · I intermediate size.
+    Matrices are [out, in], as in ``nn.Linear``: ``x @ weights.q.T``.
     """
 
     attention_norm: Tensor  # [D]
@@ -434,7 +435,7 @@ class LayerWeights(NamedTuple):
 def decoder_layer(x, weights, cos, sin, mask, head_dim):
     """Gemma 1's layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    x [B, T, D], ``LayerWeights``, cos and sin [B, T, d], mask [B, T, T] or None, head width d → [B, T, D].
+    x [B, T, D], ``LayerWeights``, cos and sin [B, T, d], mask [B, T, T] or None, head dimension d → [B, T, D].
     """
     B, T, _ = x.shape
     y = gemma.rms_norm(x, weights.attention_norm, 1e-6)
@@ -447,7 +448,7 @@ def decoder_layer(x, weights, cos, sin, mask, head_dim):
 
 
 def layer_cases(rng):
-    """D, H·d, K·d and I all different; causal masks, and one case without."""
+    """D, H·d, K·d and I all different; causal masks, and one case without a mask."""
     for B, T, D, H, K, d, inner in ((2, 3, 8, 4, 2, 6, 10), (1, 5, 6, 3, 1, 4, 9), (2, 4, 10, 2, 1, 6, 7)):
         shapes = ((H * d, D), (K * d, D), (K * d, D), (D, H * d), (inner, D), (inner, D), (D, inner))
         q, k, v, o, gate, up, down = (random(rng, *shape, spread=1.5 * shape[1] ** -0.5) for shape in shapes)
@@ -458,13 +459,13 @@ def layer_cases(rng):
         yield random(rng, B, T, D), weights, cos, sin, mask, d
 
 
-def _attention(y, w, cos, sin, mask, d, turned="qk", scale=None, lay=True):
-    """The attention block on its input, with a choice of what is rotated, of the scale, and of how heads are laid."""
+def _attention(y, w, cos, sin, mask, d, rotated="qk", scale=None, transpose=True):
+    """Attention with a choice of what is rotated, of the scale, and of whether the head axis is moved back."""
     B, T, _ = y.shape
     heads = {n: (y @ m.T).view(B, T, -1, d).transpose(1, 2) for n, m in (("q", w.q), ("k", w.k), ("v", w.v))}
-    heads |= {name: gemma.apply_rotary(heads[name], cos, sin) for name in turned}
+    heads |= {name: gemma.apply_rotary(heads[name], cos, sin) for name in rotated}
     out = gemma.grouped_query_attention(heads["q"], heads["k"], heads["v"], mask, scale or d**-0.5)
-    return (out.transpose(1, 2) if lay else out).reshape(B, T, -1) @ w.o.T
+    return (out.transpose(1, 2) if transpose else out).reshape(B, T, -1) @ w.o.T
 
 
 def _mlp(y, w):
@@ -476,7 +477,7 @@ def _norms(w):
 
 
 def _with_attention(**how):
-    """The layer with an attention block that goes wrong in one way."""
+    """The layer with one thing wrong in its attention."""
 
     def layer(x, w, cos, sin, mask, d):
         first, second = _norms(w)
@@ -487,7 +488,7 @@ def _with_attention(**how):
 
 
 def _joined(join):
-    """The layer with its blocks joined in another way: ``join(x, attention, mlp, first norm, second norm)``."""
+    """The layer with attention and MLP combined by ``join(x, attention, mlp, first norm, second norm)``."""
 
     def layer(x, w, cos, sin, mask, d):
         return join(x, lambda y: _attention(y, w, cos, sin, mask, d), lambda y: _mlp(y, w), *_norms(w))
@@ -510,7 +511,7 @@ def _parallel(x, attend, mlp, first, second):
     return x + attend(first(x)) + mlp(second(x))
 
 
-def _in_a_row(x, attend, mlp, first, second):
+def _no_second_residual(x, attend, mlp, first, second):
     x = x + attend(first(x))
     return mlp(second(x))
 
@@ -530,7 +531,7 @@ def _no_second_norm(x, attend, mlp, first, second):
     return x + mlp(x)
 
 
-def _width_scale(x, w, cos, sin, mask, d):
+def _hidden_size_scale(x, w, cos, sin, mask, d):
     return _with_attention(scale=x.shape[-1] ** -0.5)(x, w, cos, sin, mask, d)
 
 
@@ -543,64 +544,64 @@ LAYER = Exercise(
     points=4,
     mistakes=(
         Mistake(
-            "loses x after attention",
+            "forgets the residual connection around attention",
             _joined(_no_first_residual),
-            "What attention found is added to x: `x = x + …`.",
+            "Attention's output is added to x: `x = x + …`.",
         ),
         Mistake(
-            "loses x after the feed-forward block",
-            _joined(_in_a_row),
-            "What the feed-forward block found is added to x: `return x + …`.",
+            "forgets the residual connection around the MLP",
+            _joined(_no_second_residual),
+            "The MLP's output is added to x: `return x + …`.",
         ),
         Mistake(
-            "normalizes after the blocks instead of before them",
+            "is post-norm: it normalizes after attention and MLP instead of before",
             _joined(_post_norm),
-            "Gemma is pre-norm: the norm stands in front of each block, and x itself is never normalized.",
+            "Gemma is pre-norm: normalize what goes into attention and the MLP, never x itself.",
         ),
         Mistake(
-            "adds to the normalized x instead of to x itself",
+            "adds to the normalized x instead of x itself",
             _joined(_residual_of_norm),
-            "Keep x, and give the normalized one another name: `y = rms_norm(x, …)`, then `x = x + block(y)`.",
+            "Keep x and give the normalized one another name: `y = rms_norm(x, …)`, then `x = x + attention of y`.",
         ),
         Mistake(
-            "feeds both blocks with the same x",
+            "feeds attention and the MLP with the same x",
             _joined(_parallel),
-            "The feed-forward block comes second: it reads x with attention's result already added.",
+            "The MLP comes second: its input already includes attention's output.",
         ),
         Mistake(
             "uses the first norm twice",
             _joined(_one_norm),
-            "The second block has a norm of its own, `weights.mlp_norm`.",
+            "The MLP has its own norm, `weights.mlp_norm`.",
         ),
         Mistake(
             "forgets the second norm",
             _joined(_no_second_norm),
-            "The feed-forward block reads `rms_norm(x, weights.mlp_norm, 1e-6)`.",
+            "The MLP's input is `rms_norm(x, weights.mlp_norm, 1e-6)`.",
         ),
         Mistake(
             "rotates the values too",
-            _with_attention(turned="qkv"),
-            "Positions decide who looks at whom, not what is seen: rotate q and k only.",
+            _with_attention(rotated="qkv"),
+            "Positions affect which token attends to which, not the values: rotate only q and k.",
         ),
         Mistake(
-            "rotates the queries only",
-            _with_attention(turned="q"),
-            "Only the difference of two positions may count: both q and k turn.",
+            "rotates only the queries",
+            _with_attention(rotated="q"),
+            "Scores should depend only on the difference of two positions: rotate both q and k.",
         ),
         Mistake(
             "forgets the rotation",
-            _with_attention(turned=""),
-            "Without `apply_rotary` on q and k, attention does not know where anything stands.",
+            _with_attention(rotated=""),
+            "Without `apply_rotary` on q and k, attention knows nothing about positions.",
         ),
         Mistake(
-            "scales by the width of the model instead of that of a head",
-            _width_scale,
+            "scales by the hidden size instead of the head dimension",
+            _hidden_size_scale,
             "The scale is `head_dim ** -0.5`.",
         ),
         Mistake(
             "mixes up heads and tokens when it joins the heads",
-            _with_attention(lay=False),
-            "The heads' axis must stand beside d before the two are joined: `.transpose(1, 2).reshape(B, T, -1)`.",
+            _with_attention(transpose=False),
+            "Move the head axis next to d before you join them: `.transpose(1, 2).reshape(B, T, -1)`.",
         ),
     ),
 )

@@ -17,7 +17,7 @@ def random(rng, *shape):
 
 
 def append_cases(rng):
-    """One new token mostly, as in decoding; more than one; as many as there are."""
+    """Mostly one new token, as in decoding; also several, and as many as there are old ones."""
     for B, K, S, T, d in ((2, 3, 4, 1, 5), (1, 2, 3, 1, 4), (2, 1, 5, 3, 6), (3, 2, 2, 2, 4)):
         yield random(rng, B, K, S, d), random(rng, B, K, T, d)
 
@@ -30,42 +30,42 @@ APPEND = Exercise(
     minutes=5,
     mistakes=(
         Mistake(
-            "joins along the heads instead of the tokens",
+            "concatenates along the heads instead of the tokens",
             lambda old, new: torch.cat((old, new), dim=1),
             "The axes are [B, K, S, d]: tokens are axis 2.",
         ),
         Mistake(
-            "joins along the rows instead of the tokens",
+            "concatenates along the batch instead of the tokens",
             lambda old, new: torch.cat((old, new), dim=0),
-            "`torch.cat` joins along axis 0 when it is not told: tokens are axis 2.",
+            "`torch.cat` concatenates along axis 0 by default; tokens are axis 2.",
         ),
         Mistake(
-            "joins along the width of a head",
+            "concatenates along the head dimension",
             lambda old, new: torch.cat((old, new), dim=-1),
-            "The last axis is the width of a head; tokens are the one before, axis 2.",
+            "The last axis is the head dimension; tokens are axis 2.",
         ),
         Mistake(
-            "puts the new tokens in front",
+            "puts the new tokens first",
             lambda old, new: torch.cat((new, old), dim=2),
-            "Masks count on the order of the text: first the old, then the new.",
+            "Masks rely on the order of the tokens: first the old ones, then the new.",
         ),
         Mistake(
             "forgets the old tokens",
             lambda old, new: new.clone(),
-            "The new query needs the keys of all tokens before it, too.",
+            "The new query also needs the keys of all earlier tokens.",
         ),
         Mistake(
             "forgets the new tokens",
             lambda old, new: old.clone(),
-            "A token sees itself: its own key and value belong into the cache before attention runs.",
+            "A token attends to itself, so its own key and value must be in the cache before attention runs.",
         ),
         Mistake(
-            "pushes the oldest tokens out",
+            "drops the oldest tokens",
             lambda old, new: torch.cat((old[:, :, new.shape[2] :], new), dim=2),
             "The cache grows: S old tokens and T new ones make S + T.",
         ),
         Mistake(
-            "writes over the newest of the old tokens",
+            "overwrites the newest of the old tokens",
             lambda old, new: torch.cat((old[:, :, : -new.shape[2]], new), dim=2),
             "Nothing is replaced: S old tokens and T new ones make S + T.",
         ),
@@ -77,13 +77,13 @@ APPEND = Exercise(
 
 
 def write_cases(rng):
-    """In the middle, an empty buffer, several tokens, and the very last slot."""
+    """Into the middle, into an empty buffer, several tokens, and into the last slot."""
     for B, K, M, d, T, start in ((2, 3, 7, 4, 1, 3), (1, 2, 6, 4, 3, 0), (2, 1, 6, 5, 2, 2), (1, 3, 5, 2, 1, 4)):
         yield random(rng, B, K, M, d), random(rng, B, K, T, d), start
 
 
 def _write(buffer, new, start, end):
-    """Writes at ``start`` and returns the slots up to ``end``."""
+    """Write at ``start`` and return the slots up to ``end``."""
     buffer[:, :, start : start + new.shape[2]] = new[:, :, : max(0, buffer.shape[2] - start)]
     return buffer[:, :, :end]
 
@@ -96,39 +96,39 @@ WRITE = Exercise(
     minutes=10,
     mistakes=(
         Mistake(
-            "writes at the front of the buffer",
+            "writes at the start of the buffer",
             lambda buffer, new, start: _write(buffer, new, 0, start + new.shape[2]),
-            "Slots 0 to start − 1 are taken: the first new token goes to slot `start`.",
+            "Slots 0 to start − 1 are fed: the first new token goes to slot `start`.",
         ),
         Mistake(
-            "begins one slot too late",
+            "starts one slot too late",
             lambda buffer, new, start: _write(buffer, new, start + 1, start + 1 + new.shape[2]),
-            "With `start` tokens stored, slots 0 to start − 1 are taken and slot `start` is the first free one.",
+            "With `start` tokens stored, slots 0 to start − 1 are fed and slot `start` is the first free one.",
         ),
         Mistake(
-            "begins one slot too early",
+            "starts one slot too early",
             lambda buffer, new, start: _write(buffer, new, max(start - 1, 0), start + new.shape[2]),
-            "Slot start − 1 holds the newest old token: the first free one is `start`.",
+            "Slot start − 1 contains the newest old token: the first free slot is `start`.",
         ),
         Mistake(
             "returns the whole buffer",
             lambda buffer, new, start: _write(buffer, new, start, buffer.shape[2]),
-            "What lies behind the last token was never written, and nobody may look at it: `buffer[:, :, :end]`.",
+            "Slots after the last token are not filled, so no query should attend to them: `buffer[:, :, :end]`.",
         ),
         Mistake(
-            "returns the new tokens alone",
+            "returns only the new tokens",
             lambda buffer, new, start: _write(buffer, new, start, None)[:, :, start : start + new.shape[2]],
             "Attention needs all tokens so far, the old ones too.",
         ),
         Mistake(
-            "returns the tokens that were there before",
+            "returns only the old tokens",
             lambda buffer, new, start: _write(buffer, new, start, start),
-            "The new tokens are part of what is filled: the end is `start + new.shape[2]`.",
+            "The new tokens are filled slots too: the end is `start + new.shape[2]`.",
         ),
         Mistake(
-            "leaves the buffer as it was",
+            "leaves the buffer unchanged",
             lambda buffer, new, start: torch.cat((buffer[:, :, :start], new), dim=2),
-            "The next call looks for these tokens in the buffer: assign to a slice, `buffer[:, :, start:end] = new`.",
+            "The next call expects these tokens in the buffer: assign to a slice, `buffer[:, :, start:end] = new`.",
         ),
     ),
 )
@@ -138,7 +138,7 @@ WRITE = Exercise(
 
 
 def size_cases(rng):
-    """No two numbers that could be mixed up are equal."""
+    """No two sizes that could be mixed up are equal."""
     for layers, K, group, d, dtype in (
         (3, 2, 4, 6, torch.float32),
         (5, 1, 8, 16, torch.bfloat16),
@@ -161,7 +161,7 @@ def _bytes(c, tokens, batch_size, dtype, both=2, heads=None, layers=None, width=
 
 
 def _sized(**how):
-    """``cache_bytes`` with one factor got wrong; what is callable is asked with the configuration."""
+    """``cache_bytes`` with one wrong factor, a number or a function of the configuration."""
 
     def cache_bytes(config, tokens, batch_size=1, dtype=torch.bfloat16):
         wrong = {name: value(config) if callable(value) else value for name, value in how.items()}
@@ -178,29 +178,29 @@ SIZE = Exercise(
     minutes=8,
     mistakes=(
         Mistake(
-            "counts keys and forgets values",
+            "counts the keys but not the values",
             _sized(both=1),
-            "Each token leaves a key and a value: twice as much.",
+            "Each token stores a key and a value: twice as much.",
         ),
         Mistake(
-            "counts query heads where key heads are stored",
+            "uses the number of query heads instead of key heads",
             _sized(heads=lambda c: c.num_attention_heads),
-            "Queries are not kept. What is stored has `num_key_value_heads` heads.",
+            "Queries are not stored. Keys and values have `num_key_value_heads` heads.",
         ),
         Mistake(
-            "takes the width of the model for the width of the keys",
+            "uses the hidden size as the size of a key",
             _sized(heads=1, width=lambda c: c.hidden_size),
-            "A key has `num_key_value_heads * head_dim` numbers, whatever the width of the model is.",
+            "A key has `num_key_value_heads * head_dim` values, whatever the hidden size is.",
         ),
         Mistake(
-            "takes the width of the model for the width of a head",
+            "uses the hidden size as the head dimension",
             _sized(width=lambda c: c.hidden_size),
-            "The width of a head is `head_dim`.",
+            "The head dimension is `head_dim`.",
         ),
         Mistake(
             "forgets the layers",
             _sized(layers=1),
-            "Every layer has keys and values of its own: `num_hidden_layers` times as much.",
+            "Every layer has its own keys and values: `num_hidden_layers` times as much.",
         ),
         Mistake(
             "forgets the batch",
@@ -208,19 +208,19 @@ SIZE = Exercise(
             "Every row of the batch has its own tokens: `batch_size` times as much.",
         ),
         Mistake(
-            "counts two bytes a number whatever the type",
+            "counts two bytes per value whatever the dtype",
             _sized(itemsize=2),
-            "`dtype.itemsize` says how many bytes a number takes.",
+            "`dtype.itemsize` is the number of bytes per value.",
         ),
         Mistake(
-            "counts four bytes a number whatever the type",
+            "counts four bytes per value whatever the dtype",
             _sized(itemsize=4),
-            "`dtype.itemsize` says how many bytes a number takes; in bfloat16 it is two.",
+            "`dtype.itemsize` is the number of bytes per value; for bfloat16 it is two.",
         ),
         Mistake(
-            "counts numbers, not bytes",
+            "counts values instead of bytes",
             _sized(itemsize=1),
-            "Each number takes `dtype.itemsize` bytes.",
+            "Each value takes `dtype.itemsize` bytes.",
         ),
     ),
 )
@@ -230,7 +230,7 @@ SIZE = Exercise(
 
 
 def position_cases(rng):
-    """Padding left, right and none; the whole prompt, one new token, and a few."""
+    """Padding on the left, on the right, and none; the whole prompt, one new token, and a few."""
     for B, S, queries, side in (
         (3, 6, 6, "left"),
         (2, 7, 1, "left"),
@@ -239,9 +239,9 @@ def position_cases(rng):
         (2, 6, 3, ""),
     ):
         mask = torch.ones(B, S, dtype=torch.long)
-        for row, empty in enumerate(rng.permutation(3)[:B] + 1):
+        for row, padding in enumerate(rng.permutation(3)[:B] + 1):
             if side:
-                mask[row, slice(0, empty) if side == "left" else slice(S - empty, S)] = 0
+                mask[row, slice(0, padding) if side == "left" else slice(S - padding, S)] = 0
         yield mask, queries
 
 
@@ -253,44 +253,44 @@ POSITIONS = Exercise(
     minutes=10,
     mistakes=(
         Mistake(
-            "counts padding as well",
+            "counts padding too",
             lambda mask, queries: torch.ones_like(mask).cumsum(-1)[:, -queries:],
-            "A row must get the positions that it has alone, without padding: sum up attention_mask.",
+            "A row needs the same positions as without padding: take the cumulative sum of attention_mask.",
         ),
         Mistake(
-            "begins again at 1 in every call",
+            "starts again at 1 in every call",
             lambda mask, queries: mask[:, -queries:].cumsum(-1),
-            "The new token stands behind all those in the cache: sum over the whole row, then take the last ones.",
+            "The new token comes after all cached ones: sum over the whole row, then take the last positions.",
         ),
         Mistake(
             "counts from 0",
             lambda mask, queries: mask.cumsum(-1)[:, -queries:] - 1,
-            "The first token of a row has position 1 here, as in transformers.",
+            "Here, as in transformers, the first token of a row has position 1.",
         ),
         Mistake(
-            "is one too far",
+            "is one position too high",
             lambda mask, queries: mask.cumsum(-1)[:, -queries:] + 1,
-            "A token counts itself once: the running sum as it is.",
+            "The cumulative sum already includes the token itself: add nothing.",
         ),
         Mistake(
-            "gives the positions of the first tokens, not of the newest",
+            "returns the positions of the first tokens instead of the newest",
             lambda mask, queries: mask.cumsum(-1)[:, :queries],
             "The queries are the last tokens of the row: `[:, -queries:]`.",
         ),
         Mistake(
-            "gives all new tokens the position of the last",
+            "gives all new tokens the last position",
             lambda mask, queries: mask.sum(-1, keepdim=True).repeat(1, queries),
-            "The running sum, `cumsum`, gives each token its own number.",
+            "The cumulative sum, `cumsum`, gives each token its own position.",
         ),
         Mistake(
             "sums over the batch",
             lambda mask, queries: mask.cumsum(0)[:, -queries:],
-            "Tokens are counted along a row, the last axis: `cumsum(-1)`.",
+            "Count tokens along a row, the last axis: `cumsum(-1)`.",
         ),
         Mistake(
             "counts padding instead of tokens",
             lambda mask, queries: (1 - mask).cumsum(-1)[:, -queries:],
-            "attention_mask is 1 on tokens and 0 on padding: sum it up as it is.",
+            "attention_mask is 1 for tokens and 0 for padding: sum it without inverting it.",
         ),
     ),
 )
@@ -298,57 +298,58 @@ POSITIONS = Exercise(
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 
-WORDS, WIDTH, MAX_ANSWER_TOKENS = 31, 8, 64
+VOCAB_SIZE, HIDDEN_SIZE, MAX_TOKENS = 31, 8, 64
 
 
 @dataclass(frozen=True)
 class ToyDecoder:
-    """One layer of attention with random weights. ``decoder(tokens, cache)`` → scores [T, words] of what comes next.
+    """One attention layer with random weights. ``decoder(tokens, cache)`` → logits [T, V] for the next token.
 
-    ``cache`` is a list, at first empty; each token leaves its key and value there. It takes ``limit`` tokens in all.
+    ``cache`` is a list, empty at first, to which each token appends its key and value. The decoder accepts at most
+    ``limit`` tokens in total.
     """
 
     seed: int
     limit: int
-    taken: list[int] = field(default_factory=list, compare=False, repr=False)
+    fed: list[int] = field(default_factory=list, compare=False, repr=False)
 
     def __call__(self, tokens: list[int], cache: list) -> torch.Tensor:
-        self.taken.append(len(tokens))
-        if sum(self.taken) > self.limit:
+        self.fed.append(len(tokens))
+        if sum(self.fed) > self.limit:
             raise ValueError(
-                f"the decoder was fed {sum(self.taken)} tokens where {self.limit} are enough, the last {len(tokens)} "
-                f"with {len(cache)} in the cache: feed the prompt once, then each new word once."
+                f"the decoder got {sum(self.fed)} tokens but {self.limit} are enough; the last call had {len(tokens)} "
+                f"tokens and {len(cache)} in the cache. Feed the prompt once, then each new token once."
             )
         g = torch.Generator().manual_seed(self.seed)
-        words, places = (torch.randn(n, WIDTH, generator=g) for n in (WORDS, MAX_ANSWER_TOKENS))
-        to_q, to_k, to_v = torch.randn(3, WIDTH, WIDTH, generator=g) / 2
-        scores = []
+        embeddings, positions = (torch.randn(n, HIDDEN_SIZE, generator=g) for n in (VOCAB_SIZE, MAX_TOKENS))
+        to_q, to_k, to_v = torch.randn(3, HIDDEN_SIZE, HIDDEN_SIZE, generator=g) / 2
+        logits = []
         for token in tokens:
-            x = words[token] + places[len(cache)]
+            x = embeddings[token] + positions[len(cache)]
             cache.append((to_k @ x, to_v @ x))
             keys, values = map(torch.stack, zip(*cache, strict=True))
-            scores.append(words.roll(1, 0) @ (x + 2 * (keys @ (to_q @ x)).softmax(0) @ values))
-        return torch.stack(scores)
+            logits.append(embeddings.roll(1, 0) @ (x + 2 * (keys @ (to_q @ x)).softmax(0) @ values))
+        return torch.stack(logits)
 
 
 def greedy_with_cache(decoder, prompt, new_tokens):
-    """The ``new_tokens`` likeliest words after the prompt, a list of numbers: prefill, then one word at a time."""
-    cache, written, tokens = [], [], prompt
+    """The ``new_tokens`` tokens after the prompt, a list of ids, always the most likely: prefill, then decode steps."""
+    cache, generated, tokens = [], [], prompt
     for _ in range(new_tokens):
-        scores = decoder(tokens, cache)
-        tokens = [int(scores[-1].argmax())]
-        written += tokens
-    return written
+        logits = decoder(tokens, cache)
+        tokens = [int(logits[-1].argmax())]
+        generated += tokens
+    return generated
 
 
 def loop_cases(rng):
     for prompt, new_tokens in ((5, 6), (3, 8), (4, 4), (6, 1), (2, 7)):
         decoder = ToyDecoder(int(rng.integers(10_000)), limit=prompt + new_tokens)
-        yield decoder, rng.integers(0, WORDS, prompt).tolist(), new_tokens
+        yield decoder, rng.integers(0, VOCAB_SIZE, prompt).tolist(), new_tokens
 
 
-def _best(scores, row=-1):
-    return int(scores[row].argmax())
+def _best(logits, row=-1):
+    return int(logits[row].argmax())
 
 
 def _everything_again(decoder, prompt, new_tokens):
@@ -366,22 +367,22 @@ def _everything_into_the_cache(decoder, prompt, new_tokens):
 
 
 def _loop(decoder, prompt, new_tokens, fresh=False, row=-1, feed=None):
-    """The right loop, but for what is asked: a fresh cache a step, another row of scores, another token to feed."""
-    cache, written, tokens = [], [], prompt
+    """The right loop with one change: a fresh cache per step, another row of logits, or another token to feed."""
+    cache, generated, tokens = [], [], prompt
     for _ in range(new_tokens):
-        written.append(_best(decoder(tokens, cache), row))
+        generated.append(_best(decoder(tokens, cache), row))
         cache = [] if fresh else cache
-        tokens = [written[-1] if feed is None else feed(written)]
-    return written
+        tokens = [generated[-1] if feed is None else feed(generated)]
+    return generated
 
 
-def _last_word_twice(decoder, prompt, new_tokens):
-    cache, written, token = [], [], prompt[-1]
+def _last_token_twice(decoder, prompt, new_tokens):
+    cache, generated, token = [], [], prompt[-1]
     decoder(prompt, cache)
     for _ in range(new_tokens):
         token = _best(decoder([token], cache))
-        written.append(token)
-    return written
+        generated.append(token)
+    return generated
 
 
 LOOP = Exercise(
@@ -393,52 +394,52 @@ LOOP = Exercise(
     points=3,
     mistakes=(
         Mistake(
-            "feeds the whole text again for every word",
+            "feeds the whole sequence again for every token",
             _everything_again,
-            "That is right but slow. Keep one cache, and after the prompt feed only the word that was written last.",
+            "That is right but slow. Use one cache, and after the prompt feed only the newest token.",
         ),
         Mistake(
-            "feeds the whole text again into a cache that already holds it",
+            "feeds the whole sequence again into a cache that already contains it",
             _everything_into_the_cache,
-            "The cache remembers what was fed: after the prompt, feed only the word that was written last.",
+            "The cache already contains the earlier tokens: after the prompt, feed only the newest token.",
         ),
         Mistake(
-            "starts with an empty cache for every word",
+            "starts with an empty cache for every token",
             lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens, fresh=True),
-            "Make the cache once, before the loop: the new word must see the prompt.",
+            "Create the cache once, before the loop: the new token must attend to the prompt.",
         ),
         Mistake(
-            "feeds the last word of the prompt twice",
-            _last_word_twice,
-            "The call with the prompt already gives the scores of the first new word, in its last row.",
+            "feeds the last token of the prompt twice",
+            _last_token_twice,
+            "The call with the prompt already returns the logits for the first new token, in its last row.",
         ),
         Mistake(
-            "reads the scores of the first token instead of the last",
+            "uses the logits of the first token instead of the last",
             lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens, row=0),
-            "Each row of the scores tells what follows one token: what follows the prompt is in `scores[-1]`.",
+            "Each row of logits predicts what follows one token: what follows the prompt is in the last row, `[-1]`.",
         ),
         Mistake(
-            "feeds the first new word over and over",
-            lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens, feed=lambda written: written[0]),
-            "Feed the word that was written last, so the variable must change in every round.",
+            "feeds the first new token over and over",
+            lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens, feed=lambda generated: generated[0]),
+            "Feed the newest token, so update the variable in every iteration.",
         ),
         Mistake(
-            "drops the word that the prompt predicts",
+            "drops the token that the prompt predicts",
             lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens + 1)[1:],
-            "The scores after the prompt already give the first new word: it belongs to the answer.",
+            "The logits after the prompt already predict the first new token: it is part of the answer.",
         ),
         Mistake(
-            "gives back the prompt too",
+            "returns the prompt too",
             lambda decoder, prompt, new_tokens: prompt + _loop(decoder, prompt, new_tokens),
-            "Return the new words only.",
+            "Return only the new tokens.",
         ),
         Mistake(
-            "writes one word too few",
+            "generates one token too few",
             lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens - 1),
-            "The prompt gives the first new word, and every word that is fed gives one more: new_tokens calls in all.",
+            "The prompt predicts the first new token, each token you feed one more: `new_tokens` calls in all.",
         ),
         Mistake(
-            "feeds the last word of the prompt and leaves out the rest",
+            "feeds only the last token of the prompt",
             lambda decoder, prompt, new_tokens: _loop(decoder, prompt[-1:], new_tokens),
             "The first call, the prefill, takes the whole prompt: its keys and values must be in the cache.",
         ),

@@ -1,15 +1,15 @@
-"""An exercise: what is right, random cases to try, and the mistakes that people make.
+"""An exercise: a reference, random cases to try, and the mistakes that people make.
 
-A check runs the learner's function on random cases and looks at what it returns in this order: type, shape, dtype, NaN,
-value. Where the answers equal those of a known mistake, on every case or on most of those that are wrong, the message
-names the mistake. Whatever the learner's function does, a check answers with a sentence.
+A check runs the learner's function and the reference on random cases and compares what they return, in this order:
+type, shape, dtype, NaN, values. If the answers equal those of a known mistake, in all cases or in most of those that
+are wrong, the message names the mistake. Whatever the learner's function does, a check answers with a sentence.
 """
 
 import copy
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -21,12 +21,18 @@ import torch
 
 from minivlm.course.exercises.patch import replaced
 
-TOLERANCE = 1e-5  # of the largest expected number
+TOLERANCE = 1e-5  # relative to the largest expected value
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer that is often given: ``name`` completes "it …", ``hint`` is a sentence that helps."""
+    """A wrong answer that many people give.
+
+    Attributes:
+        name: Completes the sentence "not yet: it …".
+        function: The reference with this mistake in it.
+        hint: A sentence that helps.
+    """
 
     name: str
     function: Callable
@@ -35,53 +41,69 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Exercise:
-    """Declared once a piece: its check, its grade and its place in the model all follow from this.
+    """A function to write. Its check, its grade and its place in the model all follow from this declaration.
 
-    reference: the package's own function, which the learner's may replace; or one written for the exercise alone.
-    cases: random generator → argument tuples, all different. Tensors, numbers, texts, configurations.
+    Attributes:
+        key: Chapter and number, "05.1".
+        reference: The package's own function, which the learner's can replace, or one written for this exercise only.
+        cases: Takes a random generator and yields argument tuples, all different.
+        difficulty: 1 to 3 stars.
+        name: Name of the function. Default: that of the reference.
     """
 
-    key: str  # chapter and number: "05.1"
+    key: str
     reference: Callable
     cases: Callable[[np.random.Generator], Iterable[tuple]]
     mistakes: tuple[Mistake, ...]
-    difficulty: int  # 1 to 3
+    difficulty: int
     minutes: int
     points: int = 2
-    name: str = ""  # of the function; the reference's when not given
+    name: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "name", self.name or self.reference.__name__)
 
     @property
     def chapter(self) -> str:
+        """The number of the chapter, "05"."""
         return self.key.split(".")[0]
 
     @property
-    def in_package(self) -> bool:
-        """Whether the reference is a piece of the package, not one written for the exercise."""
+    def stars(self) -> str:
+        """The difficulty as text, "★★☆"."""
+        return "★" * self.difficulty + "☆" * (3 - self.difficulty)
+
+    @property
+    def is_in_package(self) -> bool:
+        """Whether the reference is a function of the package, not one written for the exercise."""
         return not self.reference.__module__.startswith("minivlm.course.exercises")
 
     @property
     def plugs_in(self) -> bool:
-        """Whether a model that answers calls this piece: the losses are for training alone."""
-        return self.in_package and self.reference.__module__ != "minivlm.losses"
+        """Whether the model calls this function to answer. The losses are for training only."""
+        return self.is_in_package and self.reference.__module__ != "minivlm.losses"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. ``score``: the share of the cases that are right, 0 to 1."""
+    """What a check found.
+
+    Attributes:
+        score: Fraction of the cases that are right, 0 to 1.
+        mistake: Name of the known mistake, if it is one.
+    """
 
     message: str
     exercise: Exercise | None = None
     passed: bool = False
     attempted: bool = True
     score: float = 0.0
-    mistake: str = ""  # the name of the known mistake that it is
+    mistake: str = ""
     notes: tuple[str, ...] = ()
 
     @property
     def mark(self) -> str:
+        """✓ passed, ✗ wrong, ○ not attempted."""
         return "✓" if self.passed else "✗" if self.attempted else "○"
 
     def __str__(self) -> str:
@@ -101,151 +123,158 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call gave: a value, or the exception that it raised; and its tensors after it, if it changed one."""
+    """What one call did.
+
+    Attributes:
+        value: What it returned.
+        error: What it raised.
+        changed: The tensors among its arguments after the call, if it changed one.
+    """
 
     value: Any = None
     error: BaseException | None = None
     changed: tuple = ()
 
 
-class CallsThePackage(Exception):
-    """Raised in place of the package's own function while a learner's is checked."""
+class CallsReference(Exception):
+    """Raised by the package's own function while a learner's version of it is checked."""
 
 
 def call(function: Callable, arguments: tuple) -> Outcome:
-    """Calls with copies of the arguments, so that nobody can spoil them for the next."""
-    given = copy.deepcopy(arguments)
+    """Call with a copy of the arguments, so that the function cannot change what the next call gets."""
+    copied = copy.deepcopy(arguments)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            value = function(*given)
-    except (Exception, SystemExit) as error:  # a learner's function may do anything
+            torch.default_generator.manual_seed(0)  # much faster than torch.manual_seed, which seeds GPUs too
+            value = function(*copied)
+    except (Exception, SystemExit) as error:  # a learner's function can do anything
         return Outcome(error=error)
-    after = arrays(given)
-    return Outcome(value, changed=after if find_problem(after, arrays(arguments)) else ())
+    after = find_arrays(copied)
+    return Outcome(value, changed=after if compare(after, find_arrays(arguments)) else ())
 
 
-def arrays(arguments: Any) -> tuple:
-    """The tensors and arrays among arguments, also those in lists, tuples and dictionaries."""
+def find_arrays(arguments: Any) -> tuple:
+    """The tensors and arrays among arguments, also inside lists, tuples and dictionaries."""
     if isinstance(arguments, torch.Tensor | np.ndarray):
         return (arguments,)
     if isinstance(arguments, dict):
         arguments = tuple(arguments.values())
-    return tuple(a for part in arguments for a in arrays(part)) if isinstance(arguments, list | tuple) else ()
+    return tuple(a for part in arguments for a in find_arrays(part)) if isinstance(arguments, list | tuple) else ()
 
 
 @contextmanager
-def without_reference(exercise: Exercise):
-    """While inside, the package's own function refuses to be called: the learner is to write it, not to call it."""
+def blocked_reference(exercise: Exercise) -> Iterator[None]:
+    """Make the package's own function raise, because learners should write it, not call it."""
 
     def refuse(*args, **kwargs):
-        raise CallsThePackage
+        raise CallsReference
 
-    with replaced({exercise.reference: refuse} if exercise.in_package else {}):
+    with replaced({exercise.reference: refuse} if exercise.is_in_package else {}):
         yield
 
 
 def examine(exercise: Exercise, function: Any, seed: int) -> Result:
-    """What ``check`` says, without keeping anything."""
+    """Check a function without saving anything."""
     cases = list(exercise.cases(np.random.default_rng(seed)))
-    wrong = what_is_no_function(exercise, function, cases[0])
-    if wrong:
-        return Result(wrong, exercise)
+    if problem := find_signature_problem(exercise, function, cases[0]):
+        return Result(f"not yet: {problem}", exercise)
     expected = [call(exercise.reference, case) for case in cases]
-    with without_reference(exercise):
+    with blocked_reference(exercise):
         outcomes = [call(function, case) for case in cases]
     if isinstance(outcomes[0].error, NotImplementedError):
         return Result("not attempted yet.", exercise, attempted=False)
-    problems = [what_is_wrong(got, want, function) for got, want in zip(outcomes, expected, strict=True)]
+    problems = [compare_outcomes(got, want, function) for got, want in zip(outcomes, expected, strict=True)]
     right = sum(problem is None for problem in problems)
     if right == len(cases):
-        return Result(f"passed, on all {right} random cases.", exercise, passed=True, score=1.0)
+        return Result(f"passed all {right} random cases.", exercise, passed=True, score=1.0)
     first = next(problem for problem in problems if problem)
     score = right / len(cases)
-    mistake = known_mistake(exercise, cases, outcomes, [problem is not None for problem in problems])
+    mistake = find_mistake(exercise, cases, outcomes, [problem is not None for problem in problems])
     if mistake:
         return Result(f"not yet: it {mistake.name}.", exercise, False, True, score, mistake.name, (mistake.hint, first))
     share = f" ({right} of {len(cases)} random cases are right)" if right else ""
     return Result(f"not yet: {first}{share}", exercise, score=score)
 
 
-def what_is_no_function(exercise: Exercise, function: Any, case: tuple) -> str | None:
-    """A sentence where this cannot be called with the exercise's arguments."""
-    if exercise.in_package and function is exercise.reference:
-        return "not yet: this is the package's own function. Write it yourself, you will learn more."
+def find_signature_problem(exercise: Exercise, function: Any, case: tuple) -> str | None:
+    """A sentence if this cannot be called with the exercise's arguments."""
+    if exercise.is_in_package and function is exercise.reference:
+        return "this is the package's own function. Write it yourself."
     wanted = ", ".join(inspect.signature(exercise.reference).parameters)
     if not callable(function):
-        return f"not yet: this is {describe(function)}, and should be a function of ({wanted})."
+        return f"expected a function of ({wanted}) but got {describe(function)}."
     try:
         inspect.signature(function).bind(*case)
     except TypeError:
         taken = ", ".join(inspect.signature(function).parameters)
-        return f"not yet: it takes ({taken}), and should take ({wanted})."
+        return f"it takes ({taken}) but should take ({wanted})."
     except ValueError:  # a builtin without a signature
         return None
     return None
 
 
-def what_is_wrong(got: Outcome, want: Outcome, function: Callable) -> str | None:
-    """A sentence about one case, or None. A reference that raises asks for the same kind of error."""
-    if isinstance(got.error, CallsThePackage):
-        return "it calls the package's own function: write it yourself, you will learn more."
+def compare_outcomes(got: Outcome, want: Outcome, function: Callable) -> str | None:
+    """A sentence on what is wrong in one case, or None. If the reference raises, the same kind of error is expected."""
+    if isinstance(got.error, CallsReference):
+        return "it calls the package's own function. Write it yourself."
     if want.error is not None:
-        kind = type(want.error).__name__
         if type(got.error) is type(want.error):
             return None
-        return f"here it should raise {kind}, as for: {want.error}"
+        return f"it should raise {type(want.error).__name__} in this case: {want.error}"
     if got.error is not None:
-        return f"it raises {type(got.error).__name__}{where(got.error, function)}: {first_line(got.error)}"
-    problem = find_problem(got.value, want.value)
+        return f"it raises {type(got.error).__name__}{locate(got.error, function)}: {first_line(got.error)}"
+    problem = compare(got.value, want.value)
     if problem or not (got.changed or want.changed):
         return problem
     if not want.changed:
-        return "the answer is right, but it changes an argument in place: work on a copy."
+        return "the result is right, but it changes an argument in place: work on a copy."
     if not got.changed:
-        return "the answer is right, but it should write into its argument, and leaves that as it was."
-    return find_problem(got.changed, want.changed, "it writes into its argument what is wrong there:")
+        return "the result is right, but it should write into its argument in place, and doesn't."
+    problem = compare(got.changed, want.changed)
+    return problem and f"the result is right, but what it writes into its arguments is wrong: {problem}"
 
 
-def where(error: BaseException, function: Callable) -> str:
-    """ " in line 3 of your function", where the traceback tells."""
+def locate(error: BaseException, function: Callable) -> str:
+    """ " on line 3 of your function", if the traceback tells."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     frames = traceback.walk_tb(error.__traceback__)
     lines = [line - code.co_firstlineno + 1 for frame, line in frames if frame.f_code is code] if code else []
-    return f" in line {lines[-1]} of your function" if lines else ""
+    return f" on line {lines[-1]} of your function" if lines else ""
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to 200 characters."""
     try:
         text = str(error)
-    except Exception:  # an exception of the learner's own, which cannot even be written out
+    except Exception:  # the learner's own exception class can fail even here
         text = ""
-    return (text.strip().splitlines() or ["without a message"])[0][:200]
+    return (text.strip().splitlines() or ["no message"])[0][:200]
 
 
-def known_mistake(exercise: Exercise, cases: list[tuple], outcomes: list[Outcome], wrong: list[bool]) -> Mistake | None:
-    """The mistake that gives the learner's answers on every case, or else on most of those that are wrong."""
-    alike = {}
+def find_mistake(exercise: Exercise, cases: list[tuple], outcomes: list[Outcome], wrong: list[bool]) -> Mistake | None:
+    """The mistake that explains the learner's answers in all cases, or else in most of those that are wrong."""
+    explained = {}
     for mistake in exercise.mistakes:
-        equal = [same(call(mistake.function, case), got) for case, got in zip(cases, outcomes, strict=True)]
+        equal = [is_same(call(mistake.function, case), got) for case, got in zip(cases, outcomes, strict=True)]
         if all(equal):
             return mistake
-        alike[mistake.name] = sum(e and w for e, w in zip(equal, wrong, strict=True))
-    nearest = max(exercise.mistakes, key=lambda mistake: alike[mistake.name])
-    return nearest if alike[nearest.name] > sum(wrong) / 2 else None
+        explained[mistake.name] = sum(e and w for e, w in zip(equal, wrong, strict=True))
+    nearest = max(exercise.mistakes, key=lambda mistake: explained[mistake.name])
+    return nearest if explained[nearest.name] > sum(wrong) / 2 else None
 
 
-def same(a: Outcome, b: Outcome) -> bool:
+def is_same(a: Outcome, b: Outcome) -> bool:
+    """Whether two calls returned the same, or raised the same error."""
     if a.error is not None or b.error is not None:
         return type(a.error) is type(b.error) and first_line(a.error) == first_line(b.error)
-    return find_problem(b.value, a.value) is None and find_problem(b.changed, a.changed) is None
+    return compare(b.value, a.value) is None and compare(b.changed, a.changed) is None
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
 def describe(value: Any) -> str:
-    """In a few words what a value is: "None", "a tensor of shape [2, 3]"."""
+    """What a value is, in a few words: "None", "a tensor of shape [2, 3]"."""
     if value is None:
         return "None"
     if isinstance(value, torch.Tensor | np.ndarray):
@@ -255,46 +284,49 @@ def describe(value: Any) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def find_problem(got: Any, want: Any, what: str = "it") -> str | None:
-    """A sentence on the first difference, in the order type, shape, dtype, NaN, value; None where there is none."""
+def compare(got: Any, want: Any) -> str | None:
+    """A sentence on the first difference, in the order type, shape, dtype, NaN, values; None if there is none."""
+    if got is None and want is not None:
+        return "it returns None: is there a `return`?"
     if isinstance(want, torch.Tensor | np.ndarray):
-        return array_problem(got, want, what)
+        return compare_arrays(got, want)
     if isinstance(want, list | tuple):
-        return sequence_problem(got, want, what)
-    if isinstance(want, bool | str) or want is None or not isinstance(want, Real):
-        return other_problem(got, want, what)
-    return number_problem(got, want, what)
+        return compare_sequences(got, want)
+    if isinstance(want, Real) and not isinstance(want, bool):
+        return compare_numbers(got, want)
+    if type(got) is not type(want):
+        return f"it returns {describe(got)}, expected {describe(want)}."
+    return None if got == want else f"it returns {got!r}, expected {want!r}."
 
 
-def array_problem(got: Any, want: torch.Tensor | np.ndarray, what: str) -> str | None:
-    if got is None:
-        return f"{what} returns None: is there a `return`?"
+def compare_arrays(got: Any, want: torch.Tensor | np.ndarray) -> str | None:
     if not isinstance(got, torch.Tensor if isinstance(want, torch.Tensor) else np.ndarray):
-        return f"{what} returns {describe(got)}, and should return {describe(want)}."
+        return f"it returns {describe(got)}, expected {describe(want)}."
     if tuple(got.shape) != tuple(want.shape):
-        return f"{what} returns shape {list(got.shape)}, and should return {list(want.shape)}."
+        return f"it returns shape {list(got.shape)}, expected {list(want.shape)}."
     if got.dtype != want.dtype:
-        return f"{what} returns numbers of type {got.dtype}, and should return {want.dtype}."
-    a, b = as_numpy(got), as_numpy(want)
+        return f"it returns dtype {got.dtype}, expected {want.dtype}."
+    a, b = to_numpy(got), to_numpy(want)
     if a.dtype.kind == "f":
-        strange = int((np.isnan(a) & ~np.isnan(b)).sum())
-        if strange:
-            return f"{what} returns NaN in {strange} of {a.size} places."
+        unexpected = int((np.isnan(a) & ~np.isnan(b)).sum())
+        if unexpected:
+            return f"{unexpected} of {a.size} values {'is' if unexpected == 1 else 'are'} NaN."
     different = differs(a, b)
     if not different.any():
         return None
-    place = tuple(int(i) for i in np.argwhere(different)[0])
-    return (
-        f"{what} differs in {int(different.sum())} of {a.size} places, first at {list(place)}: "
-        f"yours is {number(a[place])}, expected {number(b[place])}."
-    )
+    count, index = int(different.sum()), tuple(int(i) for i in np.argwhere(different)[0])
+    yours, expected = format_number(a[index]), format_number(b[index])
+    if a.size == 1:
+        return f"it returns {yours}, expected {expected}."
+    many = f"{count} of {a.size} values {'differs' if count == 1 else 'differ'}"
+    return f"{many}; the first is at {list(index)}: yours is {yours}, expected {expected}."
 
 
-def number(value: np.generic) -> str:
+def format_number(value: np.generic) -> str:
     return str(value) if value.dtype.kind == "b" else f"{value:.6g}"
 
 
-def as_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:
+def to_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = (array.double() if array.is_floating_point() else array).numpy()
@@ -312,34 +344,26 @@ def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(~(close | (a == b) | (np.isnan(a) & np.isnan(b))))
 
 
-def sequence_problem(got: Any, want: list | tuple, what: str) -> str | None:
+def compare_sequences(got: Any, want: list | tuple) -> str | None:
     if not isinstance(got, list | tuple):
-        return f"{what} returns {describe(got)}, and should return a {type(want).__name__} of {len(want)}."
+        return f"it returns {describe(got)}, expected a {type(want).__name__} of length {len(want)}."
     if len(got) != len(want):
-        return f"{what} returns {len(got)} things, and should return {len(want)}."
+        return f"it returns a {type(got).__name__} of length {len(got)}, expected length {len(want)}."
     for i, (a, b) in enumerate(zip(got, want, strict=True), start=1):
-        if problem := find_problem(a, b, f"{what.removesuffix('it').strip()} in item {i}, it".strip()):
-            return problem
+        if problem := compare(a, b):
+            return f"in item {i}, {problem}"
     return None
 
 
-def number_problem(got: Any, want: Real, what: str) -> str | None:
+def compare_numbers(got: Any, want: Real) -> str | None:
     if isinstance(got, torch.Tensor | np.ndarray) and math.prod(got.shape) == 1:
         got = got.item()
     if isinstance(got, bool) or not isinstance(got, Real):
-        return f"{what} returns {describe(got)}, and should return a number."
+        return f"it returns {describe(got)}, expected a number."
     if math.isnan(got) and not math.isnan(want):
-        return f"{what} returns NaN, expected {want:.6g}."
+        return f"it returns NaN, expected {want:.6g}."
     if isinstance(want, int):
-        return None if got == want else f"{what} returns {got}, expected {want}."
+        return None if got == want else f"it returns {got}, expected {want}."
     if differs(np.array(float(got)), np.array(float(want))).any():
-        return f"{what} returns {got:.6g}, expected {want:.6g}."
+        return f"it returns {got:.6g}, expected {want:.6g}."
     return None
-
-
-def other_problem(got: Any, want: Any, what: str) -> str | None:
-    if got is None and want is not None:
-        return f"{what} returns None: is there a `return`?"
-    if type(got) is not type(want):
-        return f"{what} returns {describe(got)}, and should return {describe(want)}."
-    return None if got == want else f"{what} returns {got!r}, expected {want!r}."

@@ -1,4 +1,4 @@
-"""Functions of the package replaced for a while, wherever a module holds them."""
+"""Temporarily replace functions of the package wherever a module holds a reference to them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,20 +7,22 @@ from contextlib import contextmanager
 
 @contextmanager
 def replaced(substitutes: dict[Callable, Callable]) -> Iterator[None]:
-    """Puts each substitute where the package's modules hold the original, and everything back at the end."""
+    """Replace each original function by its substitute inside the ``with`` block, in all modules of the package.
+
+    Exercises keep their own references, since those define what is right.
+    """
     by_id = {id(original): substitute for original, substitute in substitutes.items()}
-    places = [
-        (module, name, by_id[id(value)])
+    found = [
+        (module, name, value)
         for path, module in list(sys.modules.items())
         if path.split(".")[0] == "minivlm" and not path.startswith("minivlm.course.exercises")
         for name, value in list(vars(module).items())
         if id(value) in by_id
     ]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in places]
     try:
-        for module, name, substitute in places:
-            setattr(module, name, substitute)
+        for module, name, original in found:
+            setattr(module, name, by_id[id(original)])
         yield
     finally:
-        for module, name, original in originals:
+        for module, name, original in found:
             setattr(module, name, original)

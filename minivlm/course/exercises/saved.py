@@ -1,7 +1,7 @@
-"""Where a learner's passed solutions are kept: one file of source code each, in the learner's own folder.
+"""Passed solutions are saved in the learner's own folder, one source file each.
 
-The folder is ``~/.minivlm/solutions``, or ``solutions`` under the environment variable MINIVLM_HOME. A file holds the
-function as it was written, so it can be read and carried to another machine.
+The folder is ``~/.minivlm/solutions``, or ``$MINIVLM_HOME/solutions`` if that environment variable is set. A file
+contains the function as the learner wrote it, so it can be read and copied to another machine.
 """
 
 import __future__
@@ -22,43 +22,55 @@ from minivlm.course.exercises.exercise import Exercise
 
 
 def folder() -> Path:
+    """The learner's folder of solutions."""
     return Path(os.environ.get("MINIVLM_HOME") or Path.home() / ".minivlm") / "solutions"
 
 
 def path_of(exercise: Exercise) -> Path:
+    """The file that a solution is saved to."""
     return folder() / f"{exercise.key}_{exercise.name}.py"
 
 
 def is_saved(exercise: Exercise) -> bool:
+    """Whether there is a saved solution."""
     return path_of(exercise).exists()
 
 
 def save(exercise: Exercise, function: Callable) -> str:
-    """Writes the function's source; returns a sentence where that cannot be done, and nothing where it was."""
+    """Write the function's source.
+
+    Returns:
+        A sentence that says why it could not be saved, or "".
+    """
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
-        return "It could not be kept, since its source cannot be found: define it with `def` in a cell of its own."
+        return "It could not be saved because its source was not found: define it with `def` in its own cell."
     path = path_of(exercise)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(source, encoding="utf-8")
         os.replace(path.with_suffix(".part"), path)
     except OSError as error:
-        return f"It could not be kept in {path.parent} ({error.strerror}): set MINIVLM_HOME to a folder of yours."
+        return f"It could not be saved in {path.parent} ({error.strerror}): set MINIVLM_HOME to a folder you can write."
     return ""
 
 
 def load(exercise: Exercise, names: dict[str, object]) -> Callable:
-    """The kept function, defined anew among the usual imports and ``names``. Raises what running the source raises."""
+    """Define the saved function again, with the usual imports and ``names`` in scope.
+
+    Raises:
+        Exception: Whatever running the source raises.
+    """
     source = path_of(exercise).read_text(encoding="utf-8")
-    # annotations stay text: the names in them need not exist
+    # Annotations stay strings, so the names in them need not exist.
     code = compile(source, str(path_of(exercise)), "exec", __future__.annotations.compiler_flag, dont_inherit=True)
-    space = {"torch": torch, "np": np, "numpy": np, "math": math, "F": F, "nn": torch.nn, "losses": losses}
-    space |= names | {"Tensor": torch.Tensor, "__name__": "minivlm_kept"}
-    exec(code, space)
-    return space[exercise.name]
+    namespace = {"torch": torch, "np": np, "numpy": np, "math": math, "F": F, "nn": torch.nn, "losses": losses}
+    namespace |= names | {"Tensor": torch.Tensor, "__name__": "minivlm_solution"}
+    exec(code, namespace)
+    return namespace[exercise.name]
 
 
-def forget(exercise: Exercise) -> None:
+def delete(exercise: Exercise) -> None:
+    """Delete the saved solution, if there is one."""
     path_of(exercise).unlink(missing_ok=True)

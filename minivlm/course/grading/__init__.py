@@ -1,1 +1,1 @@
-"""Grading of returned notebooks: ``grader`` runs each in a process of its own, which is ``worker``."""
+"""Grade submitted notebooks: ``grader`` runs each one in a separate process, ``worker``."""
