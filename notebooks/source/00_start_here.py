@@ -41,11 +41,20 @@ minivlm.generate(model, processor, emoji.make_scene(0, "validation").image, "cap
 # %%
 scenes = [emoji.make_scene(seed, "validation") for seed in range(4)]
 images = [scene.image for scene in scenes]
-viz.image_row(images, titles=minivlm.generate(model, processor, images, "caption en"))
+captions = minivlm.generate(model, processor, images, "caption en")
+viz.image_row(images, titles=captions)
 
 # %% [markdown]
-# These are not cherry-picked. They are the first four validation scenes, and the captions may be right or wrong.
-#
+# These are not cherry-picked. They are the first four validation scenes. Since we know which objects were drawn, we can
+# check the captions. The order of the objects does not matter:
+
+# %%
+truths = [emoji.count_caption(obj.name for obj in scene.objects) for scene in scenes]
+correct = [emoji.same_caption(caption, truth) for caption, truth in zip(captions, truths, strict=True)]
+print(f"{sum(correct)} of {len(correct)} captions are correct")
+assert sum(correct) >= 3
+
+# %% [markdown]
 # ## Predict first
 #
 # Write down your guesses before you go on:
@@ -56,8 +65,8 @@ viz.image_row(images, titles=minivlm.generate(model, processor, images, "caption
 #
 # <details><summary>Answers (open them at the end of the chapter)</summary>
 #
-# 1. It answers anyway, although there is nothing to describe.
-# 2. It names emoji, because those are the only objects it has names for.
+# 1. Asked for a caption, it writes "1". There is nothing to describe, but it always answers something.
+# 2. "Three snails and a football". It names emoji, because those are the only objects it has names for.
 # 3. 49: one for each of the 7 × 7 patches.
 #
 # </details>
@@ -127,7 +136,7 @@ exercises.check(lambda image_size, patch_size: image_size // patch_size, name="n
 #
 # <details><summary>Hint</summary>
 #
-# `7 // 2` is 3: this division rounds down. `x ** 2` is the square of x.
+# How many whole patches fit along one side? Python has a division that rounds down. Then count rows and columns.
 #
 # </details>
 
@@ -183,8 +192,8 @@ assert torch.equal(by_loop, torch.tensor([1.0, 0.5, 0.0]))
 #
 # <details><summary>Hint</summary>
 #
-# `x.mean(axis)` takes the mean along one axis and removes it. `x.mean((a, b))` does so along two. Axes are numbered
-# from 0.
+# Compare the two shapes: which axes are gone? Those are the ones to average over. Axes are numbered from 0, and
+# `mean` also takes several of them at once.
 #
 # </details>
 
@@ -215,6 +224,10 @@ patches = image.view(7, 16, 7, 16, 3).transpose(1, 2).reshape(49, 16, 16, 3)
 one_color = mean_color(image[None]).expand(4, 4, 3)  # [1, 3], repeated: a square of a single color
 patch_colors = mean_color(patches).view(7, 7, 3)
 assert torch.allclose(patch_colors.mean((0, 1)), one_color[0, 0], rtol=1e-5)
+mosaic = patch_colors.repeat_interleave(16, 0).repeat_interleave(16, 1)  # each color on its 16 × 16 pixels
+errors = [float((image - view).abs().mean()) for view in (one_color[0, 0], mosaic)]
+print(f"mean error per value: one color {errors[0]:.3f}, 49 colors {errors[1]:.3f}")
+assert errors[1] < errors[0]
 viz.image_row([image.numpy(), one_color.numpy(), patch_colors.numpy()], titles=["the image", "one color", "49 colors"])
 
 # %% [markdown]
@@ -301,13 +314,18 @@ assert model.config.vision_config.num_image_tokens == num_image_tokens(112, 16)
 gray = torch.full((112, 112, 3), 128, dtype=torch.uint8).numpy()
 photo = minivlm.processor.open_image(hub.DATA / "images" / "cat.jpg")
 captions = minivlm.generate(model, processor, [gray, photo], "caption en")
-viz.image_row([gray, photo], titles=[f"gray: {captions[0]}", f"photo: {captions[1]}"])
+assert captions[0] == "1" and emoji.parse_caption(captions[1])  # a number; a caption that consists of emoji
+names = ["a gray square", "a photo"]
+titles = [f'caption of {name}: "{caption}"' for name, caption in zip(names, captions, strict=True)]
+viz.image_row([gray, photo], titles)
 
 # %% [markdown]
-# There is no error, and no "I don't know". A VLM writes what is most likely, and something always is, even if it is not
-# much of a caption. Whether the answer is true has to be measured. (`python -m minivlm evaluate` does that, and asks
-# the same questions about a blank image for comparison.) And a model can only be trusted on the kind of image it was
-# trained on. With Google's weights, the same code handles photos. Chapter 08 shows how to get them.
+# There is no error, and no "I don't know". A VLM writes what is most likely, and something always is. The "1" is the
+# whole caption of the gray square. It is not much of a caption: it looks like the answer to another question from
+# training, "how many objects are there?", and even as such it would be wrong. Whether an answer is true has to be
+# measured. (`python -m minivlm evaluate` does that, and asks the same questions about a blank image for comparison.)
+# And a model can only be trusted on the kind of image it was trained on. With Google's weights, the same code handles
+# photos. Chapter 08 shows how to get them.
 #
 # ## Map of the course
 #
@@ -365,6 +383,43 @@ for line in report.splitlines():
 #
 # No. It answers questions about a blank image, too. Compare its answer with the ground truth, or with its answer about
 # a blank image.
+#
+# </details>
+#
+# ## For the bold: which patch matters?
+#
+# An open problem, with tests but without a stub. Every chapter ends with one. It is harder than the exercises, and you
+# can skip it.
+#
+# Write `patch_importance(image, prompt)`. The model answers the prompt. Take the probability of its most likely first
+# token. Then hide one patch of 16 × 16 pixels after the other and measure how much that probability drops. Return the
+# 49 drops as a tensor `[7, 7]`. Hide a patch by painting it in the color of the background, `image[0, 0]`. (A gray
+# square on a purple background would be one more object to count.) Use a new cell above the tests:
+
+# %%
+if "patch_importance" in globals():
+    empty = patch_importance(gray, question)
+    assert empty.shape == (7, 7) and empty.abs().max() < 1e-4  # gray painted over gray hides nothing
+    scene = emoji.make_scene(7, "validation")
+    importance = patch_importance(scene.image, question)
+    assert importance.max() > 0.5  # without this patch, the model counts differently
+    y, x = divmod(int(importance.argmax()), 7)  # row and column of that patch
+    boxes = [obj.box for obj in scene.objects]
+    assert any(x0 <= 16 * x + 8 <= x1 and y0 <= 16 * y + 8 <= y1 for x0, y0, x1, y1 in boxes)  # it shows an object
+    print("patch_importance passes.")
+else:
+    print("patch_importance is not written yet.")
+
+# %% [markdown]
+# <details><summary>Discussion</summary>
+#
+# This is an *occlusion map* (Zeiler and Fergus 2013, [1311.2901](https://arxiv.org/abs/1311.2901)). All 50 images, the
+# original and one for each hidden patch, fit into one batch. Remember the original's most likely token: its probability
+# is the one to track, even where another token wins.
+#
+# Look at the map of a few scenes with `viz.attention_on_image(image, importance.clamp(min=0).flatten())`. Most drops
+# are close to 0, even on objects: the model recognizes a shoe from the other half of the shoe. And try another fill
+# color. What you measure is the difference between two images, and both of them count.
 #
 # </details>
 #
