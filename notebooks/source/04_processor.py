@@ -464,7 +464,8 @@ assert (left["input_ids"][:, -1] == newline).all() and not (right["input_ids"][:
 viz.token_strip(right, processor, title="Padded on the right, for training")
 
 # %% [markdown]
-# In both figures, one column of the batch is below the other. During generation, the next token is appended after the last column, in all rows at once. So padding goes on the left.
+# Both figures show the columns of the batch: what is in one column is at the same place in both rows. During
+# generation, the next token is appended after the last column, in all rows at once. So padding goes on the left.
 # Chapter 05 shows how the mask keeps tokens from attending to padding.
 #
 # ## Exercise 4.4 · Pad

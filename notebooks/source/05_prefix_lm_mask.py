@@ -91,9 +91,9 @@ assert torch.equal(fast, slow)
 #
 # <details><summary>Hint</summary>
 #
-# A running sum along the last axis, then one comparison, as in *All at once*. With a batch in front, index from the end:
-# `...` stands for all axes before the ones you name. Which of the two factors needs its new axis before the tokens, and
-# which after them?
+# A running sum along the last axis, then one comparison, as in *All at once*. With a batch in front, index from the
+# end: `...` stands for all axes before the ones you name. Which of the two factors needs its new axis before the
+# tokens, and which after them?
 #
 # </details>
 
@@ -461,8 +461,8 @@ assert torch.equal(out.attentions[0][0, 0] > 0, mask)
 # ### A misleading figure
 #
 # transformers has an `AttentionMaskVisualizer`. For PaliGemma it shows a **causal** prompt that the image cannot attend
-# to, but that is not what the model does. We follow its code, version 5.23, in three steps. (The visualizer itself needs
-# the network, to fetch a photo of a bee.)
+# to, but that is not what the model does. We follow its code, version 5.23, in three steps. (The visualizer itself
+# needs the network, to fetch a photo of a bee.)
 #
 # **1. The model.** transformers builds a causal mask and lifts it inside of blocks. The model passes one block number
 # per token: 0 on image and prefix, and −1, which means no block, on the suffix.

@@ -49,9 +49,10 @@ viz.blocks(stages, title="One layer of Gemma 1", skips=[("x", "+"), ("x ", "+ ")
 
 # %% [markdown]
 # Why add? A block only has to compute a *change*. What it does not change is still there for all later layers. And the
-# network can be trained: the derivative of x + f(x) is 1 + f′(x). Thanks to the 1, the gradient reaches the first layer,
-# however many layers are in between. Without it, the gradient is a product of one factor per layer, and a product of
-# many factors vanishes or explodes. Here are 18 toy layers, as many as in PaliGemma 3B, with and without the addition:
+# network can be trained: the derivative of x + f(x) is 1 + f′(x). Thanks to the 1, the gradient reaches the first
+# layer, however many layers are in between. Without it, the gradient is a product of one factor per layer, and a
+# product of many factors vanishes or explodes. Here are 18 toy layers, as many as in PaliGemma 3B, with and without the
+# addition:
 
 # %%
 g = torch.Generator().manual_seed(0)
@@ -274,8 +275,8 @@ assert torch.allclose(apply_rotary(x.view(1, 1, 1, d), cos, sin).flatten(), slow
 # %% [markdown]
 # ### See it
 #
-# We place one query and one key at every pair of positions from 0 to 31. Bright means a high score. All three maps consist of diagonal stripes: same
-# distance, same score.
+# We place one query and one key at every pair of positions from 0 to 31. Bright means a high score. All three maps
+# consist of diagonal stripes: same distance, same score.
 
 
 # %%
@@ -380,9 +381,9 @@ assert abs(unscaled.std() - 16) < 1 and largest_weight[""] > 0.8 > 0.1 > largest
 # ### Soft capping
 #
 # Scores can still grow during training, because nothing limits the lengths of queries and keys. Then one key gets all
-# the weight, and the gradient of the softmax, p · (1 − p), is nearly 0. The layer can no longer correct itself. Gemma 2 (arXiv:2408.00118) limits scores that grow too large. A score *s* becomes cap · tanh(*s* / cap). That
-# is close to *s* while *s* is small and never exceeds ±cap. The cap is 50 for attention scores and 30 for the final
-# logits.
+# the weight, and the gradient of the softmax, p · (1 − p), is nearly 0. The layer can no longer correct itself. Gemma 2
+# (arXiv:2408.00118) limits scores that grow too large. A score *s* becomes cap · tanh(*s* / cap). That is close to *s*
+# while *s* is small and never exceeds ±cap. The cap is 50 for attention scores and 30 for the final logits.
 
 # %%
 pair = torch.tensor([100.0, 80.0])  # two keys with large scores
@@ -526,8 +527,8 @@ viz.lines(curves, "What the gate lets through", "gate", "factor on up")
 #
 # <details><summary>Hint</summary>
 #
-# torch has a GELU. Which version does it compute by default, and which one was Gemma trained with? Of the two arguments,
-# only one passes through it.
+# torch has a GELU. Which version does it compute by default, and which one was Gemma trained with? Of the two
+# arguments, only one passes through it.
 #
 # </details>
 
@@ -889,8 +890,8 @@ for name, ours in tiny_models.items():
 #
 # <details><summary>A pointer</summary>
 #
-# `order` in that section reorders one head, in the other direction. Split the rows into heads, pairs, and the two members
-# of a pair. Which two of these axes change places?
+# `order` in that section reorders one head, in the other direction. Split the rows into heads, pairs, and the two
+# members of a pair. Which two of these axes change places?
 #
 # </details>
 

@@ -279,8 +279,8 @@ for name, logits in {"growing": growing, "static": static}.items():
 #
 # <details><summary>Hint</summary>
 #
-# The paragraph above lists everything that is stored for one token. Which head count in `config` is the one of the keys?
-# Do not forget the rows of the batch.
+# The paragraph above lists everything that is stored for one token. Which head count in `config` is the one of the
+# keys? Do not forget the rows of the batch.
 #
 # </details>
 
@@ -682,16 +682,16 @@ assert error < 1e-5
 #
 # ## Open problem: a cache that forgets
 #
-# Half of PaliGemma 2's layers attend only to the last 4,096 tokens, but our cache keeps all of them. A *ring buffer* has
-# only W slots. Once they are full, the newest token overwrites the oldest. Write `write_ring(buffer, new, start)`, with
-# `buffer` `[B, K, W, d]`, `new` `[B, K, T, d]` (T can be larger than W) and `start`, the number of tokens written
+# Half of PaliGemma 2's layers attend only to the last 4,096 tokens, but our cache keeps all of them. A *ring buffer*
+# has only W slots. Once they are full, the newest token overwrites the oldest. Write `write_ring(buffer, new, start)`,
+# with `buffer` `[B, K, W, d]`, `new` `[B, K, T, d]` (T can be larger than W) and `start`, the number of tokens written
 # before. It writes in place and returns the slots that are filled, at most W of them, in any order. There is no stub:
 # write the function in a new cell above the tests. The last test shows why the order does not matter.
 #
 # <details><summary>A pointer</summary>
 #
-# Token t always goes to the same slot. Python's `%` finds it. Of a `new` that is longer than the buffer, only the last W
-# tokens survive.
+# Token t always goes to the same slot. Python's `%` finds it. Of a `new` that is longer than the buffer, only the last
+# W tokens survive.
 #
 # </details>
 
