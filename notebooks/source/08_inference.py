@@ -261,6 +261,7 @@ nearest_word = exercises.piece("nearest_word")
 nearest = nearest_word(features[0], table)
 cosines = torch.cosine_similarity(features[0], table[nearest], dim=-1)
 spelled = [processor.decode([i], skip_special_tokens=False).strip() or "␣" for i in nearest.tolist()]
+assert spelled.count("␣") > len(spelled) / 2 and cosines.max() < 0.5
 viz.nearest_words(scene.image, spelled, cosines, title="The nearest token to each patch, and its cosine")
 
 # %% [markdown]

@@ -74,9 +74,8 @@ viz.image_row([toy_mask, toy_decoded], ["a mask", "after four codes: one wrong p
 #
 # ## A mask in sixteen tokens
 #
-# A box says where an object is. Its **mask** says which pixels belong to it: True on the object, False elsewhere.
-# PaliGemma has a second, small model at its side that spells shapes, a
-# **VQ-VAE** (arXiv:1711.00937; for masks, arXiv:2301.02229):
+# A box says where an object is. Its **mask** says which pixels belong to it: True on the object, False elsewhere. For
+# masks, PaliGemma has a second, small model at its side, a **VQ-VAE** (arXiv:1711.00937; for masks, arXiv:2301.02229):
 #
 # 1. The mask is cropped to its box and resized to 64×64 numbers, 0 outside and 1 inside.
 # 2. An *encoder*, a stack of convolutions, halves the resolution four times, 64 → 4. Each of the 4×4 cells becomes a
