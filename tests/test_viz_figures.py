@@ -213,6 +213,29 @@ def test_long_runs_of_image_tokens_are_one_cell_that_shows_the_share_of_allowed_
     assert viz.attention_mask(masks.prefix_lm_mask(types)[0], many).image.height < 720
 
 
+def test_a_cell_is_filled_to_the_share_of_its_allowed_pairs():
+    def filled(mask, draw):
+        """How many lines of pixels are filled."""
+        return int((pixels(draw(mask))[:-44] == rgb(ALLOWED)).all(-1).any(1).sum())  # without the legend
+
+    def alone(mask):
+        return viz.attention_mask(mask, SEQUENCE[:8])
+
+    def beside(mask):
+        return viz.compare_masks({"none": np.zeros((8, 8)), "mask": mask}, SEQUENCE[:8])
+
+    for draw in (alone, beside):
+        everything, one_blocked = filled(np.ones((8, 8)), draw), np.ones((8, 8))
+        one_blocked[0, 7] = 0
+        assert filled(one_blocked, draw) / everything == pytest.approx(63 / 64, abs=0.06)
+        assert filled(one_blocked, draw) < everything - 1  # visibly not all, however large the share is
+        assert filled(masks.causal_mask(8), draw) / everything == pytest.approx(36 / 64, abs=0.02)
+        assert filled(np.eye(8), draw) / everything == pytest.approx(8 / 64, abs=0.02)
+        assert 0 < filled(np.eye(8) * (np.arange(8) == 3), draw) < filled(np.eye(8), draw)
+    with_note, without = viz.attention_mask(one_blocked, SEQUENCE[:8]), viz.attention_mask(MASK[:8, :8], SEQUENCE[:8])
+    assert (pixels(with_note)[-44:] != 255).sum() > (pixels(without)[-44:] != 255).sum()  # the legend explains it
+
+
 def test_a_decode_step_is_one_row():
     alt = viz.attention_mask(MASK[-1:], SEQUENCE).alt
     assert "1 query row by 14 key columns" in alt and "The suffix query attends to: image fully" in alt
@@ -259,6 +282,39 @@ def test_a_long_sequence_takes_several_lines():
     assert three.image.height > 2 * one.image.height and three.image.width == one.image.width
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_columns_of_a_batch_are_aligned(tiny_processor, side):
+    """Also where one row has a collapsed run of padding or image tokens and the other has single tokens."""
+    prompts = ["caption en", "answer en how many cats and dogs and owls are there?"]
+    batch = tiny_processor(prompts, [Image.new("RGB", (12, 12))] * 2, padding_side=side)
+    rows = [tokens.runs(viz.read_tokens(batch, tiny_processor, row)) for row in (0, 1)]
+    assert any(run.token.kind == "padding" and run.length > 1 for run in rows[0])
+    lines = tokens.layout(rows)
+    for first, second in lines:
+        assert first[-1][2].stop == second[-1][2].stop and first[-1][1] == second[-1][1]
+        starts = [{run.start: x0 for x0, _, run in boxes} for boxes in (first, second)]
+        common = starts[0].keys() & starts[1].keys()
+        assert common and all(starts[0][t] == starts[1][t] for t in common)
+    for row, boxes in enumerate(zip(*lines, strict=True)):  # no token is lost, and no box overlaps the next
+        drawn = [box for line in boxes for box in line]
+        assert [t for _, _, run in drawn for t in range(run.start, run.stop)] == list(range(rows[row][-1].stop))
+        assert all(a[1] <= b[0] for line in boxes for a, b in zip(line, line[1:], strict=False))
+
+
+def test_rows_of_equal_length_end_at_the_same_x():
+    rows = [[viz.Token("<pad>", "padding")] * 9 + [viz.Token("<eos>", "eos")], [viz.Token("cat", "prefix")] * 9]
+    rows[1].append(viz.Token("<eos>", "eos"))
+    eos = (pixels(viz.token_strip(rows)) == rgb(style.VERMILION)).all(-1)
+    upper, lower = eos[: len(eos) // 2].any(0).nonzero()[0], eos[len(eos) // 2 :].any(0).nonzero()[0]
+    assert len(upper) > 20 and upper.tolist() == lower.tolist()
+
+
+def test_a_run_that_crosses_a_line_break_is_cut_there():
+    rows = [[viz.Token("<image>", "image")] * 40, [viz.Token(f"butterfly {i}", "suffix") for i in range(40)]]
+    lines = tokens.layout([tokens.runs(row) for row in rows])
+    assert len(lines) > 1 and all(image[0][2].length == len(text) for image, text in lines)
+
+
 def test_whitespace_and_missing_letters_are_visible():
     assert text.visible(" a\n") == "␣a↵" and text.visible("") == "∅" and text.visible("\U0001f98b中") == "��"
     assert text.fit("butterfly", 30, 13).endswith("…") and text.fit("cat", 200, 13) == "cat"
@@ -275,6 +331,25 @@ def test_patches_are_in_reading_order():
     assert numbered.png() != bare.png()
     many = viz.patch_grid(SCENE, 7)  # 256 patches do not fit into one line
     assert "numbered 0 to 255" in many.alt
+
+
+def test_axis_labels_of_maps():
+    maps = [np.eye(4)] * 2
+    labeled = viz.image_row(maps, ["a", "b"], x_label="key →", y_label="← query")
+    plain = viz.image_row(maps, ["a", "b"])
+    assert labeled.alt == "2 images in a row: a; b. Columns: key. Rows: query."
+    assert labeled.image.height > plain.image.height and plain.alt == "2 images in a row: a; b."
+    image = pixels(labeled)
+    assert (image[:18, 32:] != 255).any() and (image[20:200, :30] != 255).any()
+
+
+def test_a_skip_passes_above_the_stages_between():
+    rows = [["x", "norm", "attention", "+"], ["next"]]
+    plain, skipping = viz.blocks(rows), viz.blocks(rows, skips=[("x", "+")])
+    assert area_of(plain, style.VERMILION) == 0
+    drawn_rows, columns = (pixels(skipping) == rgb(style.VERMILION)).all(-1).nonzero()
+    assert columns.max() - columns.min() > 400 and drawn_rows.max() < 40
+    assert "An arrow also leads from x to + directly" in skipping.alt
 
 
 def test_position_similarity_finds_neighbors():
@@ -416,6 +491,7 @@ WRONG = {
     "sampling: none shown": (lambda: viz.sampling_distribution(LOGITS, VOCABULARY, top=0), "top must be"),
     "blocks: none": (lambda: viz.blocks([]), "one to six stages"),
     "blocks: unknown highlight": (lambda: viz.blocks([["a"]], "b"), "'b' is not one of the stages"),
+    "blocks: skip between rows": (lambda: viz.blocks([["a"], ["b"]], skips=[("a", "b")]), "two stages of one row"),
     "map: no chapter": (lambda: viz.you_are_here("9"), '"00" to "08"'),
     "title: too long": (lambda: viz.token_strip(SEQUENCE, title="word " * 40), "too long for one line"),
 }

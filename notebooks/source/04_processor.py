@@ -97,9 +97,11 @@ viz.image_row(
 )
 
 # %% [markdown]
-# Here is the distribution of the values before and after. It is shifted and stretched, but its shape stays the same:
+# With these numbers, x becomes 2x − 1. Here is the distribution of the values before and after. It is shifted and
+# stretched, but its shape stays the same:
 
 # %%
+assert torch.allclose(normalized, 2 * rescaled - 1, atol=1e-6)
 edges = torch.linspace(-1, 1, 41)
 centers = ((edges[1:] + edges[:-1]) / 2).tolist()
 counts = {
@@ -115,7 +117,8 @@ viz.lines({name: (centers, c) for name, c in counts.items()}, "The photo's pixel
 #
 # <details><summary>Hint</summary>
 #
-# `torch.tensor(mean)` has shape `[3]`, and broadcasting lines it up with the last axis.
+# Broadcasting lines up the last axes of two tensors. A list is not a tensor yet. Check what your function makes of the
+# four pixels of the toy example.
 #
 # </details>
 
@@ -155,8 +158,8 @@ viz.image_row(list(pixels), ["red", "green", "blue"], title="[3, H, W]: the brig
 #
 # <details><summary>Hint</summary>
 #
-# `movedim(source, destination)` moves one axis. If you count axes from the end, −1, −2, −3, a batch in front makes no
-# difference.
+# One axis moves, and the others keep their order. torch has a function for exactly that. If you count axes from the
+# end, −1, −2, −3, a batch in front makes no difference.
 #
 # </details>
 
@@ -272,9 +275,10 @@ unusual = {
 by_pil = [image.convert("RGB") for image in unusual.values()]
 by_us = [minivlm.processor.to_rgb(image) for image in unusual.values()]
 assert all(image.mode == "RGB" for image in by_us)
-assert by_us[2].getpixel((0, 0)) == (255, 255, 255)  # the corner of the sprite is transparent: white
+assert by_us[2].getpixel((0, 0)) == (255, 255, 255) != by_pil[2].getpixel((0, 0))  # the sprite's corner is transparent
 assert by_us[3].getpixel((0, 0)) == (0, 0, 0) and by_us[3].getpixel((95, 95)) == (255, 255, 255)
-assert by_us[4].size == rgb.size
+assert (np.asarray(by_pil[3]) == 255).mean() > 0.95  # nearly everything is white
+assert by_us[4].size == rgb.size == by_pil[4].size[::-1]
 titles = [f"{name}\nmode {image.mode}" for name, image in unusual.items()]
 viz.image_row(by_pil + by_us, titles + ["to_rgb"] * 5, title='Above: convert("RGB"). Below: our to_rgb')
 
@@ -302,15 +306,22 @@ for text in ("caption en\n", "answer en how many zebras are there?", "Caption en
 
 # %% [markdown]
 # Words that were rare in training are split into several tokens, and unknown characters into bytes, so any text can be
-# encoded.
+# encoded, and decoded again:
+
+# %%
+rare = "the 🦄 ate crème brûlée in 東京"
+ids = processor.encode([rare])[0]
+print(len(rare), "characters,", len(ids), "tokens:", [processor.tokenizer.id_to_token(i) for i in ids][:12], "…")
+assert processor.decode(ids) == rare
+
+# %% [markdown]
 #
 # ### 1,024 + 128 + 1 extra tokens
 #
 # PaliGemma adds tokens that no ordinary text contains:
 #
 # * `<loc0000>` … `<loc1023>`: positions along one side of the image. Four of them describe a box.
-# * `<seg000>` … `<seg127>`: codes for shapes. Sixteen of them describe the mask of an object (chapter 08 decodes
-#   them).
+# * `<seg000>` … `<seg127>`: codes for shapes. Sixteen of them describe the mask of an object (lab L0 decodes them).
 #   There are **128**, not 108 as some explanations say. 108 is something else: the id of the newline in Gemma's
 #   vocabulary.
 # * `<image>`: a placeholder for one patch.
@@ -371,7 +382,8 @@ assert torch.equal(embedded[:, :49], features)
 #
 # <details><summary>Hint</summary>
 #
-# `+` joins strings and `*` repeats them. Nothing goes between the parts, not even a space.
+# Read the layout above from left to right: four parts, one of them repeated. Nothing goes between them, not even a
+# space.
 #
 # </details>
 
@@ -423,7 +435,7 @@ correct = {}
 for name, order in tqdm(layouts.items(), unit="run"):
     correct[name], first = count_correct_captions(lambda batch, order=order: rearrange(batch, order))
     print(f"{name:25} {correct[name]:2} of {len(scenes)} correct, the first: {first!r}")
-assert correct["as in training"] > correct["no newline"]
+assert correct["as in training"] > correct["no <bos>"] > correct["no newline"]
 
 # %% [markdown]
 # Each token predicts the next one. In every training example, the newline predicted the first token of the answer.
@@ -447,10 +459,13 @@ assert torch.equal(left["attention_mask"].sum(1), right["attention_mask"].sum(1)
 viz.token_strip(left, processor, title="Padded on the left, for generation: every row ends with its newline")
 
 # %%
+newline = processor.tokenizer.token_to_id("\n")
+assert (left["input_ids"][:, -1] == newline).all() and not (right["input_ids"][:, -1] == newline).all()
 viz.token_strip(right, processor, title="Padded on the right, for training")
 
 # %% [markdown]
-# During generation, the next token is appended after the last column, in all rows at once. So padding goes on the left.
+# Both figures show the columns of the batch: what is in one column is at the same place in both rows. During
+# generation, the next token is appended after the last column, in all rows at once. So padding goes on the left.
 # Chapter 05 shows how the mask keeps tokens from attending to padding.
 #
 # ## Exercise 4.4 · Pad
@@ -641,4 +656,44 @@ for side in ("left", "right"):
 #
 # </details>
 #
+# ## Open problem: batches that waste little
+#
+# Every row of a batch is padded to its longest row, and the model computes the padding too. Given the lengths of many
+# prompts and a budget of tokens, rows × longest row, divide the prompts into batches. Write
+# `make_batches(lengths, budget)`, which returns a list of batches, each a list of indices into `lengths`. Every index
+# occurs exactly once, no batch exceeds the budget, less than 5% of all tokens are padding, and there are at most 15%
+# more batches than the tokens alone would fill. This time there is no stub: write the function in a new cell above the
+# tests.
+#
+# <details><summary>A pointer</summary>
+#
+# Which prompts should share a batch? Ask yourself what a batch wastes if it contains one long prompt and many short
+# ones. Once they are in a good order, one pass is enough.
+#
+# </details>
+
+# %%
+lengths = np.random.default_rng(4).integers(20, 400, 500).tolist()
+budget = 4096
+
+
+def cost(batch):
+    """Tokens of the padded batch."""
+    return len(batch) * max(lengths[i] for i in batch)
+
+
+in_order = [list(range(i, min(i + 10, 500))) for i in range(0, 500, 10)]  # ten at a time, as they come
+print(f"ten at a time: {1 - sum(lengths) / sum(map(cost, in_order)):.0%} of the tokens are padding")
+if make_batches := globals().get("make_batches"):
+    batches = [list(batch) for batch in make_batches(lengths, budget)]
+    assert sorted(i for batch in batches for i in batch) == list(range(500)), "each prompt exactly once"
+    assert max(map(cost, batches)) <= budget, "a batch exceeds the budget"
+    waste = 1 - sum(lengths) / sum(map(cost, batches))
+    assert waste < 0.05, f"{waste:.0%} of the tokens are padding"
+    assert len(batches) <= 1.15 * sum(lengths) / budget, f"{len(batches)} batches are too many"
+    print(f"make_batches passed: {len(batches)} batches, {waste:.1%} padding")
+else:
+    print("make_batches is not written yet.")
+
+# %% [markdown]
 # **Next:** [05 · The prefix-LM mask](05_prefix_lm_mask.ipynb): which token attends to which.

@@ -91,8 +91,9 @@ assert torch.equal(fast, slow)
 #
 # <details><summary>Hint</summary>
 #
-# `cumsum(-1)` sums along the tokens. `block[..., None, :]` has shape `[B, 1, T]` and `block[..., :, None]` has
-# `[B, T, 1]`. Comparing them returns `[B, T, T]`.
+# A running sum along the last axis, then one comparison, as in *All at once*. With a batch in front, index from the
+# end: `...` stands for all axes before the ones you name. Which of the two factors needs its new axis before the
+# tokens, and which after them?
 #
 # </details>
 
@@ -269,9 +270,15 @@ print("softmax of a row without keys:", no_keys.softmax(-1).tolist())
 assert no_keys.softmax(-1).isnan().all()
 
 # %% [markdown]
-# So every query can still attend to itself. (That is the triangle in the figure: some of the pairs are allowed, here
-# only the diagonal.) No real token uses what padding computes, but it must not be NaN, because even 0 times NaN is NaN.
-#
+# So every query can still attend to itself. (In the figure, the cell of padding and padding is filled to one sixth: of
+# the 6 × 6 pairs, the 6 on the diagonal are allowed.) No real token uses what padding computes, but it must not be NaN,
+# because even 0 times NaN is NaN.
+
+# %%
+assert torch.equal(padded[0, :6, :6], torch.eye(6, dtype=torch.bool))
+assert (0 * no_keys.softmax(-1)).isnan().all()
+
+# %% [markdown]
 # ## Exercise 5.4 · Mask the padding
 #
 # `mask` is `[B, T, T]` and `attention_mask` is `[B, T]` (1 on tokens, 0 on padding). Return the mask in which no query
@@ -454,24 +461,38 @@ assert torch.equal(out.attentions[0][0, 0] > 0, mask)
 # ### A misleading figure
 #
 # transformers has an `AttentionMaskVisualizer`. For PaliGemma it shows a **causal** prompt that the image cannot attend
-# to, but that is not what the model does. The visualizer builds the mask without the block numbers that the model
-# itself passes. Then it paints over the cells between image tokens (except those of the first one). It also needs the
-# network, to fetch a photo of a bee. Here are both calls, as in version 5.23:
+# to, but that is not what the model does. We follow its code, version 5.23, in three steps. (The visualizer itself
+# needs the network, to fetch a photo of a bee.)
+#
+# **1. The model.** transformers builds a causal mask and lifts it inside of blocks. The model passes one block number
+# per token: 0 on image and prefix, and −1, which means no block, on the suffix.
 
 # %%
 from transformers.masking_utils import create_causal_mask
 
 arguments = {
     "config": theirs.config.text_config,
-    "inputs_embeds": torch.zeros(1, mask.shape[0], model.config.text_config.hidden_size),
+    "inputs_embeds": torch.zeros(1, len(mask), model.config.text_config.hidden_size),
     "attention_mask": inputs["attention_mask"],
     "past_key_values": None,
 }
-shown = create_causal_mask(**arguments)[0, 0] == 0
 block_ids = torch.where(inputs["token_type_ids"] == 0, 0, -1)
 used = create_causal_mask(**arguments, position_ids=None, block_sequence_ids=block_ids)[0, 0] == 0
-assert torch.equal(used, mask) and torch.equal(shown, masks.causal_mask(len(mask)))
-shown[1:P, 1:P] = True  # what it paints over
+assert torch.equal(used, mask)  # our mask
+
+# %% [markdown]
+# **2. The visualizer** calls the same function, but without the block numbers. What is left is causal:
+
+# %%
+shown = create_causal_mask(**arguments)[0, 0] == 0
+assert torch.equal(shown, masks.causal_mask(len(mask)))
+
+# %% [markdown]
+# **3. The paint.** Then it colors the cells between image tokens as allowed, except those of the first image token:
+
+# %%
+shown[1:P, 1:P] = True
+assert not shown[:P, P:].any() and used[:P, P].all()  # from image to prompt: nothing is shown, but all is allowed
 viz.compare_masks({"what the model does": used, "what the visualizer shows": shown}, viz.read_tokens(inputs, processor))
 
 # %% [markdown]
@@ -506,4 +527,54 @@ viz.compare_masks({"what the model does": used, "what the visualizer shows": sho
 #
 # </details>
 #
+# ## Open problem: two answers in one row
+#
+# The first question above says that `mask_ar` cannot keep two answers about one image apart. A mask that you build
+# yourself can. Put image, prompt and several answers into **one** row, one after another, so that the image and the
+# prompt are computed only once. Write `shared_prefix(prefix_length, answer_lengths)`, which returns a boolean mask
+# `[T, T]` and the positions `[T]` (integers from 1), such that each answer has the same logits as in a row of its own.
+# There is no stub: write the function in a new cell above the tests. The second test runs the trained model with your
+# mask and your positions.
+#
+# <details><summary>A pointer</summary>
+#
+# Number the tokens by part: 0 for the prefix, then 1, 2, … for the answers. When can a query attend to a key, in terms
+# of parts and order? And at which position would the second answer begin if the first were not there?
+#
+# </details>
+
+# %%
+from minivlm import gemma
+
+if shared_prefix := globals().get("shared_prefix"):
+    small, positions = shared_prefix(2, [1, 2])
+    assert positions.tolist() == [1, 2, 3, 3, 4], "every answer begins after the prefix"
+    expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+    assert small.tolist() == torch.tensor(expected).bool().tolist(), "the small mask is not right yet"
+
+    answers = [caption, "two cats and a dog"]
+    rows = [processor(text=["caption en"], images=[scene.image], suffix=[answer]) for answer in answers]
+    start = int(rows[0]["token_type_ids"].argmax())
+    suffixes = [row["input_ids"][:, start:] for row in rows]
+    together = {"input_ids": torch.cat([rows[0]["input_ids"][:, :start], *suffixes], 1)}
+    together |= {"attention_mask": torch.ones_like(together["input_ids"]), "pixel_values": rows[0]["pixel_values"]}
+    together["token_type_ids"] = (torch.arange(together["input_ids"].shape[1]) >= start).long()[None]
+    own_mask, positions = shared_prefix(start, [s.shape[1] for s in suffixes])
+    own_mask, positions = own_mask[None], positions[None]
+    with (
+        torch.no_grad(),
+        patch.object(masks, "prefix_lm_mask", lambda types: own_mask),
+        patch.object(gemma, "token_positions", lambda attention_mask, queries: positions),
+    ):
+        logits = model(**together)[0, start:].split([s.shape[1] for s in suffixes])
+    for row, part in zip(rows, logits, strict=True):
+        row.pop("labels")
+        with torch.no_grad():
+            alone = model(**row)[0, start:]
+        assert (part - alone).abs().max() < 1e-4 * alone.abs().max(), "an answer differs from the same answer alone"
+    print("shared_prefix passed: two answers in one row, the same logits as in two rows")
+else:
+    print("shared_prefix is not written yet.")
+
+# %% [markdown]
 # **Next:** [06 · The Gemma decoder](06_gemma_decoder.ipynb), which turns what attention gathers into the next token.

@@ -39,12 +39,38 @@ viz.you_are_here("06")
 #
 # Embeddings pass through a stack of identical layers: 18 in PaliGemma 3B, 4 in the small model that comes with this
 # course. The vectors that travel through the stack are called the *residual stream*. Each layer has two blocks, and
-# each block reads the residual stream and **adds** its output to it:
+# each block reads the residual stream and **adds** its output to it. The orange arrows are these *residual
+# connections*:
 
 # %%
-stages = [["x", "RMSNorm", "attention\ntokens attend to\neach other", "x + …"]]
-stages += [["RMSNorm ", "GeGLU MLP\neach token\non its own", "x + … ", "next layer"]]
-viz.blocks(stages, title="One layer of Gemma 1")
+stages = [["x", "RMSNorm", "attention\ntokens attend to\neach other", "+"]]
+stages += [["x ", "RMSNorm ", "GeGLU MLP\neach token\non its own", "+ ", "next layer"]]
+viz.blocks(stages, title="One layer of Gemma 1", skips=[("x", "+"), ("x ", "+ ")])
+
+# %% [markdown]
+# Why add? A block only has to compute a *change*. What it does not change is still there for all later layers. And the
+# network can be trained: the derivative of x + f(x) is 1 + f′(x). Thanks to the 1, the gradient reaches the first
+# layer, however many layers are in between. Without it, the gradient is a product of one factor per layer, and a
+# product of many factors vanishes or explodes. Here are 18 toy layers, as many as in PaliGemma 3B, with and without the
+# addition:
+
+# %%
+g = torch.Generator().manual_seed(0)
+toy_layers, toy_input = torch.randn(18, 64, 64, generator=g) / 16, torch.randn(64, generator=g)
+
+
+def gradient_at_input(residual):
+    """The length of the gradient that reaches the input of all layers."""
+    x = start = toy_input.clone().requires_grad_()
+    for layer in toy_layers:
+        x = (x if residual else 0) + torch.tanh(layer @ x)
+    x.sum().backward()
+    return float(start.grad.norm())
+
+
+with_addition, without_addition = gradient_at_input(True), gradient_at_input(False)
+print(f"gradient at the input: {with_addition:.0f} with residual connections, {without_addition:.0e} without")
+assert with_addition > 1 > 1000 * without_addition
 
 # %% [markdown]
 # Shape letters in this chapter: **B** batch size, **T** tokens, **D** hidden size (2,048), **H** query heads, **K** key
@@ -69,9 +95,17 @@ for row in rows:
 # ([transformers](https://github.com/huggingface/transformers) `models/gemma/modeling_gemma.py`):
 #
 # * It does **not** subtract the mean and has no bias. LayerNorm, which the vision tower in chapter 03 uses, does both.
-# * It multiplies by 1 + w. A stored w of 0 means "leave it alone".
+# * It multiplies by 1 + w. A stored w of 0 means "leave it alone", so training can start from zeros. Whatever pulls
+#   weights toward 0, such as weight decay, then pulls the norm toward doing nothing. If it multiplied by w, it would be
+#   pulled toward erasing its input. And small changes survive in bfloat16, which has finer steps near 0 than near 1.
 # * It computes in float32, whatever the model's dtype, and casts back at the **very end**.
-#
+
+# %%
+factor = torch.tensor(1.001)
+print(f"1.001 stored as w: {factor.bfloat16():.5f}; stored as 1 + w: {1 + (factor - 1).bfloat16().float():.5f}")
+assert factor.bfloat16() == 1 and abs(1 + (factor - 1).bfloat16().float() - factor) < 1e-5
+
+# %% [markdown]
 # ## Exercise 6.1 · RMSNorm
 #
 # `x` has any number of axes; the last one has size D. `weight` has shape `[D]`. Return a tensor with the shape and
@@ -79,8 +113,8 @@ for row in rows:
 #
 # <details><summary>Hint</summary>
 #
-# Start with `x.float()`, use `weight.float()`, and end with `.type_as(x)`. `.mean(-1, keepdim=True)` keeps an axis of
-# length 1, so that each vector is divided by its own RMS.
+# Translate the slow loop: which of its sums becomes a mean over an axis? Each vector is divided by its own RMS, so that
+# axis has to stay, with length 1 (`keepdim`). And think about the dtype twice: where you start, and where you return.
 #
 # </details>
 
@@ -241,9 +275,8 @@ assert torch.allclose(apply_rotary(x.view(1, 1, 1, d), cos, sin).flatten(), slow
 # %% [markdown]
 # ### See it
 #
-# We place one query and one key at every pair of positions from 0 to 31. In each map, the query's position runs down
-# and the key's position runs to the right; bright means a high score. All three maps consist of diagonal stripes: same
-# distance, same score.
+# We place one query and one key at every pair of positions from 0 to 31. Bright means a high score. All three maps
+# consist of diagonal stripes: same distance, same score.
 
 
 # %%
@@ -259,7 +292,8 @@ q, k = torch.randn(2, 64, generator=g)
 fast_pair, slow_pair = (torch.arange(64) % 32 == pair for pair in (0, 8))  # both numbers of one pair
 all_pairs = torch.ones(64, dtype=torch.bool)
 maps = [scores_at(q * chosen, k * chosen, positions) for chosen in (fast_pair, slow_pair, all_pairs)]
-viz.image_row(maps, ["the fastest pair", "a slower pair", "all 32 pairs"])
+names = ["the fastest pair", "a slower pair", "all 32 pairs"]
+viz.image_row(maps, names, x_label="key position, 0 to 31 →", y_label="← query position, 0 to 31")
 
 # %%
 scores = maps[-1]
@@ -333,12 +367,31 @@ for head in range(H):
 
 # %% [markdown]
 # In Gemma 1 the **scale** is 1/√d. A sum of d products has √d times the spread of a single product, and with scores
-# that far apart the softmax would put nearly all the weight on one key.
-#
+# that far apart the softmax would put nearly all the weight on one key. Here are random queries and keys with d = 256:
+
+# %%
+some_queries, some_keys = torch.randn(2, 200, 256, generator=g)
+unscaled = some_queries @ some_keys.T
+print(f"spread of one product {(some_queries * some_keys).std():.1f}, of the sum of 256 {unscaled.std():.1f}")
+largest_weight = {name: float(s.softmax(-1).amax(-1).mean()) for name, s in (("", unscaled), ("· 1/√d", unscaled / 16))}
+print("the largest of 200 weights, on average:", {f"q·k {name}": f"{w:.2f}" for name, w in largest_weight.items()})
+assert abs(unscaled.std() - 16) < 1 and largest_weight[""] > 0.8 > 0.1 > largest_weight["· 1/√d"]
+
+# %% [markdown]
 # ### Soft capping
 #
-# Gemma 2 (arXiv:2408.00118) limits scores that grow too large. A score *s* becomes cap · tanh(*s* / cap). That is close
-# to *s* while *s* is small and never exceeds ±cap. The cap is 50 for attention scores and 30 for the final logits.
+# Scores can still grow during training, because nothing limits the lengths of queries and keys. Then one key gets all
+# the weight, and the gradient of the softmax, p · (1 − p), is nearly 0. The layer can no longer correct itself. Gemma 2
+# (arXiv:2408.00118) limits scores that grow too large. A score *s* becomes cap · tanh(*s* / cap). That is close to *s*
+# while *s* is small and never exceeds ±cap. The cap is 50 for attention scores and 30 for the final logits.
+
+# %%
+pair = torch.tensor([100.0, 80.0])  # two keys with large scores
+for name, values in {"no cap": pair, "cap 50": gemma.soft_cap(pair, 50.0)}.items():
+    p = float(values.double().softmax(0)[1])
+    capped = [round(value, 1) for value in values.tolist()]
+    print(f"{name:6} scores {capped}, weight of the second {p:.0e}, p · (1 − p) = {p * (1 - p):.0e}")
+    assert (p * (1 - p) < 1e-8) if name == "no cap" else (p * (1 - p) > 0.05)
 
 # %%
 s = torch.linspace(-120, 120, 49)
@@ -351,13 +404,15 @@ viz.lines(curves, "cap · tanh(score / cap)", "score", "capped score")
 # attention leaks through:
 
 # %%
-scores, visible = torch.tensor([2.0, 1.0, 3.0]), torch.tensor([True, True, False])
+scores, visible, leaked = torch.tensor([2.0, 1.0, 3.0]), torch.tensor([True, True, False]), []
 for cap in (50.0, 5.0, 1.0):
     cap_first = gemma.soft_cap(scores, cap).masked_fill(~visible, -torch.inf).softmax(0)
     mask_first = gemma.soft_cap(scores.masked_fill(~visible, -torch.inf), cap).softmax(0)
     leaks = f"{cap_first[2]:.0f} if the cap comes first, {mask_first[2]:.1e} if the mask comes first"
     print(f"cap {cap:2.0f}: attention to the masked key is {leaks}")
-assert cap_first[2] == 0 < mask_first[2]
+    leaked.append(float(mask_first[2]))
+    assert cap_first[2] == 0 < mask_first[2]
+assert leaked[0] < 1e-12 and leaked == sorted(leaked)
 
 # %% [markdown]
 # ## Exercise 6.3 · Grouped-query attention
@@ -436,6 +491,12 @@ viz.attention_on_image(scene.image, to_image[layer], titles, title=f"Layer {laye
 # projects down. Gemma's projects up **twice**: one projection, the *gate*, goes through GELU and is then multiplied by
 # the other, *up* (GeGLU, arXiv:2002.05202). Then *down* projects the product back to the hidden size.
 #
+# What does the gate bring? Without it, a number inside the MLP is a function of one projection of x. With it, one
+# projection decides how much of another one passes, so the MLP can **multiply** two features: pass *up* on only if
+# *gate* applies. Two gated numbers even multiply exactly, because GELU(a) − GELU(−a) = a. A plain MLP can only
+# approximate a product. The paper measured better perplexity for the same number of weights, and about the reason it
+# says: "we attribute their success, as all else, to divine benevolence".
+#
 # GELU lets positive numbers through and nearly blocks negative ones. Exact GELU is x times the probability that a
 # standard normal random variable is below x. Gemma was trained with a tanh approximation. Here it is, written out for a
 # single number, with its distance from the exact version:
@@ -452,6 +513,8 @@ assert torch.allclose(tanh_gelu, torch.tensor([gelu(float(value)) for value in x
 print(f"the tanh version differs from the exact one by at most {(tanh_gelu - exact_gelu).abs().max():.1e}")
 for gate, up in ((-3.0, 2.0), (0.0, 2.0), (3.0, 2.0), (3.0, -2.0)):
     print(f"gate {gate:4}  up {up:4}  →  {gelu(gate) * up:+.3f}")
+for a, b in ((1.5, -2.0), (-0.3, 0.7), (-4.0, -1.0)):
+    assert math.isclose(gelu(a) * b + gelu(-a) * -b, a * b)  # two gated numbers, one product
 
 # %%
 curves = {"GELU (Gemma)": (x, tanh_gelu), "SiLU (Llama)": (x, x * x.sigmoid()), "ReLU": (x, x.relu())}
@@ -464,7 +527,8 @@ viz.lines(curves, "What the gate lets through", "gate", "factor on up")
 #
 # <details><summary>Hint</summary>
 #
-# `torch.nn.functional.gelu` has an argument `approximate`.
+# torch has a GELU. Which version does it compute by default, and which one was Gemma trained with? Of the two
+# arguments, only one passes through it.
 #
 # </details>
 
@@ -582,10 +646,26 @@ print(f"a second table would take another {tied * 2 / 1e9:.2f} GB in bfloat16")
 assert tied == 257_216 * 2_048
 
 # %% [markdown]
-# Tying has a cost, because the same rows have to serve two purposes. In the output head they should be short, or the
-# logits get too large. As inputs they should be long enough to hold their own next to the image features. So Gemma
-# multiplies the embeddings it looks up by **√D**. Image features are not multiplied. (Chapter 08 says more about the
-# two scales.)
+# Tying has a catch, because the same rows have to serve two purposes at two scales. As the **output head**, a row of
+# length about 1 is right: the final norm makes every number of x about 1, so a logit, x · row, is about 1 too, which is
+# a good place to start training. That is how the table is initialized. As **input**, the same row is too small: spread
+# over D numbers, a length of 1 means numbers of about 1/√D. The blocks add numbers of about 1, and the token would be
+# lost among them. So Gemma multiplies the embeddings it looks up by **√D**, as the first transformer did
+# ("Attention Is All You Need", arXiv:1706.03762, section 3.4). Here is a table as it is before training:
+
+# %%
+fresh = minivlm.PaliGemma(model.config).init_weights(seed=6).language_model.model.embed_tokens.weight.detach()
+D = fresh.shape[1]
+x_final = rms_norm(torch.randn(100, D, generator=g), torch.zeros(D), 1e-6)
+numbers = {"length of a row": fresh.norm(dim=1).mean(), "spread of the logits": (x_final @ fresh.T).std()}
+numbers |= {"numbers of a row": fresh.std(), "numbers of a row times √D": (fresh * D**0.5).std()}
+print(", ".join(f"{name} {value:.2f}" for name, value in numbers.items()))
+assert all(0.9 < numbers[name] < 1.1 for name in numbers if name != "numbers of a row")
+assert numbers["numbers of a row"] < 0.1
+
+# %% [markdown]
+# Image features are not multiplied. They come from the projector of chapter 08, which has its own weights and learns
+# the scale it needs. In the trained model:
 
 # %%
 with torch.no_grad():
@@ -605,6 +685,7 @@ row = logits[0, -1]
 rounded = row.bfloat16()
 print(f"{len(row)} tokens: {len(row.unique())} distinct logits in float32, {len(rounded.unique())} in bfloat16")
 assert len(rounded.unique()) < len(row.unique())
+assert torch.tensor([20.0, 20.125, 20.0624]).bfloat16().tolist() == [20, 20.125, 20]  # steps of 1/8
 close = torch.tensor([20.00, 20.05, 20.06])
 print("20.00, 20.05, 20.06 in bfloat16:", close.bfloat16().tolist(), " argmax:", int(close.bfloat16().argmax()))
 assert close.argmax() == 2 and close.bfloat16().argmax() == 0
@@ -656,6 +737,7 @@ for bug, (owner, name, function) in tqdm(bugs.items()):
 
 # %%
 assert all(correct[bug] < correct["correct"] for bug in list(bugs)[1:5])
+assert abs(correct["exact GELU, not tanh"] - correct["correct"]) <= 1  # the harmless one
 
 # %% [markdown]
 # Fixing such a bug means reverting one line. The hard part is finding it. The way to find it is a layer-by-layer
@@ -762,13 +844,14 @@ for name, ours in tiny_models.items():
 # %% [markdown]
 # ## Recap
 #
-# * A layer adds to the residual stream twice: the output of attention, then the output of the gated MLP.
+# * A layer adds to the residual stream twice: the output of attention, then the output of the gated MLP. Adding lets
+#   gradients reach the first layer.
 # * RMSNorm divides by the root mean square and multiplies by 1 + w, in float32.
 # * RoPE rotates the pairs (i, i + d/2) of queries and keys, so positions affect a score only through their distance.
 # * Grouped queries share keys and values: the same attention with less to store. In PaliGemma 3B all eight query heads
 #   share one set.
-# * The embedding table is also the output head. Embeddings are multiplied by √D on the way in. Keep the logits in
-#   float32.
+# * The embedding table is also the output head. Its rows have a length of about 1 before training, which suits the
+#   logits. On the way in they are multiplied by √D, to the scale of the residual stream. Keep the logits in float32.
 # * Gemma 2 adds two norms per layer and two soft caps: one on the attention scores, before the mask, and one on the
 #   final logits.
 #
@@ -797,4 +880,41 @@ for name, ours in tiny_models.items():
 #
 # </details>
 #
+# ## Open problem: convert a checkpoint
+#
+# "Is pairing neighbors wrong?" said that a head which pairs neighbors returns the same scores if its numbers are
+# reordered. So you can convert a checkpoint whose code pairs neighbors (Llama's original weights do) for code that
+# pairs halves, without touching the code: reorder the rows of the query and key projections. Write
+# `halves_from_neighbors(weight, num_heads)`: a matrix `[H·d, D]`, as in `nn.Linear`, → the same rows in another order.
+# There is no stub: write the function in a new cell above the tests.
+#
+# <details><summary>A pointer</summary>
+#
+# `order` in that section reorders one head, in the other direction. Split the rows into heads, pairs, and the two
+# members of a pair. Which two of these axes change places?
+#
+# </details>
+
+# %%
+if halves_from_neighbors := globals().get("halves_from_neighbors"):
+    generator, (T, D, d) = torch.Generator().manual_seed(6), (7, 24, 8)
+    x, (H, K) = torch.randn(1, T, D, generator=generator), (3, 1)
+    w_q, w_k = (torch.randn(heads * d, D, generator=generator) for heads in (H, K))
+    cos, sin = gemma.rotary_table(torch.arange(T)[None], d, theta)
+
+    def scores_with(rotary, w_q, w_k):
+        q, k = (rotary((x @ w.T).view(1, T, -1, d).transpose(1, 2), cos, sin) for w in (w_q, w_k))
+        return q @ k.transpose(2, 3)
+
+    converted = [halves_from_neighbors(w_q, H), halves_from_neighbors(w_k, K)]
+    for before, after in zip((w_q, w_k), converted, strict=True):
+        assert after.shape == before.shape, f"the shape changed to {list(after.shape)}"
+        assert torch.equal(before.sort(0).values, after.sort(0).values), "the rows themselves must not change"
+    expected, got = scores_with(rotate_neighbors, w_q, w_k), scores_with(gemma.apply_rotary, *converted)
+    assert torch.allclose(got, expected, atol=1e-4), f"scores differ by up to {(got - expected).abs().max():.2f}"
+    print("halves_from_neighbors passed: the same scores")
+else:
+    print("halves_from_neighbors is not written yet.")
+
+# %% [markdown]
 # **Next:** [07 · The KV cache](07_kv_cache.ipynb): why the second token is cheap.

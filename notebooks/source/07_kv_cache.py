@@ -147,7 +147,8 @@ assert processor.decode(caption_ids) == caption
 #
 # <details><summary>Hint</summary>
 #
-# `torch.cat` takes a tuple of tensors and the axis along which to concatenate them.
+# Which of the four axes counts the tokens? torch has one function that joins tensors along an axis they already have,
+# and one that makes a new axis.
 #
 # </details>
 
@@ -278,7 +279,8 @@ for name, logits in {"growing": growing, "static": static}.items():
 #
 # <details><summary>Hint</summary>
 #
-# Six factors and the number 2.
+# The paragraph above lists everything that is stored for one token. Which head count in `config` is the one of the
+# keys? Do not forget the rows of the batch.
 #
 # </details>
 
@@ -318,15 +320,23 @@ for name, config in models.items():
     per_token = cache_bytes(config, 1)
     print(f"{name:27} {per_token:7,} bytes per token;", ", ".join(f"{px} {mb:.1f} MB" for px, mb in sizes.items()))
 assert cache_bytes(paligemma, 1) == 18_432 and cache_bytes(paligemma2, 1) == 106_496
+assert 75e6 < cache_bytes(paligemma, 4096) < 76e6  # the answer to the third question at the top
 
 # %%
 viz.cache_growth({name: cache_bytes(config, 1) for name, config in models.items()})
 
 # %% [markdown]
 # (1 KB = 1,000 bytes.) And all of this is **per row**: a server with 64 conversations keeps 64 caches. At 896 pixels
-# that is 4.8 GB with shared keys and values, nearly as much as the model's weights, and eight times as much without
-# sharing.
-#
+# that is 4.8 GB with shared keys and values, nearly as much as the 5.8 GB of the model's weights, and eight times as
+# much without sharing.
+
+# %%
+for_64 = {name: cache_bytes(config, 4096, batch_size=64) / 1e9 for name, config in models.items()}
+print("64 rows at 896 px:", ", ".join(f"{name} {gigabytes:.1f} GB" for name, gigabytes in for_64.items()))
+assert 4.8 < for_64["PaliGemma 3B (MQA)"] < 2.92 * 2
+assert for_64["PaliGemma 3B if it were MHA"] == 8 * for_64["PaliGemma 3B (MQA)"]
+
+# %% [markdown]
 # Half of PaliGemma 2's layers attend only to the last 4,096 tokens, so they could drop older ones. Our cache keeps them
 # all.
 #
@@ -372,6 +382,7 @@ print("tokens so far          ", *(f"{S:7}" for S in lengths))
 for name, times in seconds.items():
     print(f"ms per token, {name:8} ", *(f"{1000 * t:7.1f}" for t in times))
 curves = {name: (lengths, [1000 * t for t in times]) for name, times in seconds.items()}
+assert seconds["no cache"][-1] > 2 * seconds["cache"][-1]  # at 2,048 tokens
 viz.lines(curves, "Time for one more token", "tokens so far", "milliseconds", log="xy")
 
 # %% [markdown]
@@ -502,11 +513,15 @@ with torch.no_grad():
 change = [float((a[0] - b[0])[:, :, :P].abs().max()) for a, b in zip(caches[0].layers, caches[1].layers, strict=True)]
 print("largest change in the image's keys, layer by layer:", " ".join(f"{x:.3f}" for x in change))
 assert change[0] < 1e-5 < min(change[1:])
+with torch.no_grad():  # the tower's output can be reused
+    reused = model.encode_image(prompt["pixel_values"])
+    ids = {name: value for name, value in prompt.items() if name != "pixel_values"}
+    assert torch.equal(model(**prompt, last_only=True), model(**ids, image_features=reused, last_only=True))
 
 # %% [markdown]
 # In the first layer, a key is computed from its own token alone. From the second layer on, the image tokens have
 # already attended to the prompt. So a second question about the same image needs a new prefill. (The vision tower never
-# sees the prompt, so its output can be reused: `encode_image`.) Models that read images causally can reuse more. The
+# gets the prompt, so its output can be reused: `encode_image`.) Models that read images causally can reuse more. The
 # price is that their image tokens never know what was asked.
 #
 # For the same reason you can't extend a cached prefix: the tokens in the cache would have had to attend to the new
@@ -665,4 +680,39 @@ assert error < 1e-5
 #
 # </details>
 #
+# ## Open problem: a cache that forgets
+#
+# Half of PaliGemma 2's layers attend only to the last 4,096 tokens, but our cache keeps all of them. A *ring buffer*
+# has only W slots. Once they are full, the newest token overwrites the oldest. Write `write_ring(buffer, new, start)`,
+# with `buffer` `[B, K, W, d]`, `new` `[B, K, T, d]` (T can be larger than W) and `start`, the number of tokens written
+# before. It writes in place and returns the slots that are filled, at most W of them, in any order. There is no stub:
+# write the function in a new cell above the tests. The last test shows why the order does not matter.
+#
+# <details><summary>A pointer</summary>
+#
+# Token t always goes to the same slot. Python's `%` finds it. Of a `new` that is longer than the buffer, only the last
+# W tokens survive.
+#
+# </details>
+
+# %%
+if write_ring := globals().get("write_ring"):
+    g, W = torch.Generator().manual_seed(7), 4
+    stored, everything = torch.full((2, 3, W, 5), torch.nan), torch.randn(2, 3, 30, 5, generator=g)
+    start = 0
+    for T in (3, 1, 1, 2, 1, 1, 6, 1, 3, 5, 1, 1):
+        filled = write_ring(stored, everything[:, :, start : start + T], start)
+        start += T
+        last = everything[:, :, max(0, start - W) : start]
+        assert filled.shape == last.shape, f"{min(start, W)} slots are filled, but got the shape {list(filled.shape)}"
+        assert torch.equal(filled.sort(2).values, last.sort(2).values), f"after {start} tokens, not the last ones"
+        assert filled.data_ptr() == stored.data_ptr(), "a view of the buffer, not a copy"
+        query = torch.randn(2, 3, 1, 5, generator=g)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        assert torch.allclose(attend(query, filled, filled), attend(query, last, last), atol=1e-6)
+    print(f"write_ring passed: {start} tokens went through {W} slots, and attention did not notice")
+else:
+    print("write_ring is not written yet.")
+
+# %% [markdown]
 # **Next:** [08 · Full PaliGemma inference](08_inference.ipynb), where everything comes together.

@@ -6,7 +6,7 @@
 # | | |
 # |---|---|
 # | know first | what the vision tower, mask, decoder and cache are for (chapters 03, 05, 06, 07), without the details |
-# | you will build | image-text merging, box and mask decoding, top-p, the generation loop; then you run it all |
+# | you will build | image-text merging, box decoding, top-p, the generation loop; then you run it all |
 # | runs on | CPU, nothing to download |
 
 # %%
@@ -26,9 +26,6 @@ viz.you_are_here("08")
 # 2. By mistake, the image features reach the decoder 14 times as long as they should be. Each layer begins by scaling
 #    every vector to the same length (RMSNorm, chapter 06). Does the answer change?
 # 3. The probabilities of the next token are 0.52, 0.31 and 0.17. Which tokens does top-p keep with *p* = 0.5?
-# 4. The model can also answer with a *mask*, which marks the pixels of an object. It is written as sixteen tokens, one
-#    for each cell of a 4 × 4 grid, row by row, each chosen from 128. Suppose you fill the grid column by column. What
-#    comes out: an error, noise, or a shape?
 #
 # <details><summary>Answers, to open at the end of the chapter</summary>
 #
@@ -36,7 +33,6 @@ viz.you_are_here("08")
 # 2. Yes, and badly. The norm hides the length from what a layer reads. But what a layer *adds* hardly changes a vector
 #    that is too long.
 # 3. Only the first. It reaches 0.5 on its own.
-# 4. A shape, and no error. It is nearly the right one, flipped across its diagonal. On a round object it looks right.
 #
 # </details>
 
@@ -238,8 +234,8 @@ assert cosine[D**-0.5] < cosine[1.0] < cosine[D**0.5]
 #
 # <details><summary>Hint</summary>
 #
-# `torch.nn.functional.normalize(x, dim=-1)` scales every row to length 1. All cosines are then a single matrix product
-# of shape `[P, V]`, and `argmax` finds the largest.
+# A cosine is a dot product of vectors of length 1. So what has to happen to the rows of both tensors first? All P · V
+# dot products are then one matrix product. And you need the index of the largest, not its value.
 #
 # </details>
 
@@ -265,6 +261,7 @@ nearest_word = exercises.piece("nearest_word")
 nearest = nearest_word(features[0], table)
 cosines = torch.cosine_similarity(features[0], table[nearest], dim=-1)
 spelled = [processor.decode([i], skip_special_tokens=False).strip() or "␣" for i in nearest.tolist()]
+assert spelled.count("␣") > len(spelled) / 2 and cosines.max() < 0.5
 viz.nearest_words(scene.image, spelled, cosines, title="The nearest token to each patch, and its cosine")
 
 # %% [markdown]
@@ -323,9 +320,7 @@ answers = ask(model, processor, scene.image, prompts)
 #
 # The vocabulary has 1,024 location tokens, `<loc0000>` to `<loc1023>`. A coordinate is measured as a fraction of the
 # image's side: pixel v becomes bin `round(v / side × 1023)`. Four of them make a box, in the order **y min, x min, y
-# max, x max**. Note that y comes first, unlike nearly everywhere else. After the box comes its label. (There are also
-# 128 segmentation tokens, `<seg000>` to `<seg127>`, not 108 as some articles claim. Sixteen of them spell an object's
-# mask. We get to them after the boxes.)
+# max, x max**. Note that y comes first, unlike nearly everywhere else. After the box comes its label.
 #
 # By hand, the true box of the first object:
 
@@ -350,7 +345,8 @@ assert len(tokens) == 5
 #
 # <details><summary>Hint</summary>
 #
-# Unpack the four, `y0, x0, y1, x1 = bins`. Bin 1023 is the far edge of the image.
+# Turn each bin into a fraction of its side first: bin 0 is one edge of the image and bin 1023 the other. Which side
+# belongs to which bin, and in which order should the four come out?
 #
 # </details>
 
@@ -452,326 +448,25 @@ assert iou_x_first < iou_y_first / 2
 viz.draw_boxes(Image.fromarray(scene.image), flipped)
 
 # %% [markdown]
+# ### And masks
+#
+# `segment` asks for a box **and** a mask, the pixels that belong to the object. A mask is text as well: sixteen of the
+# 128 segmentation tokens, `<seg000>` to `<seg127>`, between box and label. [Lab L0](labs/L0_masks.ipynb) shows how
+# sixteen tokens become a mask.
+
+# %%
+(segmented,) = ask(model, processor, scene.image, [prompt_for_all("segment", scene)])
+codes = [d.codes for d in locations.parse_detections(segmented, width, height).detections]
+assert codes and all(len(sixteen) == 16 for sixteen in codes)
+
+# %% [markdown]
 # *This is the middle of the chapter and a good place to take a break. When you come back, run the cells above again: in
 # JupyterLab, Run → Run All Above Selected Cell.*
 #
-# ## A mask in sixteen tokens
-#
-# A box says where an object is. Its **mask** says which pixels belong to it: True on the object, False elsewhere. But a
-# vocabulary contains tokens, not pixels. So PaliGemma has a second, small model at its side that spells shapes, a
-# **VQ-VAE** (arXiv:1711.00937; for masks, arXiv:2301.02229):
-#
-# 1. The mask is cropped to its box and resized to 64×64 numbers, 0 outside and 1 inside.
-# 2. An *encoder*, a stack of convolutions, halves the resolution four times, 64 → 4. Each of the 4×4 cells becomes a
-#    vector with 512 dimensions.
-# 3. Each vector is replaced by the nearest of 128 learned vectors, the *codebook*. The index of that vector, 0 to 127,
-#    is the cell's **code**, and `<seg000>` to `<seg127>` are the tokens for the codes.
-# 4. A *decoder* goes the other way. It looks up the sixteen vectors, doubles the resolution four times, 4 → 64, and
-#    outputs 64×64 values, about −1 outside and 1 inside.
-#
-# The VQ-VAE is trained separately, on masks alone. The language model needs it only during training, where the encoder
-# provides the target tokens. To turn an answer into masks, you need its decoder. Sixteen tokens with 128 options each
-# are 16 × 7 = 112 bits, for 4,096 pixels.
-#
-# By hand, for the same object as before:
-
-# %%
-import numpy as np
-
-from minivlm.vqvae import MaskVQVAE
-
-vae = MaskVQVAE.from_pretrained()
-codebook = vae._vq_vae._embedding  # [128, 512]; Google's file uses the same names
-cropped = torch.tensor(locations.crop_mask(obj.mask, obj.box))  # [64, 64]
-with torch.no_grad():
-    grid = vae.encoder(2 * cropped[None, None] - 1)  # the encoder expects values from −1 to 1
-print(f"mask {list(obj.mask.shape)} → cropped to its box {list(cropped.shape)} → grid {list(grid.shape)}")
-assert grid.shape == (1, 512, 4, 4) and codebook.shape == (128, 512)
-
-# %% [markdown]
-# The nearest vector is the one with the smallest squared distance. A slow loop for one cell, row 1 and column 2, then
-# all sixteen as the package computes them:
-
-# %%
-vector = grid[0, :, 1, 2].tolist()
-distances = []
-for entry in codebook.tolist():
-    distances.append(sum((v - e) ** 2 for v, e in zip(vector, entry, strict=True)))
-nearest_code = distances.index(min(distances))
-codes = vae.encode(cropped[None])[0].tolist()
-print(f"row 1, column 2: code {nearest_code}; all sixteen, row by row: {codes}")
-assert len(codes) == 16 and nearest_code == codes[4 * 1 + 2]
-
-# %%
-viz.nearest_words(cropped, [f"{code:03d}" for code in codes], title=f"The mask of the {obj.name} and its sixteen codes")
-
-# %% [markdown]
-# In the text, the codes go between box and label:
-
-# %%
-box_text, label = true_text.split(" ", 1)
-with_mask = box_text + "".join(f"<seg{code:03d}>" for code in codes) + f" {label}"
-tokens = processor.encode([with_mask])[0]
-print(with_mask, "→", len(tokens), "tokens")
-assert len(tokens) == 4 + 16 + len(processor.encode([f" {label}"])[0])
-assert locations.parse_detections(with_mask, width, height).detections[0].codes == tuple(codes)
-
-# %% [markdown]
-# And back. The IoU works for masks just as for boxes: the number of pixels in both, divided by the number in either.
-
-
-# %%
-def mask_iou(a, b):
-    """Two masks of the same shape → pixels in both, divided by pixels in either."""
-    return float((a & b).sum() / (a | b).sum())
-
-
-with torch.no_grad():
-    decoded = vae.decode(torch.tensor([codes]))[0]  # [64, 64]
-print(f"values from {decoded.min():.2f} to {decoded.max():.2f}")
-iou, iou_of_box = mask_iou(cropped > 0.5, decoded > 0), (cropped > 0.5).float().mean()
-print(f"IoU with the true mask: {iou:.2f}; the whole box would have {iou_of_box:.2f}")
-assert iou > 0.8
-titles = ["in its box", "its mask", "decoded from 16 codes", "above 0"]
-viz.image_row([scene.image[y0:y1, x0:x1], cropped, decoded, decoded > 0], titles)
-
-# %% [markdown]
-# The overall shape is there. Thin parts and sharp corners are more than sixteen tokens can hold.
-#
-# ## A look at the codebook
-#
-# What does each of the 128 codes look like? We encode the masks of all objects in 150 scenes and decode them again. In
-# a decoded mask, each code has its own cell of 16×16 values. For each code we average the cells in which it is used:
-
-# %%
-objects = [o for seed in range(150) for o in emoji.make_scene(seed, "validation").objects]
-all_codes = torch.tensor(vae.codes_from_masks([o.mask for o in objects], [o.box for o in objects]))  # [N, 16]
-with torch.no_grad():
-    values = vae.decode(all_codes)  # [N, 64, 64]
-cells = values.reshape(-1, 4, 16, 4, 16).transpose(2, 3).reshape(-1, 16, 16)  # one cell per code
-counts = torch.bincount(all_codes.flatten(), minlength=128)
-shapes = torch.zeros(128, 16, 16).index_add(0, all_codes.flatten(), cells) / counts.clamp(min=1)[:, None, None]
-print(f"{len(objects)} masks; {(counts > 0).sum()} of 128 codes are used")
-print("most frequent:", ", ".join(f"{k:03d} ({counts[k]}×)" for k in counts.argsort(descending=True)[:5].tolist()))
-viz.codebook(shapes, counts, title="The 128 codes: the average cell of each")
-
-# %% [markdown]
-# You see insides, outsides, and pieces of outline in all directions: an alphabet of shapes that was learned, not
-# designed. But many cells are blurred, because the same code produces one shape here and another there. Unlike a
-# letter, a code has no fixed shape. Its shape depends on its neighbors, because the decoder's convolutions combine
-# several cells. Below we take the code with the fullest cell. First it fills the whole grid. Then it appears once, in
-# three different cells, and all other cells hold the code with the emptiest cell.
-
-# %%
-full, empty = int(shapes.mean((1, 2)).argmax()), int(shapes.mean((1, 2)).argmin())
-grids = torch.full((4, 16), empty)
-grids[0], grids[1, 0], grids[2, 5], grids[3, 15] = full, full, full, full
-with torch.no_grad():
-    four = vae.decode(grids)
-corner, inner = four[1, :16, :16], four[2, 16:32, 16:32]  # the cell of the code itself
-print(f"values of its own cell, in the corner and further in, differ by up to {(corner - inner).abs().max():.1f}")
-assert (corner - inner).abs().max() > 0.5
-viz.image_row(list(four), [f"{full:03d} everywhere", "top left", "row 1, column 1", "bottom right"])
-
-# %% [markdown]
-# How far does one code reach? In each mask, we replace the code at row 1, column 1 with that of another mask and
-# measure where the values change.
-
-# %%
-changed = all_codes.clone()
-changed[:, 5] = all_codes.roll(1, dims=0)[:, 5]
-with torch.no_grad():
-    change = (vae.decode(changed) - values).abs().mean(0)  # [64, 64]
-own = float(change[16:32, 16:32].sum() / change.sum())
-print(f"{own:.0%} of the total change is in the code's own cell, which is 1/16 of the area")
-assert 1 / 16 < own < 0.6
-viz.image_row([change], ["where the values change, on average"])
-
-# %% [markdown]
-# ## Exercise 8.4 · From codes to a grid
-#
-# The decoder consists of convolutions, so it expects its input in image layout: `[B, D, 4, 4]`, with the D channels
-# before rows and columns. `codes` are integers `[B, 16]`, and `codebook` is `[C, D]`. The codes are in **row-major
-# order**: the first four are the top row, from left to right. Put the vector of each code into its cell.
-#
-# <details><summary>Hint</summary>
-#
-# `codebook[codes]` is `[B, 16, D]`. First move D in front of the 16 (`transpose`), then split the 16 into 4 × 4
-# (`unflatten` or `reshape`). `reshape` alone produces the right shape but scrambles the values.
-#
-# </details>
-
-
-# %%
-def code_grid(codes, codebook):
-    """[B, 16] integers, [C, D] → [B, D, 4, 4]."""
-    ### BEGIN SOLUTION
-    return codebook[codes].transpose(1, 2).unflatten(2, (4, 4))
-    ### END SOLUTION
-
-
-# %%
-exercises.check(code_grid)
-### BEGIN HIDDEN TESTS
-exercises.score(code_grid, points=2, seed=1)
-### END HIDDEN TESTS
-
-# %%
-code_grid = exercises.piece("code_grid")
-with torch.no_grad():
-    from_grid = vae.decoder(code_grid(torch.tensor([codes]), codebook))[0, 0]
-assert (from_grid - decoded).abs().max() <= 1e-5 * decoded.abs().max()
-
-# %% [markdown]
-# ## Exercise 8.5 · Paste the mask into the image
-#
-# `values` are the decoder's 64×64 numbers, a float32 numpy array. `box` is (x0, y0, x1, y1) in pixels. `width` and
-# `height` are those of the image. Return the mask of the whole image: booleans `[height, width]`, True where the
-# values, **resized to the box, are above 0**, and False everywhere outside the box.
-#
-# A box can end between pixels. `pixel_box(box, width, height)`, which you can call, turns it into integers: it rounds
-# each corner to the nearest pixel, keeps it inside the image, and leaves at least one pixel in each direction.
-# (big_vision truncates instead. Rounding is closer.) PIL can also resize arrays of numbers, with interpolation:
-# `Image.fromarray(values).resize((box_width, box_height), Image.Resampling.BILINEAR)`.
-#
-# <details><summary>Hint</summary>
-#
-# `x0, y0, x1, y1 = pixel_box(…)`. PIL sizes are (width, height), numpy shapes are (rows, columns). The resized part has
-# y1 − y0 rows, and it goes into `mask[y0:y1, x0:x1]`. Resize first, then compare with 0.
-#
-# </details>
-
-
-# %%
-def paste_mask(values, box, width, height):
-    """[64, 64] float32, a box and the image's sides in pixels → [height, width] booleans."""
-    from PIL import Image
-
-    from minivlm.locations import pixel_box
-
-    ### BEGIN SOLUTION
-    x0, y0, x1, y1 = pixel_box(box, width, height)
-    part = Image.fromarray(values).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
-    mask = np.zeros((height, width), dtype=bool)
-    mask[y0:y1, x0:x1] = np.asarray(part) > 0
-    return mask
-    ### END SOLUTION
-
-
-# %%
-exercises.check(paste_mask)
-### BEGIN HIDDEN TESTS
-exercises.score(paste_mask, points=2, seed=1)
-### END HIDDEN TESTS
-
-# %%
-paste_mask = exercises.piece("paste_mask")
-pasted = paste_mask(decoded.numpy(), obj.box, width, height)
-print(f"{pasted.shape}, IoU with the true mask {mask_iou(pasted, obj.mask):.2f}")
-assert pasted.shape == obj.mask.shape and mask_iou(pasted, obj.mask) > 0.8
-
-# %% [markdown]
-# ## The model's own masks
-#
-# `segment` asks for boxes with masks. As with `detect`, you can ask for several classes, joined by ` ; `, and the
-# answer lists them in that order. For each of the dozen scenes, we ask for all objects at once:
-
-# %%
-all_prompts = [prompt_for_all("segment", s) for s in scenes]
-segmented = minivlm.generate(model, processor, [s.image for s in scenes], all_prompts, max_new_tokens=128)
-print(all_prompts[0], segmented[0], sep="\n    ")
-predicted = [locations.parse_detections(text, width, height).detections for text in segmented]
-in_order = [
-    list(dict.fromkeys(d.label for d in detections)) == list(dict.fromkeys(o.name for o in s.objects))
-    for s, detections in zip(scenes, predicted, strict=True)
-]
-print(f"all requested classes, in the requested order: in {sum(in_order)} of {len(scenes)} scenes")
-assert sum(in_order) > len(scenes) / 2
-
-# %% [markdown]
-# Are these the codes that the encoder assigns to the true masks? We check every object whose box is right:
-
-# %%
-matched = [
-    (o, d)
-    for s, detections in zip(scenes, predicted, strict=True)
-    for o in s.objects
-    for d in detections
-    if d.codes and d.label == o.name and box_iou(o.box, d.box) >= 0.5
-]
-true_codes = vae.codes_from_masks([o.mask for o, _ in matched], [o.box for o, _ in matched])
-same = np.mean([np.equal(d.codes, row).mean() for (_, d), row in zip(matched, true_codes, strict=True)])
-print(f"{len(matched)} objects; {same:.0%} of their codes are the encoder's")
-assert same < 0.5
-
-# %% [markdown]
-# Most of them are not. The masks can be good all the same, as the figures below show. In the last stage of its
-# training, this decoder learned to draw the true masks from codes that the model had written
-# (`minivlm/emoji/recipe.py`, stage 7).
-#
-# Now your two functions, with the decoder in between. Two options break it on purpose: one lays out the codes column by
-# column, the other uses a different threshold. (Subtracting 1 from all values is the same as comparing them with 1
-# instead of 0.)
-
-
-# %%
-def masks_from_detections(detections, column_by_column=False, threshold=0.0):
-    """Detections → (detection, mask) for each detection that has codes."""
-    detections = [d for d in detections if d.codes]
-    codes = torch.tensor([d.codes for d in detections], dtype=torch.long).reshape(-1, 16)
-    if column_by_column:
-        codes = codes.unflatten(1, (4, 4)).mT.flatten(1)
-    with torch.no_grad():
-        values = vae.decoder(code_grid(codes, codebook))[:, 0].numpy() - threshold
-    return [(d, paste_mask(v, d.box, width, height)) for d, v in zip(detections, values, strict=True)]
-
-
-# %%
-detections, masks = zip(*masks_from_detections(predicted[0]), strict=True)
-viz.draw_boxes(Image.fromarray(scene.image), detections, masks)
-
-
-# %%
-def mean_mask_iou(**bug):
-    """Mean over all objects of the IoU with the best mask of the same name, or 0 if there is none."""
-    scores = []
-    for s, detections in zip(scenes, predicted, strict=True):
-        pairs = masks_from_detections(detections, **bug)
-        for o in s.objects:
-            scores.append(max((mask_iou(o.mask, m) for d, m in pairs if d.label == o.name), default=0.0))
-    return sum(scores) / len(scores)
-
-
-# %%
-mask_ious = {
-    "row by row, above 0": mean_mask_iou(),
-    "column by column": mean_mask_iou(column_by_column=True),
-    "above 0.5": mean_mask_iou(threshold=0.5),
-    "above 1": mean_mask_iou(threshold=1.0),
-}
-for name, iou in mask_ious.items():
-    print(f"{name:20} mean IoU {iou:.2f}")
-best = mask_ious["row by row, above 0"]
-assert best > 0.6 and max(mask_ious["column by column"], mask_ious["above 1"]) < best - 0.05
-
-# %% [markdown]
-# ### Break it: what each bug looks like
-#
-# Column by column, the shape is flipped across the diagonal of its box. You can't see that on round objects. A
-# threshold of 0.5 makes the mask only slightly thinner, because the values change steeply at the outline, so this bug
-# is easy to miss. Above 1, the masks shrink and break apart. None of the three raises an error. A comparison with the
-# true masks exposes the first and the last clearly. The fix: row by row, and above 0.
-
-# %%
-bugs = {"correct": {}, "column by column": {"column_by_column": True}, "above 1": {"threshold": 1.0}}
-unions = [np.any([m for _, m in masks_from_detections(predicted[0], **bug)], axis=0) for bug in bugs.values()]
-viz.image_row(unions, list(bugs))
-
-# %% [markdown]
 # ## Choosing a token
 #
-# So far we have always taken the most likely token. That is *greedy* decoding, and it is right for answers, boxes and
-# masks. When many different texts are good, you can sample instead, and shape the distribution that you sample from. To
+# So far we have always taken the most likely token. That is *greedy* decoding, and it is right for answers and boxes.
+# When many different texts are good, you can sample instead, and shape the distribution that you sample from. To
 # see this, we need a position where the model is unsure. So we let it caption scenes drawn by an artist it has never
 # seen, and take the generated token with the lowest probability. (In the bars, ␣ marks a space that is part of a
 # token.)
@@ -830,7 +525,7 @@ for chance, token in sorted(zip([0.15, 0.50, 0.05, 0.30], ["dog", "cat", "owl", 
     total += chance
 
 # %% [markdown]
-# ## Exercise 8.6 · Top-p
+# ## Exercise 8.4 · Top-p
 #
 # `logits` are `[B, V]`, and `p` is a number between 0 and 1. Return `[B, V]`: the logits of the kept tokens, −∞ for all
 # others, in the original order of the vocabulary. The most likely token is always kept, and so is the one with which
@@ -891,7 +586,7 @@ for options in ({"top_p": 0.8}, {"temperature": 2.0}):
 print("the true caption:", unfamiliar[row].captions["caption"][0])
 
 # %% [markdown]
-# ## Exercise 8.7 · The generation loop
+# ## Exercise 8.5 · The generation loop
 #
 # What remains is the loop. `next_logits(ids)` takes all tokens so far, `[B, T]`, and returns the logits of the next
 # token, `[B, V]`. Decode greedily for a whole batch, until every row has produced `eos` or `max_new_tokens` tokens have
@@ -969,35 +664,32 @@ viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
 # ## Your PaliGemma
 #
 # Inside `exercises.plugged_in()`, every function of yours that has passed its check, in this and in all earlier
-# chapters, replaces the package's own. The last of the prompts is a segmentation: the model writes, and your functions
-# decode the boxes and the masks. The proof is that nothing changes:
+# chapters, replaces the package's own: the same image, the same questions. The proof is that nothing changes:
 
 # %%
 sampling = {"do_sample": True, "top_p": 0.8, "seed": 0, "max_new_tokens": 16}
 with exercises.plugged_in() as parts:
-    mine = ask(model, processor, scene.image, [*prompts, prompt_for_all("segment", scene)])
+    mine = ask(model, processor, scene.image, prompts)
     my_detections = locations.parse_detections(mine[-1], width, height).detections
-    my_masks = vae.masks_from_detections(my_detections, width, height)
     my_samples = minivlm.generate(model, processor, unfamiliar[row].image, six_prompts, **sampling)
     my_tokens = greedy_loop(next_logits, inputs["input_ids"], processor.eos_token_id, processor.pad_token_id, 20)
 print(parts)
 
 # %%
-expected = locations.parse_detections(segmented[0], width, height).detections
-assert mine == [*answers, segmented[0]]
+assert mine == answers
 assert torch.equal(my_tokens, new)
 assert my_samples == minivlm.generate(model, processor, unfamiliar[row].image, six_prompts, **sampling)
-assert [(d.label, d.codes) for d in my_detections] == [(d.label, d.codes) for d in expected]
-my_boxes, expected_boxes = (torch.tensor([d.box for d in detections]) for detections in (my_detections, expected))
+assert [d.label for d in my_detections] == [d.label for d in parsed.detections]
+my_boxes, expected_boxes = (torch.tensor([d.box for d in found]) for found in (my_detections, parsed.detections))
 assert torch.allclose(my_boxes, expected_boxes, rtol=1e-5)
-assert all(map(np.array_equal, my_masks, vae.masks_from_detections(expected, width, height)))
-viz.draw_boxes(Image.fromarray(scene.image), my_detections, my_masks)
+viz.draw_boxes(Image.fromarray(scene.image), my_detections)
 
 # %% [markdown]
-# Every function marked as yours replaced the package's. Most of them ran for this image. Four did not: `top_p_filter`
+# Every function marked as yours replaced the package's. Most of them ran for this image. These did not: `top_p_filter`
 # sampled the captions of the other image, `append` belongs to the growing cache, `sliding_window_mask` to PaliGemma 2,
-# and `cache_bytes` only computes a size. (Not all exercises are in the list: the losses and your loops have nowhere to
-# be plugged in.) If a function in the list is still the package's, its exercise is waiting for you in its chapter:
+# `code_grid` and `paste_mask` to lab L0, and `cache_bytes` only computes a size. (Not all exercises are in the list:
+# the losses and your loops have nowhere to be plugged in.) If a function in the list is still the package's, its
+# exercise is waiting for you in its chapter:
 
 # %%
 exercises.progress()
@@ -1033,39 +725,6 @@ print("transformers:", processor.decode(hf_ids), "  yours:", mine[0])
 assert processor.decode(hf_ids) == mine[0]
 
 # %% [markdown]
-# There is nothing to compare masks with: transformers returns the text and leaves boxes and masks to you. So we compare
-# your grid and the decoder with bare `torch.nn.functional` layers, using the weights by their names in the file. They
-# are the same names as in Google's file (big_vision, `evaluators/proj/paligemma/transfers/segmentation.py`):
-
-# %%
-import torch.nn.functional as F
-
-w = vae.state_dict()
-
-
-def conv(x, name, padding=0):
-    return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=padding)
-
-
-# %%
-x = torch.zeros(1, 512, 4, 4)
-for i, code in enumerate(codes):
-    x[0, :, i // 4, i % 4] = codebook[code]
-x = conv(x, "decoder.0").relu()
-for block in ("decoder.2.net", "decoder.3.net"):
-    x = x + conv(conv(conv(x, f"{block}.0", 1).relu(), f"{block}.2", 1).relu(), f"{block}.4")
-for i in (4, 6, 8, 10):
-    x = F.conv_transpose2d(x, w[f"decoder.{i}.weight"], w[f"decoder.{i}.bias"], stride=2, padding=1).relu()
-bare = conv(x, "decoder.12")
-
-# %%
-with torch.no_grad():
-    ours = vae.decoder(code_grid(torch.tensor([codes]), codebook))
-difference = float((ours - bare).abs().max() / bare.abs().max())
-print(f"mask decoder: largest relative difference {difference:.1e}")
-assert difference < 1e-5
-
-# %% [markdown]
 # ## Photos, and the real weights
 #
 # Our small model has never seen anything but emoji. Show it a photo and it answers anyway, in the only words it knows.
@@ -1085,26 +744,20 @@ _ = ask(model, processor, photo, photo_prompts)
 #    `python -m minivlm doctor` tells you whether they fit.
 # 3. Set `HUB` below to `"google/paligemma-3b-mix-224"` and run the cell. As long as it is `None`, nothing is
 #    downloaded.
-# 4. Masks need one more file, Google's own VQ-VAE, `gs://big_vision/paligemma/vae-oid.npz`. Download it
-#    (`gsutil cp gs://big_vision/paligemma/vae-oid.npz .`) and set `MASKS` to its path, which
-#    `MaskVQVAE.from_pretrained(path)` then loads. The VQ-VAE you have used so far was trained on emoji and has a
-#    different codebook. The codes of Google's model mean nothing to it.
 #
 # What to expect: 256 image tokens instead of 49. On a CPU you will need patience, because every token reads all the
 # weights once. The *mix* checkpoints were fine-tuned on many tasks at once, so they follow the same prompts and return
-# a short English caption, an answer of a word or two, `<loc…>` boxes, or `<seg…>` masks. They know photos, not our
-# hundred emoji. There are more images in `data/images` (coffee, astronaut, rocket, camera) for you to ask about.
+# a short English caption, an answer of a word or two, or `<loc…>` boxes. They know photos, not our hundred emoji. There
+# are more images in `data/images` (coffee, astronaut, rocket, camera) for you to ask about.
 
 # %%
-HUB, MASKS = None, None
+HUB = None
 if HUB:
     big_model = minivlm.PaliGemma.from_pretrained(HUB, revision="bfloat16")
     big_processor = minivlm.Processor.from_pretrained(HUB, revision="bfloat16")
     with exercises.plugged_in() as parts, Image.open(photo) as image:
-        big_answers = ask(big_model, big_processor, photo, [*photo_prompts, "segment cat"])
-        cats = locations.parse_detections(big_answers[-1], *image.size).detections
-        big_masks = MaskVQVAE.from_pretrained(MASKS).masks_from_detections(cats, *image.size) if MASKS else ()
-        display(viz.draw_boxes(image, cats, big_masks))
+        big_answers = ask(big_model, big_processor, photo, photo_prompts)
+        display(viz.draw_boxes(image, locations.parse_detections(big_answers[-1], *image.size).detections))
     print(parts)
 
 # %% [markdown]
@@ -1114,13 +767,11 @@ if HUB:
 # * Text × √D with unscaled image features, or image features ÷ √D and then everything × √D: the result is the same.
 #   Mixing the two produces wrong answers and no error.
 # * Boxes are text: y min, x min, y max, x max, as bins from 0 to 1023.
-# * Masks are text: sixteen codes, which are indices into a codebook, laid out row by row. A decoder turns them into
-#   64×64 values. These are resized to the box, and whatever is above 0 is inside.
 # * Greedy decoding takes the most likely token. Otherwise temperature reshapes the distribution, top-k and top-p cut it
 #   off, and only then is a token sampled.
 # * The loop: choose, pad finished rows, check for `<eos>`, append, repeat. The image is encoded once.
 #
-# **Four questions**
+# **Three questions**
 #
 # <details><summary>1. Why don't the image features need a position embedding in the decoder?</summary>
 #
@@ -1142,12 +793,60 @@ if HUB:
 #
 # </details>
 #
-# <details><summary>4. One of the sixteen codes of a mask is wrong. Which part of the mask is wrong?</summary>
+# ## Open problem: beam search
 #
-# Mostly the cell of that code and its surroundings, and to some extent the whole mask, because the decoder's
-# convolutions combine neighboring cells. The box is unaffected: its four tokens are separate.
+# Greedy decoding takes the best *token* at each step, but the best *sequence* may begin with a token that is only
+# second best. *Beam search* keeps the `width` most likely beginnings and extends all of them. Write
+# `beam_search(next_logits, ids, eos, width, max_new_tokens)`. `ids` is one prompt, `[1, T]`, and `next_logits` is the
+# same kind of function as in exercise 8.5. Return the list of new tokens with the highest total log-probability that
+# you found. It ends with `eos` or has `max_new_tokens` tokens. There is no stub: write the function in a new cell above
+# the tests. With a width of 1 it has to be greedy, and with a huge width it has to find the best sequence of all.
+#
+# <details><summary>A pointer</summary>
+#
+# A beam is a pair: a total log-probability and a list of tokens. Log-probabilities are `log_softmax`, and those of a
+# sequence add up. What happens to a beam that has ended with `eos`? It cannot be extended, but it still competes.
 #
 # </details>
-#
+
+# %%
+talker = torch.randn(29, 4, generator=torch.Generator().manual_seed(14)) * 2  # a toy language model with four tokens
+
+
+def toy_logits(ids):
+    return talker[(ids * torch.arange(1, ids.shape[1] + 1)).sum(-1) % 29]
+
+
+def best_of_all(ids, eos, steps):
+    """The best continuation and its total log-probability, found by trying all of them."""
+    found = []
+    for token, log_prob in enumerate(toy_logits(ids).log_softmax(-1)[0].tolist()):
+        ends = token == eos or steps == 1
+        total, tokens = (0.0, []) if ends else best_of_all(torch.cat((ids, torch.tensor([[token]])), 1), eos, steps - 1)
+        found.append((log_prob + total, [token, *tokens]))
+    return max(found)
+
+
+# %%
+starts = [torch.tensor([[2, first]]) for first in range(4)]
+best = [best_of_all(ids, 1, 4)[1] for ids in starts]
+greedy = [greedy_loop(toy_logits, ids, 1, 0, 4)[0].tolist() for ids in starts]
+print(f"greedy decoding finds the best sequence in {sum(map(list.__eq__, greedy, best))} of 4 toy cases")
+assert greedy != best
+if beam_search := globals().get("beam_search"):
+    assert [beam_search(toy_logits, ids, 1, 1, 4) for ids in starts] == greedy, "a width of 1 is not greedy yet"
+    assert [beam_search(toy_logits, ids, 1, 300, 4) for ids in starts] == best, "a huge width has to find the best"
+    prompt = generation.prepare_inputs(processor, [unfamiliar[row].image], "caption en")
+    with torch.no_grad():
+        encoded = model.encode_image(prompt["pixel_values"])
+        for width_of_beam in (1, 4):
+            found = beam_search(next_logits, prompt["input_ids"], processor.eos_token_id, width_of_beam, 16)
+            print(f"width {width_of_beam}: {processor.decode(found)}")
+    print("beam_search passed")
+else:
+    print("beam_search is not written yet.")
+
+# %% [markdown]
 # **You have built PaliGemma.** If anything is still open in the table above, go back to its chapter, starting from
-# [00 · Start here](00_start_here.ipynb).
+# [00 · Start here](00_start_here.ipynb). How the model draws the outline of an object is the subject of
+# [lab L0](labs/L0_masks.ipynb).

@@ -39,8 +39,8 @@ class Grid:
 def attention_mask(mask: Numbers, tokens: Tokens | None = None, title: str | None = None) -> Figure:
     """Which token attends to which: a cell is filled if the query (row) can attend to the key (column).
 
-    Runs of image and padding tokens are drawn as one large cell, which is filled if all of its pairs are allowed and
-    half filled if some are. Padding is hatched.
+    Runs of image and padding tokens are drawn as one large cell, which is filled from below up to the share of its
+    pairs that are allowed. Padding is hatched.
 
     Args:
         mask: [T, S], True (or not 0) where the query can attend to the key.
@@ -232,13 +232,12 @@ def draw_mesh(axes, grid: Grid, colors: np.ndarray) -> None:
 
 
 def draw_cells(axes, grid: Grid, shares: np.ndarray, differs: np.ndarray | None = None) -> None:
-    """Fills allowed cells, half fills partly allowed ones, hatches padding and frames cells where ``differs``."""
+    """Fills each cell up to its share of allowed pairs, hatches padding and frames cells where ``differs``."""
     from matplotlib.colors import to_rgb
 
     draw_mesh(axes, grid, np.where((shares == 1)[..., None], to_rgb(ALLOWED), 1.0))
     for i, j in zip(*((shares > 0) & (shares < 1)).nonzero(), strict=True):
-        x0, y0, x1, y1 = grid.area(i, j)
-        axes.fill([x0, x1, x0], [y0, y1, y1], color=ALLOWED, linewidth=0)
+        fill_to(axes, *grid.area(i, j), shares[i, j])
     hatched = is_padding(grid) & (shares < 1)
     for i, row in enumerate(hatched):
         for padding, start, stop in stretches(row):
@@ -250,6 +249,14 @@ def draw_cells(axes, grid: Grid, shares: np.ndarray, differs: np.ndarray | None 
         for i, j in zip(*differs.nonzero(), strict=True):
             x0, y0, x1, y1 = grid.area(i, j)
             rectangle(axes, x0 + 1, y0 + 1, x1 - 1, y1 - 1, "none", VERMILION, linewidth=thick)
+
+
+def fill_to(axes, x0: Real, y0: Real, x1: Real, y1: Real, share: Real) -> None:
+    """Fills a cell from below, inside its edges. So much is always filled or left empty that no frame hides it."""
+    high = y1 - y0 - 2
+    least = min(6, high / 4)
+    height = np.clip(share * high, least, high - least)
+    rectangle(axes, x0 + 1, y1 - 1 - height, x1 - 1, y1 - 1, ALLOWED, "none", linewidth=0)
 
 
 def is_padding(grid: Grid) -> np.ndarray:
@@ -278,17 +285,17 @@ def draw_legend(axes, y: Real, shares: np.ndarray, grid: Grid, different: bool =
     """A sample of every sort of cell that occurs with its meaning, centered."""
     entries = [("query attends to key", {"fill": ALLOWED}), ("blocked", {"fill": "white"})]
     if ((shares > 0) & (shares < 1)).any():
-        entries.append(("some of the pairs", {"half": True}))
+        entries.append(("filled to the share of its pairs that are allowed", {"share": 0.6}))
     if any(run.token.kind == "padding" for run in grid.keys):
         entries.append(("padding", {"fill": "white", "hatch": "////"}))
     if different:
         entries.append(("differs from the first", {"fill": "white", "edge": VERMILION, "linewidth": 2.4}))
     x = (WIDTH - sum(42 + text_width(text, SMALL) for text, _ in entries) + 22) / 2
     for text, how in entries:
-        half = how.pop("half", False)
+        share = how.pop("share", None)
         rectangle(axes, x, y - 7, x + 14, y + 7, **how)
-        if half:
-            axes.fill([x, x + 14, x], [y - 7, y + 7, y + 7], color=ALLOWED, linewidth=0)
+        if share:
+            fill_to(axes, x, y - 7, x + 14, y + 7, share)
         write(axes, x + 20, y, text, SMALL, INK, ha="left")
         x += 20 + text_width(text, SMALL) + 22
 

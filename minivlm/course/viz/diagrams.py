@@ -16,7 +16,10 @@ from minivlm.course.viz.text import break_lines, listed
 
 @styled
 def blocks(
-    rows: Sequence[Sequence[str]], highlight: str | Sequence[str] | None = None, title: str | None = None
+    rows: Sequence[Sequence[str]],
+    highlight: str | Sequence[str] | None = None,
+    title: str | None = None,
+    skips: Sequence[tuple[str, str]] = (),
 ) -> Figure:
     """A pipeline: boxes from left to right, row by row, connected by arrows in this order.
 
@@ -24,9 +27,11 @@ def blocks(
         rows: Names of stages, one to six per row. What follows a line break in a name is in smaller letters.
         highlight: The stage or stages to highlight, by their whole names.
         title: A line above.
+        skips: Pairs of stages in one row, by their whole names: an arrow from the first to the second passes above the
+            stages between them, as a residual connection does.
 
     Raises:
-        ValueError: If a row has no stage or too many, or a highlighted stage does not exist.
+        ValueError: If a row has no stage or too many, or a highlighted or skipping stage does not exist.
     """
     rows = [list(row) for row in rows]
     highlighted = {highlight} if isinstance(highlight, str) else set(highlight or ())
@@ -34,10 +39,15 @@ def blocks(
         raise ValueError("A diagram needs rows of one to six stages.")
     if unknown := highlighted - {name for row in rows for name in row}:
         raise ValueError(f"{sorted(unknown)[0]!r} is not one of the stages, so it cannot be highlighted.")
+    for pair in skips:
+        if not any(set(pair) <= set(row) for row in rows):
+            raise ValueError(f"A skip needs two stages of one row, but got {pair[0]!r} and {pair[1]!r}.")
     longest = max(map(len, rows))
     step = (WIDTH - 24 + 28) / longest
-    width, height, gap = min(180, step - 28), 62, 34
-    figure, axes, top = sheet(len(rows) * (height + gap) - gap + 12, title)
+    above = 24 if skips else 0
+    width, height, gap = min(180, step - 28), 62, 34 + above
+    figure, axes, top = sheet(above + len(rows) * (height + gap) - gap + 12, title)
+    top += above
     left = (WIDTH - longest * (width + 28) + 28) / 2
     for i, row in enumerate(rows):
         y = top + i * (height + gap)
@@ -47,11 +57,19 @@ def blocks(
             if j + 1 < len(row):
                 arrow(axes, (x + width + 3, y + height / 2), (x + width + 26, y + height / 2))
         if i + 1 < len(rows):
-            turn = y + height + gap / 2
+            turn = y + height + 17
             start = left + (len(row) - 1) * (width + 28) + width / 2
             end = left + width / 2
-            arrow(axes, (start, y + height + 2), (start, turn), (end, turn), (end, turn + gap / 2 - 2))
+            arrow(axes, (start, y + height + 2), (start, turn), (end, turn), (end, y + height + gap - 2))
+        for first, second in (pair for pair in skips if set(pair) <= set(row)):
+            x0, x1 = (left + row.index(name) * (width + 28) for name in (first, second))
+            x0, x1 = x0 + 0.75 * width, x1 + width / 2
+            arrow(axes, (x0, y - 1), (x0, y - 18), (x1, y - 18), (x1, y - 2), color=VERMILION)
     text = ". Then, in the next row: ".join(" → ".join(name.replace("\n", ", ") for name in row) for row in rows)
+    for first, second in skips:
+        text += (
+            f". An arrow also leads from {' to '.join(n.split(chr(10))[0].strip() for n in (first, second))} directly"
+        )
     if highlighted:
         text += f". Highlighted: {listed(sorted(name.replace(chr(10), ', ') for name in highlighted))}"
     return from_figure(figure, f"{title + '. ' if title else ''}A diagram: {text}.")

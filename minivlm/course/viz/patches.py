@@ -19,7 +19,12 @@ from minivlm.course.viz.text import break_lines, count, fit, fixed, listed, numb
 
 @styled
 def image_row(
-    images: Sequence[Pixels], titles: Sequence[str] | None = None, columns: int | None = None, title: str | None = None
+    images: Sequence[Pixels],
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+    title: str | None = None,
+    x_label: str | None = None,
+    y_label: str | None = None,
 ) -> Figure:
     """Images side by side, each with its line of text below.
 
@@ -29,6 +34,8 @@ def image_row(
         titles: One text per image.
         columns: Images per row. Default: up to five.
         title: A line above everything.
+        x_label: What the columns of the images are, such as "key →", above the first row.
+        y_label: What the rows of the images are, such as "← query", left of each row.
 
     Raises:
         ValueError: If there is no image, an array is not an image, or there is not one title per image.
@@ -40,26 +47,32 @@ def image_row(
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}.")
     columns = min(columns or 5, len(images))
-    gap = 12
-    width = min(280, (WIDTH - gap) / columns - gap)
+    gap, left, above = 12, 20 if y_label else 0, 20 if x_label else 0
+    width = min(280, (WIDTH - gap - left) / columns - gap)
     texts = [break_lines(text, width, SMALL + 1) if text else [] for text in titles]
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     sizes = [(width * min(1, i.width / i.height), width * min(1, i.height / i.width)) for i in images]
     heights = [max(sizes[k][1] for k in row) + 16 * max(len(texts[k]) for k in row) + 8 + gap for row in rows]
-    wide = WIDTH if title else gap + columns * (width + gap)
-    figure, axes, top = sheet(sum(heights), title, width=wide)
+    wide = WIDTH if title else left + gap + columns * (width + gap)
+    figure, axes, top = sheet(sum(heights) + above, title, width=wide)
     for line, row in enumerate(rows):
-        y = top + sum(heights[:line])
+        y = top + above + sum(heights[:line])
+        if y_label:
+            write(axes, gap + 6, y, y_label, SMALL, GRAY, va="top", rotation=90)
         below = y + max(sizes[k][1] for k in row) + 8
         for j, k in enumerate(row):
-            middle = gap + j * (width + gap) + width / 2
+            middle = left + gap + j * (width + gap) + width / 2
             w, h = sizes[k]
+            if x_label and line == 0:
+                write(axes, middle - w / 2, y - 10, x_label, SMALL, GRAY, ha="left")
             paste(axes, images[k], middle - w / 2, y, middle + w / 2, y + h)
             rectangle(axes, middle - w / 2, y, middle + w / 2, y + h, "none")
             for n, text in enumerate(texts[k]):
                 write(axes, middle, below + 8 + 16 * n, text, SMALL + 1)
     named = f": {'; '.join(t.replace(chr(10), ', ') for t in titles)}" if any(titles) else ""
-    return from_figure(figure, f"{title + '. ' if title else ''}{count(len(images), 'image')} in a row{named}.")
+    labels = (f" {axis}: {label.strip('←→ ')}." for axis, label in (("Columns", x_label), ("Rows", y_label)) if label)
+    alt = f"{title + '. ' if title else ''}{count(len(images), 'image')} in a row{named}.{''.join(labels)}"
+    return from_figure(figure, alt)
 
 
 # --- cut into patches ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from numbers import Integral, Real
 
 from minivlm.course.viz.drawing import rectangle, sheet, styled, write
@@ -11,7 +11,7 @@ from minivlm.course.viz.figure import Figure, from_figure
 from minivlm.course.viz.style import BODY, GRAY, INK, KINDS, SMALL, WIDTH, tint
 from minivlm.course.viz.text import count, fit, listed, readable, text_width, visible
 
-MARGIN = 50.0  # pixels to the left of the boxes
+MARGIN, GAP = 50.0, 5.0  # pixels to the left of the boxes, and between boxes of different kinds
 COLLAPSE = 6  # a run of at least this many equal image or padding tokens is drawn as one box
 
 
@@ -126,7 +126,8 @@ def token_strip(tokens, processor=None, title: str | None = None) -> Figure:
     """Sequences as strips of boxes with the text of each token, above it the kind, below it the id and the label.
 
     Whitespace shows as ␣ and ↵. A long run of image or padding tokens is one box that says how many there are. A dash
-    in place of a label means that the loss skips this token (its label is −100).
+    in place of a label means that the loss skips this token (its label is −100). A column of the batch is at the same x
+    in every row, so a long run is as wide as the tokens of the other rows in its columns.
 
     Args:
         tokens: What the processor returned (then pass the processor too), Tokens of one sequence, or lists of them.
@@ -136,21 +137,21 @@ def token_strip(tokens, processor=None, title: str | None = None) -> Figure:
         ValueError: If there are no tokens, or the processor of a batch is missing.
     """
     sequences = as_sequences(tokens, processor)
-    strips = [layout(runs(sequence)) for sequence in sequences]
+    lines = [[strip for strip in enumerate(line) if strip[1]] for line in layout([runs(s) for s in sequences])]
     has_labels = any(token.label is not None for sequence in sequences for token in sequence)
     has_ids = any(token.id is not None for sequence in sequences for token in sequence)
-    line = 64 + 18 * has_ids + 18 * has_labels
-    figure, axes, y = sheet(sum(len(strip) * line + 12 for strip in strips) + 4, title, margin=0)
-    for i, strip in enumerate(strips):
-        for j, boxes in enumerate(strip):
-            if len(strips) > 1 and j == 0:
-                write(axes, 8, y + 44, f"row {i}", SMALL, GRAY, ha="left", fontweight="bold")
+    height = 64 + 18 * has_ids + 18 * has_labels
+    figure, axes, y = sheet(sum(len(line) * height + 12 for line in lines) + 4, title, margin=0)
+    for line in lines:
+        for row, boxes in line:
+            if len(sequences) > 1:
+                write(axes, 8, y + 44, f"row {row}", SMALL, GRAY, ha="left", fontweight="bold")
             if has_ids:
                 write(axes, 8, y + 69, "id", SMALL, GRAY, ha="left")
             if has_labels:
                 write(axes, 8, y + 86, "label", SMALL, GRAY, ha="left")
             draw_line(axes, boxes, y, has_labels)
-            y += line
+            y += height
         y += 12
     return from_figure(figure, " ".join(describe_rows(sequences)))
 
@@ -167,29 +168,63 @@ def as_sequences(tokens, processor) -> list[list[Token]]:
     return [list(sequence) for sequence in sequences]
 
 
-def layout(found: list[Run]) -> list[list[tuple[Real, Real, Run]]]:
-    """Lines of (x0, x1, run). A group of one kind is at least as wide as the name of the kind above it."""
-    lines, x = [[]], MARGIN
-    for kind, start, stop in stretches(found, lambda run: run.token.kind):
-        group = found[start:stop]
-        widths = [max(30, text_width(run.text, BODY) + 14, text_width(id_text(run), SMALL) + 8) for run in group]
-        widths[-1] += max(0, text_width(kind, SMALL) + 8 - sum(widths))
-        for run, width in zip(group, widths, strict=True):
-            width = min(width, WIDTH - MARGIN - 8)
-            if x + width > WIDTH - 8:
-                lines.append([])
-                x = MARGIN
-            lines[-1].append((x, x + width, run))
-            x += width
-        x += 5
+Box = tuple[Real, Real, Run]  # x0, x1 and what is in it
+
+
+def layout(rows: list[list[Run]]) -> list[list[list[Box]]]:
+    """Lines, each with the boxes of every row. Equal positions in the sequence are at equal x."""
+    edges = sorted({edge for row in rows for run in row for edge in (run.start, run.stop)})
+    whole = set.intersection(*({run.stop for run in row if run.stop < edges[-1]} | {edges[-1]} for row in rows))
+    lines, start = [], 0
+    while start < edges[-1]:
+        x = place([clip(row, start, edges[-1]) for row in rows], [edge for edge in edges if edge >= start])
+        fitting = [edge for edge in x if edge > start and x[edge] <= WIDTH - 8]
+        stop = max(whole.intersection(fitting) or fitting or [edges[edges.index(start) + 1]])
+        clipped = [clip(row, start, stop) for row in rows]
+        lines.append([list(boxes(row, x)) for row in clipped])
+        start = stop
     return lines
+
+
+def clip(row: list[Run], start: int, stop: int) -> list[Run]:
+    """The part of a row between two edges. A run that crosses one of them is cut there."""
+    cut = [Run(run.token, max(run.start, start), min(run.stop, stop)) for run in row]
+    return [run for run in cut if run.start < run.stop]
+
+
+def place(rows: list[list[Run]], edges: list[int]) -> dict[int, Real]:
+    """The x of every edge: as far left as the texts in the boxes and the names of the kinds above them allow."""
+    widths = {}
+    for row in rows:
+        for kind, i, j in stretches(row, lambda run: run.token.kind):
+            gap = GAP if j < len(row) else 0
+            texts = [((row[i].start, row[j - 1].stop), text_width(kind, SMALL) + 8 + gap)]
+            for run in row[i:j]:
+                width = max(30, text_width(run.text, BODY) + 14, text_width(id_text(run), SMALL) + 8)
+                texts.append(
+                    ((run.start, run.stop), min(width, WIDTH - MARGIN - 8) + (gap if run is row[j - 1] else 0))
+                )
+            for span, width in texts:
+                widths[span] = max(width, widths.get(span, 0))
+    x = {edges[0]: MARGIN}
+    for before, edge in pairwise(edges):
+        x[edge] = max([x[before], *(x[start] + width for (start, stop), width in widths.items() if stop == edge)])
+    return x
+
+
+def boxes(row: list[Run], x: Mapping[int, Real]) -> Iterator[Box]:
+    """A row's boxes, with a gap after the last one of a kind."""
+    for _, i, j in stretches(row, lambda run: run.token.kind):
+        for k in range(i, j):
+            gap = GAP if k == j - 1 and j < len(row) else 0
+            yield x[row[k].start], x[row[k].stop] - gap, row[k]
 
 
 def id_text(run: Run) -> str:
     return "" if run.token.id is None else str(run.token.id)
 
 
-def draw_line(axes, boxes: list[tuple[Real, Real, Run]], y: Real, has_labels: bool) -> None:
+def draw_line(axes, boxes: list[Box], y: Real, has_labels: bool) -> None:
     """Bars in the colors of the kinds, then the boxes, then ids and labels."""
     for kind, start, stop in stretches(boxes, lambda box: box[2].token.kind):
         x0, x1 = boxes[start][0], boxes[stop - 1][1]
