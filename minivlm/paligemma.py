@@ -95,8 +95,7 @@ class PaliGemma(nn.Module):
         if masks.is_any(~torch.cat([torch.stack(output.detach().aminmax()), *vectors]).isfinite()):
             fault = checkpoint.find_nonfinite(dict(self.named_parameters()))
             raise ValueError(
-                fault
-                or "the output is not finite, but the weights are. Use torch.float32, or train with a lower lr."
+                fault or "the output is not finite, but the weights are. Use torch.float32, or train with a lower lr."
             )
         return output
 

@@ -17,7 +17,7 @@ import torch
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.tokenizer import train_tokenizer
+from minivlm.training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("patient", deadline=None)  # test machines can be slow or busy

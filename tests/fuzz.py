@@ -45,7 +45,7 @@ from minivlm.generation import generate_ids
 from minivlm.locations import parse_detections
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.tokenizer import train_tokenizer
+from minivlm.training.tokenizer import train_tokenizer
 from minivlm.vqvae import MaskVQVAE
 
 SAME, REFUSED, UNREAD, OTHER = "same", "refused", "unread", "other"

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from minivlm import processor as module
 from minivlm.processor import Processor, open_image, to_rgb
-from minivlm.tokenizer import IMAGE, LOC_TOKENS, SEG_TOKENS, train_tokenizer
+from minivlm.tokenizer import IMAGE, LOC_TOKENS, SEG_TOKENS
+from minivlm.training.tokenizer import train_tokenizer
 
 GEMMA = Path(__file__).resolve().parents[2] / "shared" / "gemma_tokenizer" / "tokenizer.json"
 P = 4  # few image tokens, so that a failing comparison stays readable

@@ -42,8 +42,8 @@ from minivlm.emoji import batches as data
 from minivlm.emoji.scenes import MAX_SIZE, MIN_SIZE, texts
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.tokenizer import train_tokenizer
 from minivlm.training import DistributedContext, FitConfig, ParameterGroup, objectives
+from minivlm.training.tokenizer import train_tokenizer
 from minivlm.vqvae import MaskVQVAE
 
 SAVE_EVERY = 180.0  # seconds
