@@ -267,5 +267,7 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
     if fault := find_nonfinite(tensors):
         raise ValueError(f"Nothing was saved: {fault}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    write_atomically(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))
+    with write_atomically(folder / "model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    with write_atomically(folder / "config.json") as part:
+        part.write_text(config, encoding="utf-8")

@@ -3,10 +3,11 @@
 Nothing is downloaded unless you pass a hub id. Also here: what every reader and writer of files does the same way.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -106,11 +107,12 @@ def abbreviate(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
     return separator.join(map(printable, texts[:limit])) + more
 
 
-def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Has ``write`` fill a temporary file, which then replaces ``target``. If it fails (OSError), the old one stays."""
+@contextlib.contextmanager
+def write_atomically(target: Path) -> Iterator[Path]:
+    """A path to write to, which then replaces ``target``. If that fails (OSError), or is killed, the old file stays."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        write(part)
+        yield part
         os.replace(part, target)
     except Exception as error:  # safetensors and PIL raise errors of their own for a full disk
         raise OSError(f"{target} could not be saved ({printable(error)}).") from error

@@ -301,7 +301,8 @@ class Processor:
         config |= {"rescale_factor": 1 / 255, "image_mean": self.mean, "image_std": self.std}
         files["preprocessor_config.json"] = json.dumps(config | {"image_seq_length": self.num_image_tokens}, indent=2)
         for name, text in files.items():
-            hub.write_atomically(folder / name, lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))
+            with hub.write_atomically(folder / name) as part:
+                part.write_text(text + "\n", encoding="utf-8")
 
 
 # --- checks --------------------------------------------------------------------------------------------------------

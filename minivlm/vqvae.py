@@ -142,7 +142,8 @@ class MaskVQVAE(nn.Module):
             raise ValueError(f"Nothing was saved: {fault}")
         content = io.BytesIO()
         np.savez_compressed(content, **{key: value.numpy() for key, value in weights.items()})
-        hub.write_atomically(Path(folder) / name, lambda part: part.write_bytes(content.getvalue()))
+        with hub.write_atomically(Path(folder) / name) as part:
+            part.write_bytes(content.getvalue())
 
 
 def find_npz(path: Path) -> Path:

@@ -851,7 +851,7 @@ def test_loss_falls(processor, tmp_path, monkeypatch):
         ("--patch-size 15", "image_size must be a multiple of patch_size 15, not 112"),
         ("--image-size 32", "image_size must be from 48 to 896, not 32"),
         ("--heads 5", "width must be a multiple of the number of heads, 5, not 192"),
-        ("--heads 64", "head_dim 3 is odd"),
+        ("--heads 64", "head_dim must be even"),
         ("--seed -1", "seed must be at least 0, not -1"),
         ("--pose-lr -0.001", "pose_lr must be at least 0, not -0.001"),
         ("--segment-lr nan", "segment_lr must be at least 0, not nan"),

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from minivlm import emoji, locations
 from minivlm.emoji import Example, Scene, SceneObject
 from minivlm.generation import generate_ids
+from minivlm.hub import write_atomically
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.training.files import write_aside
 from minivlm.vqvae import MaskVQVAE
 
 BATCH_SIZE = 128  # prompts
@@ -334,7 +334,7 @@ def run(
     columns[f"{splits[0]}, blank image"] = evaluate(model, processor, splits[0], count, blank=True, vae=vae)
     if json_path is not None:  # before printing, which can fail
         content = {name: {row: vars(metric) for row, metric in column.items()} for name, column in columns.items()}
-        with write_aside(json_path) as part:
+        with write_atomically(json_path) as part:
             part.write_text(json.dumps({"scenes": count, "splits": content}, indent=2) + "\n", encoding="utf-8")
     print(markdown(columns))
     print(f"\n{count} scenes per split; ± is half of a 95% interval.")

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from minivlm import training
+from minivlm import hub, training
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.emoji import batches as data
 from minivlm.emoji.scenes import MAX_SIZE, MIN_SIZE, texts
@@ -306,7 +306,7 @@ def train(config: TrainConfig, out: Path, context: DistributedContext, save_ever
     plan = stages(config, model, processor, out, context, save_every)
     with training.lock_folder(out) if context.is_main else contextlib.nullcontext():
         if context.is_main:
-            with training.write_aside(out / "recipe.json") as part:
+            with hub.write_atomically(out / "recipe.json") as part:
                 part.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         for stage in plan:
             stage.run(out, context)

@@ -7,7 +7,6 @@ from minivlm.training.files import (
     lock_folder,
     read_metrics,
     save_state,
-    write_aside,
 )
 from minivlm.training.fit import (
     DistributedContext,
@@ -39,5 +38,4 @@ __all__ = [
     "save_state",
     "set_learning_rate",
     "train_step",
-    "write_aside",
 ]

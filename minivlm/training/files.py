@@ -21,20 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from minivlm.hub import write_atomically
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks, so there two runs in one folder are not noticed
     fcntl = None
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-@contextlib.contextmanager
-def write_aside(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, then moved onto it: after a kill the old file is there or the new one."""
-    part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
 
 
 @contextlib.contextmanager
@@ -67,7 +61,7 @@ def save_state(path: Path, name: str, step: int, module: nn.Module, optimizer: t
         if weight.requires_grad:
             tensors |= {f"optimizer.{key}.{entry}": value for entry, value in optimizer.state.get(weight, {}).items()}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-    with write_aside(path) as part:
+    with write_atomically(path) as part:
         save_file(tensors, part, metadata={"name": name, "step": str(step)})
 
 
@@ -128,7 +122,7 @@ class MetricsLog:
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        with write_aside(path) as part:
+        with write_atomically(path) as part:
             part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self.started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
@@ -148,5 +142,5 @@ def draw_curve(path: Path, curves: dict[str, tuple[list[dict], str]]) -> None:
         axes = figure.add_subplot(rows, columns, number)
         axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#0072B2")
         axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})", yscale="log")
-    with write_aside(path) as part:
+    with write_atomically(path) as part:
         figure.savefig(part, dpi=120, format="png")

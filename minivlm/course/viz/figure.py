@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from minivlm.hub import write_atomically
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -31,7 +33,8 @@ class Figure:
         Raises:
             ValueError: If the name does not end in .png.
         """
-        output_path(path, ".png").write_bytes(self.png())
+        with write_atomically(output_path(path, ".png")) as part:
+            part.write_bytes(self.png())
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         """What a notebook saves: the PNG, with the alt text as its plain text and in its metadata."""
