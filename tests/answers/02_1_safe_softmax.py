@@ -18,7 +18,7 @@ def right_2(x, dim=-1):
 
 def right_3(x, dim=-1):
     moved = x.movedim(dim, -1)
-    out = torch.zeros_like(moved)
+    out = torch.zeros(moved.shape, dtype=x.dtype)
     rows, results = moved.reshape(-1, moved.shape[-1]), out.view(-1, moved.shape[-1])
     for row, result in zip(rows, results, strict=True):
         if row.max() > -torch.inf:

@@ -159,7 +159,7 @@ MEAN_COLOR = Exercise(
         Mistake(
             "reshapes to [N, 3, …], which mixes red, green and blue",
             lambda images: images.reshape(len(images), 3, -1).mean(-1),
-            "The colors are the last axis and must stay there: `reshape(len(images), -1, 3)`, then average over axis 1.",
+            "The colors are the last axis and must stay there: average over axes 1 and 2 without a reshape.",
         ),
         Mistake(
             "takes the color of one pixel",
