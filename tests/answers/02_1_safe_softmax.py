@@ -18,12 +18,12 @@ def right_2(x, dim=-1):
 
 def right_3(x, dim=-1):
     moved = x.movedim(dim, -1)
-    out = torch.zeros(moved.shape, dtype=x.dtype)
-    rows, results = moved.reshape(-1, moved.shape[-1]), out.view(-1, moved.shape[-1])
-    for row, result in zip(rows, results, strict=True):
+    rows = moved.reshape(-1, moved.shape[-1])
+    out = torch.zeros(rows.shape, dtype=x.dtype)
+    for i, row in enumerate(rows):
         if row.max() > -torch.inf:
-            result += (row - row.max()).exp() / (row - row.max()).exp().sum()
-    return out.movedim(-1, dim)
+            out[i] = (row - row.max()).exp() / (row - row.max()).exp().sum()
+    return out.reshape(moved.shape).movedim(-1, dim)
 
 
 def wrong_1(x, dim=-1):
