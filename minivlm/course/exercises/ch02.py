@@ -160,7 +160,7 @@ def _guarded_softmax(x, dim):
     return _guarded((x - torch.where(_top(x, dim).isfinite(), _top(x, dim), 0)).exp(), dim)
 
 
-def _plain_lse(x, dim):
+def _plain_lse(x, dim=-1):
     """The formula without special treatment of rows of −inf."""
     return x.amax(dim) + (x - _top(x, dim)).exp().sum(dim).log()
 
