@@ -528,6 +528,11 @@ BLOCK = Exercise(
             "Attention and the MLP both add their output to the residual stream.",
         ),
         Mistake(
+            "adds the input only at the end",
+            lambda x, norm1, attention, norm2, mlp: x + mlp(norm2(attention(norm1(x)))),
+            "Attention has a residual connection too: the MLP reads the sum of its input and its output.",
+        ),
+        Mistake(
             "uses norm1 twice",
             _block(_attention_step, lambda x, norm1, attention, norm2, mlp: x + mlp(norm1(x))),
             "Each norm has its own weights: norm1 for attention, norm2 for the MLP.",
