@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from minivlm.course.exercises.exercise import Exercise, Mistake
+from minivlm.course.exercises.exercise import Case, Exercise, Mistake
 
 # --- 00.1 -----------------------------------------------------------------------------------------------------------
 
@@ -15,12 +15,16 @@ def num_image_tokens(image_size, patch_size):
 
 
 def size_cases(rng):
-    """The sizes of PaliGemma and of the embedded model, then some with leftover pixels at the edge."""
-    yield 224, 14
-    yield 112, 16
-    for _ in range(5):
+    """The sizes of PaliGemma and of the embedded model, then some with few or many leftover pixels at the edge."""
+    yield Case((224, 14), "PaliGemma's sizes")
+    yield Case((112, 16), "the embedded model's sizes")
+    for _ in range(3):
         patch = int(rng.integers(5, 17))
-        yield patch * int(rng.integers(4, 12)) + int(rng.integers(patch // 2 + 1, patch)), patch
+        whole, half = patch * int(rng.integers(4, 12)), patch // 2
+        yield Case((whole + int(rng.integers(half + 1, patch)), patch), "more than half a patch is left over")
+        yield Case((whole + int(rng.integers(1, half)), patch), "less than half a patch is left over")
+    yield Case((patch - 1, patch), "an image smaller than a patch")
+    yield Case((patch, patch), "an image of one patch")
 
 
 IMAGE_TOKENS = Exercise(
@@ -46,6 +50,11 @@ IMAGE_TOKENS = Exercise(
             "Only whole patches count. Leftover pixels at the edge are dropped: `//` rounds down.",
         ),
         Mistake(
+            "rounds to the nearest integer",
+            lambda image_size, patch_size: round(image_size / patch_size) ** 2,
+            "Only whole patches count, so leftover pixels are always dropped: `//` rounds down.",
+        ),
+        Mistake(
             "divides the areas, so leftover pixels at the edges add up to extra patches",
             lambda image_size, patch_size: image_size**2 // patch_size**2,
             "Patches form whole rows and columns: divide the sides first, then square.",
@@ -54,6 +63,26 @@ IMAGE_TOKENS = Exercise(
             "returns a fraction",
             lambda image_size, patch_size: (image_size / patch_size) ** 2,
             "The number of patches is an integer: use `//` instead of `/`.",
+        ),
+        Mistake(
+            "doubles the number along one side instead of squaring it",
+            lambda image_size, patch_size: image_size // patch_size * 2,
+            "With n rows of n patches, there are n × n of them: `n ** 2`.",
+        ),
+        Mistake(
+            "writes `^ 2`, which in Python is not a square",
+            lambda image_size, patch_size: (image_size // patch_size) ^ 2,
+            "`^` is the bitwise exclusive or. A power is written `**`.",
+        ),
+        Mistake(
+            "uses `%`, which returns the remainder",
+            lambda image_size, patch_size: (image_size % patch_size) ** 2,
+            "`//` counts how often the patch fits, `%` how many pixels are left over.",
+        ),
+        Mistake(
+            "counts every position of a patch, as if patches overlapped",
+            lambda image_size, patch_size: max(0, image_size - patch_size + 1) ** 2,
+            "Patches lie side by side, so the next one starts `patch_size` pixels later.",
         ),
         Mistake(
             "also counts a [class] token",
@@ -73,9 +102,16 @@ def mean_color(images):
 
 
 def image_cases(rng):
-    """Batches of images that are not square, so that every axis has a different length."""
-    for count, height, width in ((2, 4, 5), (4, 2, 6), (1, 5, 2), (5, 6, 4), (3, 1, 2)):
-        yield (torch.from_numpy(rng.random((count, height, width, 3))).float(),)
+    """Every axis has a different length, so none can be confused with another."""
+    for name, count, height, width in (
+        ("two images", 2, 4, 5),
+        ("images that are wider than high", 4, 2, 6),
+        ("a batch of one", 1, 5, 2),
+        ("images that are higher than wide", 5, 6, 4),
+        ("images of one row", 4, 1, 2),
+        ("many images", 8, 4, 1),
+    ):
+        yield Case((torch.from_numpy(rng.random((count, height, width, 3))).float(),), name)
 
 
 MEAN_COLOR = Exercise(
@@ -106,6 +142,51 @@ MEAN_COLOR = Exercise(
             "`mean` accepts several axes at once: `mean((1, 2))`.",
         ),
         Mistake(
+            "averages over the columns but not over the rows",
+            lambda images: images.mean(2),
+            "`mean` accepts several axes at once: `mean((1, 2))`.",
+        ),
+        Mistake(
+            "averages over columns and colors, as if axes were numbered from 1",
+            lambda images: images.mean((2, 3)),
+            "The axes of [N, H, W, 3] are numbered from 0: rows are axis 1 and columns axis 2.",
+        ),
+        Mistake(
+            "averages over rows, columns and colors",
+            lambda images: images.mean((1, 2, 3)),
+            "Keep the color axis: the result has three numbers per image.",
+        ),
+        Mistake(
+            "reshapes to [N, 3, …], which mixes red, green and blue",
+            lambda images: images.reshape(len(images), 3, -1).mean(-1),
+            "The colors are the last axis and must stay there: average over axes 1 and 2 without a reshape.",
+        ),
+        Mistake(
+            "takes the color of one pixel",
+            lambda images: images[:, 0, 0],
+            "Every pixel contributes: average over rows and columns.",
+        ),
+        Mistake(
+            "takes the largest value instead of the mean",
+            lambda images: images.amax((1, 2)),
+            "`mean` adds up all values and divides by how many there are.",
+        ),
+        Mistake(
+            "takes the median instead of the mean",
+            lambda images: images.flatten(1, 2).median(1).values,
+            "`mean` adds up all values and divides by how many there are.",
+        ),
+        Mistake(
+            "divides the sum by the number of rows only",
+            lambda images: images.sum((1, 2)) / images.shape[1],
+            "An image has H × W pixels.",
+        ),
+        Mistake(
+            "divides the sum by the number of columns only",
+            lambda images: images.sum((1, 2)) / images.shape[2],
+            "An image has H × W pixels.",
+        ),
+        Mistake(
             "sums instead of averaging",
             lambda images: images.sum((1, 2)),
             "Divide by the number of pixels, or call `mean`.",
@@ -133,13 +214,23 @@ def best_words(scores, words):
     return [(words[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
-WORDS = ["cat", "dog", "owl", "fox", "bee", "ant", "yak", "emu"]
+WORDS = ["cat", "dog", "owl", "▁fox", "<loc0012>", "", "yak", "emu"]
 
 
 def score_cases(rng):
-    for rows, vocabulary in ((2, 5), (3, 8), (4, 3), (1, 6), (5, 4)):
+    for name, rows, vocabulary, low, high in (
+        ("two rows", 2, 5, -3, 3),
+        ("many rows", 7, 8, -3, 3),
+        ("more rows than words", 4, 3, -3, 3),
+        ("one row", 1, 6, -3, 3),
+        ("only negative scores", 5, 4, -6, -2),
+        ("large scores", 3, 7, 8, 30),
+        ("a vocabulary of one word", 2, 1, -3, 3),
+    ):
         words = [WORDS[i] for i in rng.permutation(len(WORDS))[:vocabulary]]
-        yield torch.from_numpy(rng.normal(0, 1.5, (rows, vocabulary))).float(), words
+        yield Case((torch.from_numpy(rng.uniform(low, high, (rows, vocabulary))).float(), words), name)
+    scores = torch.from_numpy(rng.uniform(-3, 3, (4, 6))).float()
+    yield Case((scores, ["unused", "cat", "unused", "dog", "unused", "unused"]), "a word that occurs several times")
 
 
 def _pairs(values, indices, words):
@@ -158,6 +249,12 @@ def _chosen(choose, probability):
 
 def _largest(scores):
     return scores.argmax(-1)
+
+
+def _from_columns(scores):
+    """``scores.argmax(0)`` used as if it had one entry per row."""
+    best = scores.argmax(0)
+    return torch.stack([best[n] for n in range(len(scores))])
 
 
 def _probabilities(scores):
@@ -182,6 +279,36 @@ BEST_WORDS = Exercise(
             "In each row, the probabilities of the V words sum to 1: that is the last axis, `softmax(-1)`.",
         ),
         Mistake(
+            "finds the best row for each word instead of the best word for each row",
+            _chosen(lambda scores: _from_columns(scores), _probabilities),
+            "One answer per row: look for the maximum along the last axis.",
+        ),
+        Mistake(
+            "takes the index of the maximum along axis 0, but the probability along the last axis",
+            lambda scores, words: _pairs(scores.softmax(-1).amax(-1), _from_columns(scores), words),
+            "Index and probability belong together: look for the maximum along the last axis for both.",
+        ),
+        Mistake(
+            "chooses a single word for all rows, the one with the largest score of all",
+            _chosen(lambda scores: scores.amax(0).argmax().expand(len(scores)), _probabilities),
+            "Every row has its own most likely word: pass an axis, `argmax(-1)`.",
+        ),
+        Mistake(
+            "applies a sigmoid to each score instead of a softmax to each row",
+            _chosen(_largest, lambda scores: scores.sigmoid()),
+            "A sigmoid treats every word on its own. The probabilities of a row must sum to 1: `softmax(-1)`.",
+        ),
+        Mistake(
+            "returns the logarithm of the probability",
+            _chosen(_largest, lambda scores: scores.log_softmax(-1)),
+            "Use `softmax`, not `log_softmax`: a probability is between 0 and 1.",
+        ),
+        Mistake(
+            "applies the softmax twice",
+            _chosen(_largest, lambda scores: scores.softmax(-1).softmax(-1)),
+            "Once is enough: the softmax of a softmax makes all words nearly equally likely.",
+        ),
+        Mistake(
             "takes the softmax over the whole table",
             _chosen(_largest, lambda scores: scores.flatten().softmax(0).view_as(scores)),
             "Every row is its own distribution: `softmax(-1)`.",
@@ -200,6 +327,41 @@ BEST_WORDS = Exercise(
             "forgets to divide the exponentials by their sum",
             _chosen(_largest, lambda scores: scores.exp()),
             "exp(score) becomes a probability when you divide it by the sum over the row.",
+        ),
+        Mistake(
+            "divides the exponentials by the largest one instead of their sum",
+            _chosen(_largest, lambda scores: (scores - scores.amax(-1, keepdim=True)).exp()),
+            "Subtracting the maximum is fine, but then divide by the sum over the row.",
+        ),
+        Mistake(
+            "rounds the probability",
+            lambda scores, words: [(word, round(p, 2)) for word, p in best_words(scores, words)],
+            "Return the probability as it is and round only when you print it.",
+        ),
+        Mistake(
+            "returns the probability before the word",
+            lambda scores, words: [(p, word) for word, p in best_words(scores, words)],
+            "The pair is (word, probability).",
+        ),
+        Mistake(
+            "returns a dictionary, which has only one entry per word",
+            lambda scores, words: dict(best_words(scores, words)),
+            "Two rows can choose the same word: return a list with one pair per row.",
+        ),
+        Mistake(
+            "returns the words and the probabilities as two lists",
+            lambda scores, words: tuple(list(column) for column in zip(*best_words(scores, words), strict=True)),
+            "Return one list of pairs: `list(zip(words, probabilities))`.",
+        ),
+        Mistake(
+            "returns all words of a row with their probabilities",
+            lambda scores, words: [list(zip(words, row, strict=True)) for row in scores.softmax(-1).tolist()],
+            "Return only the most likely word of each row: find its index with `argmax` or `max`.",
+        ),
+        Mistake(
+            "takes the word before the most likely one",
+            lambda scores, words: _pairs(*scores.softmax(-1).max(-1), [words[-1], *words[:-1]]),
+            "Use the index as it is: `argmax` counts from 0, as lists do.",
         ),
         Mistake(
             "returns the words without their probabilities",
