@@ -11,7 +11,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from numbers import Real
 from typing import Any
@@ -22,6 +22,15 @@ import torch
 from minivlm.course.exercises.patch import replaced
 
 TOLERANCE = 1e-5  # relative to the largest expected value
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call, and in a few words what is special about them: "a batch of one", "bfloat16", "no mask"."""
+
+    arguments: tuple
+    name: str = ""
+    keywords: dict = field(default_factory=dict)  # passed by keyword; leaving an argument out tests its default
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Exercise:
     minutes: int
     points: int = 2
     name: str = ""
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "name", self.name or self.reference.__name__)
@@ -140,13 +150,15 @@ class CallsReference(Exception):
     """Raised by the package's own function while a learner's version of it is checked."""
 
 
-def call(function: Callable, arguments: tuple) -> Outcome:
+def call(function: Callable, case: Case | tuple) -> Outcome:
     """Call with a copy of the arguments, so that the function cannot change what the next call gets."""
+    case = case if isinstance(case, Case) else Case(case)
+    arguments, keywords = case.arguments, copy.deepcopy(case.keywords)
     copied = copy.deepcopy(arguments)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # much faster than torch.manual_seed, which seeds GPUs too
-            value = function(*copied)
+            value = function(*copied, **keywords)
     except (Exception, SystemExit) as error:  # a learner's function can do anything
         return Outcome(error=error)
     after = find_arrays(copied)
@@ -204,7 +216,8 @@ def find_signature_problem(exercise: Exercise, function: Any, case: tuple) -> st
     if not callable(function):
         return f"expected a function of ({wanted}) but got {describe(function)}."
     try:
-        inspect.signature(function).bind(*case)
+        case = case if isinstance(case, Case) else Case(case)
+        inspect.signature(function).bind(*case.arguments, **case.keywords)
     except TypeError:
         taken = ", ".join(inspect.signature(function).parameters)
         return f"it takes ({taken}) but should take ({wanted})."
