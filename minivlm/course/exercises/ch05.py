@@ -297,7 +297,7 @@ def suffix_loss(logits, labels):
 
 
 def loss_cases(rng):
-    """Suffixes of different length, so that the mean over rows is not the mean over tokens. V differs from T − 1 too."""
+    """Suffixes of different length, so that the mean over rows is not the mean over tokens. V is never T − 1."""
     for rows, length, vocabulary, name in (
         (2, 6, 9, "two answers of different length"),
         (3, 7, 4, "three answers of different length"),
