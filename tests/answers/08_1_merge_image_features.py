@@ -33,7 +33,7 @@ def wrong_1(x, is_image, features):
 
 
 def wrong_2(x, is_image, features):
-    """stand together|start|apart|first P|padding in front|row by row|contiguous|placeholders"""
+    """next to each other|contiguous|not a slice|marks each position"""
     merged = x.clone()
     for b in range(len(x)):
         first = int(is_image[b].long().argmax())
@@ -83,7 +83,7 @@ def wrong_8(x, is_image, features):
 
 
 def wrong_9(x, is_image, features):
-    """opposite|swap|False|inver|True at|placeholder|text"""
+    """opposite|swap|False|inver|True at|instead of the placeholders"""
     merged = x.clone()
     source = features.flatten(0, 1)
     merged[~is_image] = source[torch.arange(int((~is_image).sum())) % len(source)]

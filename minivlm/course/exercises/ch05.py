@@ -145,12 +145,13 @@ def padding_cases(rng):
         (2, 6, "right", "prefix", "padded on the right"),
         (3, 8, "left", "prefix", "padded on the left"),
         (2, 7, "left", "causal", "a causal mask with padding in front"),
-        (1, 5, "left", "prefix", "a batch of one"),
-        (3, 4, "", "prefix", "no padding"),
+        (1, 6, "left", "prefix", "a batch of one"),
+        (3, 5, "", "prefix", "no padding"),
         (4, 9, "right", "window", "a sliding window"),
     ):
         ids, real = torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
-        ids[:, -2:] = 1
+        for row, suffix in enumerate(rng.permutation(length - 2)[:rows] + 1):
+            ids[row, -suffix:] = 1
         for row, padding in enumerate(rng.permutation(length - 2)[:rows] + 1):
             if side:
                 real[row, slice(0, padding) if side == "left" else slice(length - padding, length)] = 0
