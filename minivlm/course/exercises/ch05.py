@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from minivlm import masks
-from minivlm.course.exercises.exercise import Exercise, Mistake
+from minivlm.course.exercises.exercise import Case, Exercise, Mistake
 
 
 def random_ids(rng, rows, length, high=2):
@@ -12,11 +12,18 @@ def random_ids(rng, rows, length, high=2):
 
 
 def block_cases(rng):
-    """More tokens than rows, so that the axes cannot be confused."""
-    for rows, length in ((2, 5), (1, 7), (3, 4), (2, 6), (4, 3)):
+    """Rows and tokens differ in number, so that the axes cannot be confused."""
+    for rows, length, name in (
+        (2, 5, "two rows"),
+        (1, 7, "a batch of one"),
+        (4, 3, "more rows than tokens"),
+        (3, 6, "a causal and a bidirectional row"),
+    ):
         mask_ar = random_ids(rng, rows, length)
         mask_ar[0, 1:3], mask_ar[-1, -1] = torch.tensor([0, 1]), 1
-        yield (mask_ar,)
+        if name.startswith("a causal"):
+            mask_ar[1], mask_ar[2] = 1, 0
+        yield Case((mask_ar,), name)
 
 
 def _compare(block, relation):
@@ -56,6 +63,11 @@ BLOCK = Exercise(
             "Count blocks along the tokens, the last axis: `cumsum(-1)`.",
         ),
         Mistake(
+            "is causal whatever mask_ar is",
+            lambda mask_ar: _compare(torch.arange(mask_ar.shape[-1]).expand_as(mask_ar), torch.le),
+            "Tokens in one block attend to each other in both directions: compare blocks, not positions.",
+        ),
+        Mistake(
             "returns integers instead of booleans",
             lambda mask_ar: _compare(mask_ar.cumsum(-1), torch.le).long(),
             "The comparison `<=` already returns booleans.",
@@ -65,12 +77,21 @@ BLOCK = Exercise(
 
 
 def type_cases(rng):
-    """Image and prefix first, then a suffix of at least two tokens."""
-    for rows, length in ((2, 6), (1, 8), (3, 5), (2, 7), (1, 4)):
+    """Image and prefix first, then the suffix, mostly of at least two tokens."""
+    for rows, length, name in (
+        (2, 6, "two rows"),
+        (1, 8, "a batch of one"),
+        (3, 7, "a prompt without an answer"),
+        (4, 5, "an answer of one token"),
+    ):
         ids = torch.zeros(rows, length, dtype=torch.long)
         for row in ids:
             row[-int(rng.integers(2, length - 1)) :] = 1
-        yield (ids,)
+        if name.startswith("a prompt"):
+            ids[1] = 0
+        if name.startswith("an answer"):
+            ids[2, :-1], ids[2, -1] = 0, 1
+        yield Case((ids,), name)
 
 
 def _square(ids, mask):
@@ -119,20 +140,34 @@ PREFIX_LM = Exercise(
 
 
 def padding_cases(rng):
-    """Prefix-LM masks with padding on either side; the rows of a batch differ."""
-    for rows, length, side in ((2, 6, "right"), (2, 6, "left"), (3, 5, "right"), (1, 7, "left"), (3, 8, "left")):
+    """Padding on either side or none; the rows of a batch differ. Under a causal mask, padding in front has no key."""
+    for rows, length, side, kind, name in (
+        (2, 6, "right", "prefix", "padded on the right"),
+        (3, 8, "left", "prefix", "padded on the left"),
+        (2, 7, "left", "causal", "a causal mask with padding in front"),
+        (1, 6, "left", "prefix", "a batch of one"),
+        (3, 5, "", "prefix", "no padding"),
+        (4, 9, "right", "window", "a sliding window"),
+    ):
         ids, real = torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
-        for row in range(rows):
-            empty = int(rng.integers(1, length - 2))
-            ids[row, -2:] = 1
-            real[row, : empty if side == "left" else 0] = 0
-            if side == "right":
-                real[row, length - empty :] = 0
-        yield masks.prefix_lm_mask(ids), real
+        for row, suffix in enumerate(rng.permutation(length - 2)[:rows] + 1):
+            ids[row, -suffix:] = 1
+        for row, padding in enumerate(rng.permutation(length - 2)[:rows] + 1):
+            if side:
+                real[row, slice(0, padding) if side == "left" else slice(length - padding, length)] = 0
+        mask = masks.prefix_lm_mask(ids if kind == "prefix" else torch.ones_like(ids))
+        if kind == "window":
+            mask &= masks.sliding_window_mask(length, int(rng.integers(2, 5)))
+        yield Case((mask, real), name)
 
 
 def _diagonal(mask):
     return torch.eye(mask.shape[-1], dtype=torch.bool)
+
+
+def _only_empty_rows(mask, attention_mask):
+    mask = mask & attention_mask.bool()[:, None, :]
+    return mask | (_diagonal(mask) & ~mask.any(-1, keepdim=True))
 
 
 PADDING = Exercise(
@@ -154,9 +189,26 @@ PADDING = Exercise(
             "No query should attend *to* padding: mask the keys, the last axis.",
         ),
         Mistake(
-            "leaves a padding query without any key",
+            "masks the rows of padding instead of its columns, and leaves them without any key",
+            lambda mask, attention_mask: mask & attention_mask.bool()[:, :, None],
+            "No query should attend *to* padding: mask the keys, the last axis. And every query attends to itself.",
+        ),
+        Mistake(
+            "masks the rows of padding as well as its columns",
+            lambda mask, attention_mask: (
+                (mask & attention_mask.bool()[:, :, None] & attention_mask.bool()[:, None, :]) | _diagonal(mask)
+            ),
+            "Only the keys matter, the last axis: what a padding query attends to is never used.",
+        ),
+        Mistake(
+            "does not let padding attend to itself",
             lambda mask, attention_mask: mask & attention_mask.bool()[:, None, :],
-            "Every query attends to itself, even padding, or its row could be empty: `| torch.eye(T).bool()`.",
+            "Every query attends to itself, even padding: the first query of a causal mask has no other key.",
+        ),
+        Mistake(
+            "lets padding attend to itself only in rows that would be empty",
+            _only_empty_rows,
+            "Every query attends to itself, whether or not it has other keys: the whole diagonal is True.",
         ),
         Mistake(
             "masks the tokens instead of the padding",
@@ -169,6 +221,11 @@ PADDING = Exercise(
             "Padding can only block more: combine with `&`.",
         ),
         Mistake(
+            "ignores the mask",
+            lambda mask, attention_mask: attention_mask.bool()[:, None, :] | _diagonal(mask),
+            "What the mask blocks stays blocked, except for the diagonal: combine mask and padding with `&`.",
+        ),
+        Mistake(
             "uses the first row's padding for all rows",
             lambda mask, attention_mask: (mask & attention_mask[:1].bool()[:, None, :]) | _diagonal(mask),
             "Each row of the batch has its own padding: keep the batch axis, `attention_mask[:, None, :]`.",
@@ -178,8 +235,10 @@ PADDING = Exercise(
 
 
 def window_cases(rng):
-    for length in (4, 5, 6, 7, 9):
-        yield length, int(rng.integers(1, length - 1))
+    for length, name in ((7, ""), (9, ""), (6, "a window of 1"), (5, "a window as long as the sequence"), (8, "")):
+        window = int(rng.integers(2, length - 1))
+        window = 1 if name == "a window of 1" else length if name else window
+        yield Case((length, window), name or f"{length} tokens, a window of {window}")
 
 
 def _steps_back(length):
@@ -220,6 +279,11 @@ WINDOW = Exercise(
             "The distance is query − key, which is positive for earlier keys.",
         ),
         Mistake(
+            "is causal and has no window",
+            lambda length, window: _steps_back(length) >= 0,
+            "It blocks only keys that are `window` or more steps behind the query. Later keys stay True.",
+        ),
+        Mistake(
             "blocks near keys and allows far ones",
             lambda length, window: _steps_back(length) >= window,
             "True means visible: near keys are True.",
@@ -234,18 +298,41 @@ def suffix_loss(logits, labels):
 
 
 def loss_cases(rng):
-    """Suffixes of different length, so that the mean over rows is not the mean over tokens."""
-    for rows, length, vocabulary in ((2, 6, 5), (3, 7, 4), (2, 8, 9), (4, 5, 6)):
+    """Suffixes of different length, so that the mean over rows is not the mean over tokens. V is never T − 1."""
+    for rows, length, vocabulary, name in (
+        (2, 6, 9, "two answers of different length"),
+        (3, 7, 4, "three answers of different length"),
+        (1, 8, 5, "a batch of one"),
+        (4, 9, 6, "a row without an answer"),
+        (2, 7, 11, "padded on the right"),
+    ):
         labels = torch.full((rows, length), -100)
         for row, suffix in enumerate(rng.permutation(rows)):
-            labels[row, -(2 + int(suffix) % (length - 2)) :] = 1
+            end = length - row if name.startswith("padded") else length
+            labels[row, end - 2 - int(suffix) % (length - 3) : end] = 1
         labels = torch.where(labels == 1, random_ids(rng, rows, length, vocabulary), labels)
-        yield torch.from_numpy(rng.normal(0, 2, (rows, length, vocabulary))).float(), labels
+        if name.startswith("a row"):
+            labels[1] = -100
+        yield Case((torch.from_numpy(rng.normal(0, 2, (rows, length, vocabulary))).float(), labels), name)
 
 
 def _row_means(logits, labels):
     rows = [suffix_loss(a[None], b[None]) for a, b in zip(logits, labels, strict=True)]
+    return torch.stack(rows).nanmean()
+
+
+def _row_means_with_nan(logits, labels):
+    rows = [suffix_loss(a[None], b[None]) for a, b in zip(logits, labels, strict=True)]
     return torch.stack(rows).mean()
+
+
+def _sum(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def _reshaped(logits, labels):
+    B, T, V = logits.shape
+    return F.cross_entropy(logits[:, :-1].reshape(B, V, T - 1), labels[:, 1:])
 
 
 SUFFIX_LOSS = Exercise(
@@ -270,25 +357,60 @@ SUFFIX_LOSS = Exercise(
         ),
         Mistake(
             "divides by the number of all tokens instead of suffix tokens",
-            lambda logits, labels: (
-                F.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-                )
-                / labels[:, 1:].numel()
-            ),
+            lambda logits, labels: _sum(logits, labels) / labels[:, 1:].numel(),
             "Average over positions whose label is not −100.",
         ),
         Mistake(
+            "divides by the number of all positions instead of suffix tokens",
+            lambda logits, labels: _sum(logits, labels) / labels.numel(),
+            "Average over positions whose label is not −100.",
+        ),
+        Mistake(
+            "divides by the batch size instead of the number of suffix tokens",
+            lambda logits, labels: _sum(logits, labels) / len(labels),
+            "Average over all positions of the batch whose label is not −100.",
+        ),
+        Mistake(
             "sums instead of averaging",
-            lambda logits, labels: F.cross_entropy(
-                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-            ),
+            _sum,
             "With the mean over tokens, losses of long and short answers are comparable.",
         ),
         Mistake(
             "averages each row first, so tokens of short answers weigh more",
             _row_means,
             "Average over all suffix tokens of the batch at once.",
+        ),
+        Mistake(
+            "averages each row first, which is NaN for a row without an answer",
+            _row_means_with_nan,
+            "Average over all suffix tokens of the batch at once: a row can have none.",
+        ),
+        Mistake(
+            "returns one loss per position instead of their mean",
+            lambda logits, labels: F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+            ),
+            "Return a scalar, the mean over the positions whose label is not −100.",
+        ),
+        Mistake(
+            "leaves the vocabulary as the last axis of a tensor with three axes",
+            lambda logits, labels: F.cross_entropy(logits[:, :-1], labels[:, 1:]),
+            "`F.cross_entropy` expects the vocabulary on axis 1: flatten to [N, V] and [N], or transpose.",
+        ),
+        Mistake(
+            "reshapes instead of transposing, which mixes positions and vocabulary",
+            _reshaped,
+            "`reshape` keeps the memory order, so scores of different positions mix: flatten to [N, V] and [N].",
+        ),
+        Mistake(
+            "takes the softmax twice",
+            lambda logits, labels: suffix_loss(logits.softmax(-1), labels),
+            "`F.cross_entropy` takes logits: it computes the log-softmax itself.",
+        ),
+        Mistake(
+            "passes log-probabilities without selecting the label's",
+            lambda logits, labels: -logits[:, :-1].log_softmax(-1)[labels[:, 1:] != -100].mean(),
+            "Cross-entropy is minus the log-probability of the one token that the label names.",
         ),
         Mistake(
             "includes the prefix, as if its labels were token 0",

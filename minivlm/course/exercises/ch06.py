@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm import gemma
-from minivlm.course.exercises.exercise import Exercise, Mistake
+from minivlm.course.exercises.exercise import Case, Exercise, Mistake
 
 
 def random(rng, *shape, spread=1.0):
     return torch.from_numpy(rng.normal(0, spread, shape)).float()
+
+
+def small_integers(rng, *shape):
+    """Small integers in bfloat16: their sums and products have no rounding, in whatever order they are computed."""
+    return torch.from_numpy(rng.integers(-8, 9, shape)).bfloat16()
 
 
 # --- RMSNorm --------------------------------------------------------------------------------------------------------
@@ -19,12 +24,21 @@ def random(rng, *shape, spread=1.0):
 
 def norm_cases(rng):
     """An eps large enough to matter, values with nonzero mean, and one case in bfloat16."""
-    for shape, eps in (((2, 3, 5), 0.3), ((4, 6), 1e-6), ((7,), 0.05), ((3, 2, 4), 0.01)):
-        yield random(rng, *shape) + 0.7, random(rng, shape[-1], spread=0.5), eps
+    for shape, eps, name in (
+        ((2, 3, 5), 0.3, "a large eps"),
+        ((4, 6), 1e-6, "two axes"),
+        ((7,), 0.05, "a single vector"),
+        ((3, 1, 2, 4), 0.01, "four axes"),
+        ((1, 3, 8), 0.02, "a vector of zeros"),
+    ):
+        x = random(rng, *shape) + 0.7
+        if name == "a vector of zeros":
+            x[0, 1] = 0
+        yield Case((x, random(rng, shape[-1], spread=0.5), eps), name)
     while True:
         x, weight = random(rng, 3, 16).bfloat16() + 0.7, random(rng, 16, spread=0.5).bfloat16()
         if _far_from_rounding(x, weight, 0.2):
-            yield x, weight, 0.2
+            yield Case((x, weight, 0.2), "bfloat16")
             return
 
 
@@ -41,6 +55,11 @@ def _normed(x, eps, axis=-1):
 def _layer_norm(x, weight, eps):
     centered = x.float() - x.float().mean(-1, keepdim=True)
     return (_normed(centered, eps) * (1 + weight.float())).type_as(x)
+
+
+def _layer_norm_with_std(x, weight, eps):
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    return _with_root(centered, weight, centered.pow(2).mean(-1, keepdim=True).sqrt() + eps).type_as(x)
 
 
 def _in_dtype_of_x(x, weight, eps):
@@ -89,6 +108,36 @@ RMS_NORM = Exercise(
             "The M in RMS is a mean, `.mean(-1, keepdim=True)`, so the hidden size does not matter.",
         ),
         Mistake(
+            "divides by the mean instead of the root mean square",
+            lambda x, weight, eps: _with_root(x, weight, x.float().mean(-1, keepdim=True) + eps),
+            "Square the values, take their mean, then the root: √(mean(x²) + eps).",
+        ),
+        Mistake(
+            "ignores the weight",
+            lambda x, weight, eps: _normed(x, eps).type_as(x),
+            "The last step multiplies by 1 + weight.",
+        ),
+        Mistake(
+            "takes one mean over all vectors",
+            lambda x, weight, eps: _with_root(x, weight, (x.float().pow(2).mean() + eps).sqrt()),
+            "Each vector is normalized on its own, along the last axis: `.mean(-1, keepdim=True)`.",
+        ),
+        Mistake(
+            "always uses an eps of 1e-6",
+            lambda x, weight, eps: (_normed(x, 1e-6) * (1 + weight.float())).type_as(x),
+            "`eps` is an argument, because models differ in it.",
+        ),
+        Mistake(
+            "subtracts the mean first, as LayerNorm does, and adds eps outside the square root",
+            _layer_norm_with_std,
+            "RMSNorm does not center: it only divides by √(mean(x²) + eps).",
+        ),
+        Mistake(
+            "loses the axis of the mean",
+            lambda x, weight, eps: _with_root(x, weight, (x.float().pow(2).mean(-1) + eps).sqrt()),
+            "`.mean(-1, keepdim=True)` keeps an axis of length 1, so that each vector is divided by its own root.",
+        ),
+        Mistake(
             "takes the mean over the first axis",
             lambda x, weight, eps: (_normed(x, eps, axis=0) * (1 + weight.float())).type_as(x),
             "Each vector is normalized on its own, along the last axis: `.mean(-1, keepdim=True)`.",
@@ -122,10 +171,21 @@ RMS_NORM = Exercise(
 
 def rotary_cases(rng):
     """At least four dimensions, so that halves and neighbors differ; different positions in every row."""
-    for B, H, T, d in ((2, 3, 4, 6), (1, 2, 5, 4), (3, 1, 2, 8), (2, 4, 3, 10)):
+    for B, H, T, d, name in (
+        (2, 3, 5, 6, "two rows"),
+        (1, 2, 5, 4, "a batch of one"),
+        (3, 2, 1, 8, "one token, as in a decode step"),
+        (2, 1, 3, 10, "a single head"),
+    ):
         positions = torch.from_numpy(rng.integers(1, 30, (B, T)))
         positions[-1, 0] = positions[0, 0] + 3
-        yield random(rng, B, H, T, d), *gemma.rotary_table(positions, d, 50.0)
+        yield Case((random(rng, B, H, T, d), *gemma.rotary_table(positions, d, 50.0)), name)
+    B, H, T, d = 3, 2, 4, 8
+    angles = torch.from_numpy(rng.integers(0, 4, (B, T, d // 2))).repeat(1, 1, 2) * torch.pi / 2
+    yield Case(
+        (small_integers(rng, B, H, T, d), angles.cos().round().bfloat16(), angles.sin().round().bfloat16()),
+        "bfloat16, quarter turns",
+    )
 
 
 def _rotate(x, cos, sin, signs=(-1, 1)):
@@ -148,6 +208,18 @@ def _half_interleaved(x, cos, sin):
 def _first_half_only(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     return torch.cat((_rotate(x, cos, sin).chunk(2, dim=-1)[0], second), dim=-1)
+
+
+def _first_half_in_place(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = (table.chunk(2, dim=-1)[0][:, None] for table in (cos, sin))
+    first = first * cos - second * sin
+    return torch.cat((first, second * cos + first * sin), dim=-1)
+
+
+def _quarters(x, cos, sin):
+    swapped = [torch.cat((-half.chunk(2, -1)[1], half.chunk(2, -1)[0]), -1) for half in x.chunk(2, -1)]
+    return x * cos[:, None] + torch.cat(swapped, -1) * sin[:, None]
 
 
 ROTARY = Exercise(
@@ -200,6 +272,31 @@ ROTARY = Exercise(
             "Both values of a pair change: the second half becomes second·cos + first·sin.",
         ),
         Mistake(
+            "uses the rotated first half to compute the second",
+            _first_half_in_place,
+            "Compute both halves from the old ones: the second half becomes second·cos + first·sin with the old first.",
+        ),
+        Mistake(
+            "joins the halves in the wrong order",
+            lambda x, cos, sin: torch.cat(_rotate(x, cos, sin).chunk(2, -1)[::-1], -1),
+            "The first half of the result is first·cos − second·sin.",
+        ),
+        Mistake(
+            "rotates the halves as if each were a pair of quarters",
+            _quarters,
+            "Split the head once: value i belongs to value i + d/2, so swap whole halves.",
+        ),
+        Mistake(
+            "returns only the sine term",
+            lambda x, cos, sin: _rotate(x, 0 * cos, sin),
+            "A rotation adds two terms: x·cos + swapped·sin.",
+        ),
+        Mistake(
+            "returns only the cosine term",
+            lambda x, cos, sin: _rotate(x, cos, 0 * sin),
+            "A rotation adds two terms: x·cos + swapped·sin.",
+        ),
+        Mistake(
             "uses the first row's positions for all rows",
             lambda x, cos, sin: _rotate(x, cos[:1], sin[:1]),
             "The tables are [B, T, d]: `cos[:, None]` adds the head axis and keeps the batch axis.",
@@ -212,21 +309,42 @@ ROTARY = Exercise(
 
 
 def attention_cases(rng):
-    """Several query heads per key head, K = H and K = 1; with and without mask, with and without cap."""
-    for B, H, K, T, S, d, mask_rows, cap in (
-        (2, 6, 2, 3, 5, 4, 2, None),
-        (1, 4, 2, 2, 6, 3, 0, None),
-        (2, 6, 3, 4, 5, 2, 1, 1.5),
-        (2, 4, 2, 3, 4, 5, 0, 2.5),
-        (1, 3, 3, 2, 5, 4, 1, None),
-        (3, 4, 1, 2, 3, 6, 3, 2.0),
+    """All sizes differ, except that K = H in one case and B or T = 1 in some; each with or without mask and cap."""
+    for B, H, K, T, S, d, mask_rows, cap, name in (
+        (3, 8, 2, 4, 5, 7, 3, None, "a mask for each row"),
+        (1, 6, 2, 4, 5, 3, 0, None, "a batch of one, no mask"),
+        (2, 9, 3, 4, 5, 7, 1, 1.5, "one mask for all rows, a cap"),
+        (3, 4, 2, 5, 6, 7, 0, 2.5, "a cap, no mask"),
+        (2, 4, 4, 3, 6, 5, 2, None, "as many key heads as query heads"),
+        (3, 4, 1, 2, 7, 6, 3, 2.0, "a single key head, a cap"),
+        (2, 6, 3, 1, 8, 4, 2, None, "one query, many keys"),
+        (3, 6, 2, 1, 7, 5, 0, None, "one query, no mask"),
     ):
         mask = None
         if mask_rows:
             mask = torch.from_numpy(rng.random((mask_rows, T, S)) < 0.5)
             mask[..., -1] = ~mask[..., 0]  # no row is all True or all False
         q, k, v = random(rng, B, H, T, d, spread=2), random(rng, B, K, S, d), random(rng, B, K, S, d)
-        yield q, k, v, mask, float(rng.uniform(0.6, 0.9)), cap
+        scale = float(rng.uniform(0.6, 0.9))
+        if cap is None:  # leaves out the cap, or passes None
+            yield Case((q, k, v, mask, scale), name, {} if mask_rows else {"cap": None})
+        else:
+            yield Case((q, k, v, mask, scale, cap), name)
+    yield _bfloat16_attention(rng)
+
+
+def _bfloat16_attention(rng):
+    """Each query has the same score for 1, 2 or 4 of the allowed keys and a far smaller one for all others.
+
+    So the weights are exact in bfloat16, and correct answers agree however they round in between.
+    """
+    B, H, K, T, S, d = 2, 6, 3, 5, 7, 4
+    codes = torch.tensor([0, 1, 1, 2, 2, 2, 2])[torch.from_numpy(rng.permutation(S))]
+    k = 12 * F.one_hot(codes, d).bfloat16().repeat(B, K, 1, 1)
+    q = 12 * F.one_hot(torch.from_numpy(rng.integers(0, 3, (B, H, T))), d).bfloat16()
+    mask = torch.ones(B, T, S, dtype=torch.bool)
+    mask[0, :, int((codes == 1).nonzero()[0])] = False
+    return Case((q, k, small_integers(rng, B, K, S, d), mask, 0.5), "bfloat16")
 
 
 def _unchanged(x):
@@ -252,6 +370,10 @@ def _in_turn(x, times, axis):
     return x.repeat(1, times, 1, 1)
 
 
+def _first_head(x, times, axis):
+    return x[:, :1].expand(-1, x.shape[1] * times, -1, -1)
+
+
 ATTENTION = Exercise(
     key="06.3",
     reference=gemma.grouped_query_attention,
@@ -271,6 +393,23 @@ ATTENTION = Exercise(
             "forgets the scale",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s, cap), mask)),
             "Multiply q·k by `scale` before anything else.",
+        ),
+        Mistake(
+            "scales by 1/√d on top of `scale`",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale * q.shape[-1] ** -0.5, cap), mask)
+            ),
+            "`scale` is the whole factor: 1/√d, if the model wants it, is already in it.",
+        ),
+        Mistake(
+            "uses the root of the scale",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s * scale**0.5, cap), mask)),
+            "`scale` is a factor, such as 1/√d: multiply by it once.",
+        ),
+        Mistake(
+            "applies the scale to q and to k",
+            lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s * scale**2, cap), mask)),
+            "`scale` is a factor of q·k: multiply by it once.",
         ),
         Mistake(
             "divides by the scale",
@@ -306,7 +445,14 @@ ATTENTION = Exercise(
         Mistake(
             "sets masked scores to 0",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s * scale, cap), mask, 0.0)),
-            "A score of 0 still contributes e⁰ = 1 to the softmax: fill with `-torch.inf`.",
+            "A masked score of 0 (or 1e-9) still contributes e⁰ = 1 to the softmax: fill with `-torch.inf`.",
+        ),
+        Mistake(
+            "adds the mask to the scores",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _cap(s * scale, cap) + (0 if mask is None else mask[:, None].to(s.dtype))
+            ),
+            "A boolean adds only 0 or 1: where the mask is False, set the score to −∞.",
         ),
         Mistake(
             "masks after the softmax",
@@ -328,6 +474,55 @@ ATTENTION = Exercise(
             "If `cap` is not None, the scores become `cap * torch.tanh(scores / cap)`.",
         ),
         Mistake(
+            "does not multiply by the cap after tanh",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(s * scale if cap is None else torch.tanh(s * scale / cap), mask)
+            ),
+            "tanh never exceeds 1. Multiply it by `cap`: `cap * torch.tanh(scores / cap)`.",
+        ),
+        Mistake(
+            "does not divide by the cap before tanh",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(s * scale if cap is None else cap * torch.tanh(s * scale), mask)
+            ),
+            "Small scores should hardly change: `cap * torch.tanh(scores / cap)`.",
+        ),
+        Mistake(
+            "expects a mask even if it is None",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _cap(s * scale, cap).masked_fill(~mask[:, None], -torch.inf)
+            ),
+            "If mask is None, every query attends to every key: skip the line that applies it.",
+        ),
+        Mistake(
+            "is causal, whatever the mask",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), torch.ones_like(s[0, :1], dtype=torch.bool).tril())
+            ),
+            "The mask is an argument: set the score to −∞ where it is False.",
+        ),
+        Mistake(
+            "uses the first row's mask for all rows",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), None if mask is None else mask[:1])
+            ),
+            "Each row of the batch has its own mask: `mask[:, None]` keeps the batch axis.",
+        ),
+        Mistake(
+            "does not repeat the key heads",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), mask), heads=lambda x, times, axis: x
+            ),
+            "K key heads serve H query heads: repeat each of them H/K times, `repeat_interleave(H // K, dim=1)`.",
+        ),
+        Mistake(
+            "uses the first key head for all query heads",
+            lambda q, k, v, mask, scale, cap=None: _attend(
+                q, k, v, lambda s: _hide(_cap(s * scale, cap), mask), heads=_first_head
+            ),
+            "Query heads share keys in groups of H/K: `repeat_interleave(H // K, dim=1)`.",
+        ),
+        Mistake(
             "caps before it scales",
             lambda q, k, v, mask, scale, cap=None: _attend(q, k, v, lambda s: _hide(_cap(s, cap) * scale, mask)),
             "The order is scale, cap, mask, softmax.",
@@ -347,8 +542,16 @@ ATTENTION = Exercise(
 
 
 def gate_cases(rng):
-    for shape in ((2, 3, 5), (4, 6), (9,), (2, 1, 8)):
-        yield random(rng, *shape, spread=1.5), random(rng, *shape, spread=1.5)
+    """Any number of axes; in bfloat16, gates whose GELU is exact."""
+    for shape, name in (
+        ((2, 3, 5), "three axes"),
+        ((4, 6), "two axes"),
+        ((9,), "a single vector"),
+        ((3, 1, 2, 8), "four axes"),
+    ):
+        yield Case((random(rng, *shape, spread=1.5), random(rng, *shape, spread=1.5)), name)
+    gate = 16 * torch.from_numpy(rng.integers(-1, 2, (2, 3, 7))).bfloat16()
+    yield Case((gate, small_integers(rng, 2, 3, 7)), "bfloat16")
 
 
 def _gelu(x):
@@ -371,6 +574,31 @@ GEGLU = Exercise(
             "uses the exact GELU",
             lambda gate, up: F.gelu(gate) * up,
             'Gemma was trained with the tanh approximation: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "applies the exact GELU to `up` instead of `gate`",
+            lambda gate, up: gate * F.gelu(up),
+            'Apply GELU to `gate`, with the tanh approximation: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "uses the sigmoid approximation of GELU",
+            lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up,
+            'Gemma was trained with the tanh approximation: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "uses tanh itself as the gate",
+            lambda gate, up: torch.tanh(gate) * up,
+            'The gate uses GELU, which tanh only approximates: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "is a bilinear gate, without GELU",
+            lambda gate, up: gate * up,
+            'Apply GELU to `gate` before you multiply: `F.gelu(gate, approximate="tanh")`.',
+        ),
+        Mistake(
+            "forgets `up`",
+            lambda gate, up: _gelu(gate),
+            "Multiply by `up`: GELU(gate) · up.",
         ),
         Mistake(
             "adds instead of multiplying",
@@ -448,28 +676,63 @@ def decoder_layer(x, weights, cos, sin, mask, head_dim):
 
 
 def layer_cases(rng):
-    """D, H·d, K·d and I all different; causal masks, and one case without a mask."""
-    for B, T, D, H, K, d, inner in ((2, 3, 8, 4, 2, 6, 10), (1, 5, 6, 3, 1, 4, 9), (2, 4, 10, 2, 1, 6, 7)):
+    """All sizes differ; causal masks, one of them with padding, and two cases without a mask."""
+    for B, T, D, H, K, d, inner, kind, name in (
+        (3, 5, 8, 4, 2, 6, 11, "causal", "a causal mask"),
+        (1, 5, 7, 6, 3, 4, 9, None, "a batch of one, no mask"),
+        (2, 5, 11, 3, 1, 6, 7, "padded", "padded on the left"),
+        (3, 1, 9, 4, 2, 8, 10, None, "a single token"),
+    ):
         shapes = ((H * d, D), (K * d, D), (K * d, D), (D, H * d), (inner, D), (inner, D), (D, inner))
         q, k, v, o, gate, up, down = (random(rng, *shape, spread=1.5 * shape[1] ** -0.5) for shape in shapes)
         norms = [random(rng, D, spread=0.3) for _ in range(2)]
         weights = LayerWeights(norms[0], q, k, v, o, norms[1], gate, up, down)
         cos, sin = gemma.rotary_table(torch.from_numpy(rng.integers(1, 9, (B, T))), d, 50.0)
-        mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T).clone() if D != 6 else None
-        yield random(rng, B, T, D), weights, cos, sin, mask, d
+        mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T).clone() if kind else None
+        if kind == "padded":
+            mask[1, :, :2] = torch.eye(T, dtype=torch.bool)[:, :2]
+        yield Case((random(rng, B, T, D), weights, cos, sin, mask, d), name)
 
 
-def _attention(y, w, cos, sin, mask, d, rotated="qk", scale=None, transpose=True):
-    """Attention with a choice of what is rotated, of the scale, and of whether the head axis is moved back."""
+def _attention(y, w, cos, sin, mask, d, rotated="qk", scale=None, split=None, join=None, masked=True):
+    """Attention with a choice of what is rotated, of scale and mask, and of how heads are split and joined."""
     B, T, _ = y.shape
-    heads = {n: (y @ m.T).view(B, T, -1, d).transpose(1, 2) for n, m in (("q", w.q), ("k", w.k), ("v", w.v))}
+    split = split or _split
+    heads = {name: split(y @ matrix.T, d) for name, matrix in (("q", w.q), ("k", w.k), ("v", w.v))}
     heads |= {name: gemma.apply_rotary(heads[name], cos, sin) for name in rotated}
+    mask = mask if masked else None
     out = gemma.grouped_query_attention(heads["q"], heads["k"], heads["v"], mask, scale or d**-0.5)
-    return (out.transpose(1, 2) if transpose else out).reshape(B, T, -1) @ w.o.T
+    return (join or _join)(out).reshape(B, T, -1) @ w.o.T
+
+
+def _split(y, d):
+    return y.view(*y.shape[:2], -1, d).transpose(1, 2)
+
+
+def _join(heads):
+    return heads.transpose(1, 2)
+
+
+def _split_without_transpose(y, d):
+    return y.reshape(y.shape[0], -1, y.shape[1], d)
+
+
+def _split_interleaved(y, d):
+    return y.view(*y.shape[:2], d, -1).permute(0, 3, 1, 2)
 
 
 def _mlp(y, w):
     return gemma.geglu(y @ w.gate.T, y @ w.up.T) @ w.down.T
+
+
+def _exchanged(*names):
+    """The layer with two of its weights exchanged."""
+
+    def layer(x, w, cos, sin, mask, d):
+        first, second = names
+        return decoder_layer(x, w._replace(**{first: getattr(w, second), second: getattr(w, first)}), cos, sin, mask, d)
+
+    return layer
 
 
 def _norms(w):
@@ -531,6 +794,47 @@ def _no_second_norm(x, attend, mlp, first, second):
     return x + mlp(x)
 
 
+def _no_first_norm(x, attend, mlp, first, second):
+    x = x + attend(x)
+    return x + mlp(second(x))
+
+
+def _no_norms(x, attend, mlp, first, second):
+    x = x + attend(x)
+    return x + mlp(x)
+
+
+def _no_residuals(x, attend, mlp, first, second):
+    return mlp(second(attend(first(x))))
+
+
+def _one_normed_input(x, attend, mlp, first, second):
+    return x + attend(first(x)) + mlp(first(x))
+
+
+def _second_norm_twice(x, attend, mlp, first, second):
+    x = x + attend(second(x))
+    return x + mlp(second(x))
+
+
+def _first_x_again(x, attend, mlp, first, second):
+    return x + mlp(second(x + attend(first(x))))
+
+
+def _second_norm_of_attention(x, attend, mlp, first, second):
+    attended = attend(first(x))
+    return x + attended + mlp(second(attended))
+
+
+def _mlp_first(x, attend, mlp, first, second):
+    x = x + mlp(second(x))
+    return x + attend(first(x))
+
+
+def _no_mlp(x, attend, mlp, first, second):
+    return x + attend(first(x))
+
+
 def _hidden_size_scale(x, w, cos, sin, mask, d):
     return _with_attention(scale=x.shape[-1] ** -0.5)(x, w, cos, sin, mask, d)
 
@@ -569,6 +873,71 @@ LAYER = Exercise(
             "The MLP comes second: its input already includes attention's output.",
         ),
         Mistake(
+            "forgets both residual connections",
+            _joined(_no_residuals),
+            "What attention and the MLP return is added to x, each time: `x = x + …`.",
+        ),
+        Mistake(
+            "adds the MLP's output to the layer's input, so attention's output is lost",
+            _joined(_first_x_again),
+            "The second residual connection starts from the new x: `x = x + …` after attention, then add to that x.",
+        ),
+        Mistake(
+            "feeds the MLP with attention's output instead of the sum",
+            _joined(_second_norm_of_attention),
+            "Add attention's output to x first, then normalize that x for the MLP.",
+        ),
+        Mistake(
+            "runs the MLP before attention",
+            _joined(_mlp_first),
+            "Attention comes first, the MLP second.",
+        ),
+        Mistake(
+            "leaves out the MLP",
+            _joined(_no_mlp),
+            "A layer adds to x twice: attention's output, then the MLP's.",
+        ),
+        Mistake(
+            "exchanges the two norms",
+            _exchanged("attention_norm", "mlp_norm"),
+            "`weights.attention_norm` is for attention's input, `weights.mlp_norm` for the MLP's.",
+        ),
+        Mistake(
+            "exchanges gate and up",
+            _exchanged("gate", "up"),
+            "GELU is applied to the projection with `weights.gate`, which comes first: `geglu(gate, up)`.",
+        ),
+        Mistake(
+            "exchanges keys and values",
+            _exchanged("k", "v"),
+            "Queries are compared with the keys, and the values are averaged: q, k, v, in this order.",
+        ),
+        Mistake(
+            "does not pass on the mask",
+            _with_attention(masked=False),
+            "Attention needs the mask: a token must not attend to later tokens or to padding.",
+        ),
+        Mistake(
+            "forgets the first norm",
+            _joined(_no_first_norm),
+            "Attention's input is `rms_norm(x, weights.attention_norm, 1e-6)`.",
+        ),
+        Mistake(
+            "forgets both norms",
+            _joined(_no_norms),
+            "Normalize what goes into attention, and what goes into the MLP.",
+        ),
+        Mistake(
+            "feeds the MLP with the normalized input of attention",
+            _joined(_one_normed_input),
+            "Normalize again before the MLP: its input is `rms_norm(x, weights.mlp_norm, 1e-6)`, with the new x.",
+        ),
+        Mistake(
+            "uses the second norm twice",
+            _joined(_second_norm_twice),
+            "Attention has its own norm, `weights.attention_norm`.",
+        ),
+        Mistake(
             "uses the first norm twice",
             _joined(_one_norm),
             "The MLP has its own norm, `weights.mlp_norm`.",
@@ -599,9 +968,39 @@ LAYER = Exercise(
             "The scale is `head_dim ** -0.5`.",
         ),
         Mistake(
+            "forgets the scale",
+            _with_attention(scale=1.0),
+            "The scale is `head_dim ** -0.5`.",
+        ),
+        Mistake(
+            "passes head_dim as the scale",
+            lambda x, w, cos, sin, mask, d: _with_attention(scale=d)(x, w, cos, sin, mask, d),
+            "The scale is `head_dim ** -0.5`: the more dimensions, the smaller.",
+        ),
+        Mistake(
+            "mixes up heads and tokens when it splits the heads: a view without a transpose",
+            _with_attention(split=_split_without_transpose),
+            "View as [B, T, heads, d] first, then move the head axis: `.view(B, T, -1, head_dim).transpose(1, 2)`.",
+        ),
+        Mistake(
+            "mixes up heads and head dimension when it splits the heads",
+            _with_attention(split=_split_interleaved),
+            "The d values of a head are next to each other: the last axis splits into [heads, d], not [d, heads].",
+        ),
+        Mistake(
             "mixes up heads and tokens when it joins the heads",
-            _with_attention(transpose=False),
+            _with_attention(join=lambda heads: heads),
             "Move the head axis next to d before you join them: `.transpose(1, 2).reshape(B, T, -1)`.",
+        ),
+        Mistake(
+            "mixes up heads and head dimension when it joins the heads",
+            _with_attention(join=lambda heads: heads.permute(0, 2, 3, 1)),
+            "Each head's d values stay together: `.transpose(1, 2).reshape(B, T, -1)`.",
+        ),
+        Mistake(
+            "does not split the heads",
+            _with_attention(split=lambda y, d: y[:, None]),
+            "A head has head_dim values: `.view(B, T, -1, head_dim).transpose(1, 2)` gives every head its own axis.",
         ),
     ),
 )

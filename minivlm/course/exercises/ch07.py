@@ -6,7 +6,7 @@ import torch
 
 from minivlm import cache, gemma
 from minivlm.config import GemmaConfig
-from minivlm.course.exercises.exercise import Exercise, Mistake
+from minivlm.course.exercises.exercise import Case, Exercise, Mistake
 
 
 def random(rng, *shape):
@@ -18,8 +18,15 @@ def random(rng, *shape):
 
 def append_cases(rng):
     """Mostly one new token, as in decoding; also several, and as many as there are old ones."""
-    for B, K, S, T, d in ((2, 3, 4, 1, 5), (1, 2, 3, 1, 4), (2, 1, 5, 3, 6), (3, 2, 2, 2, 4)):
-        yield random(rng, B, K, S, d), random(rng, B, K, T, d)
+    for B, K, S, T, d, name in (
+        (2, 3, 4, 1, 5, "one new token"),
+        (1, 3, 5, 2, 4, "a batch of one"),
+        (2, 1, 5, 3, 6, "a single key head"),
+        (4, 2, 3, 3, 5, "as many new tokens as old ones"),
+        (3, 2, 1, 6, 4, "more new tokens than old ones"),
+    ):
+        yield Case((random(rng, B, K, S, d), random(rng, B, K, T, d)), name)
+    yield Case((random(rng, 3, 2, 5, 4).bfloat16(), random(rng, 3, 2, 1, 4).bfloat16()), "bfloat16")
 
 
 APPEND = Exercise(
@@ -65,6 +72,26 @@ APPEND = Exercise(
             "The cache grows: S old tokens and T new ones make S + T.",
         ),
         Mistake(
+            "adds the new tokens to the old ones",
+            lambda old, new: old + new,
+            "Adding changes the values of old tokens: `torch.cat` puts tensors one after the other.",
+        ),
+        Mistake(
+            "stacks the two on a new axis",
+            lambda old, new: torch.stack((old, new)),
+            "`torch.stack` adds an axis. `torch.cat` concatenates along one that exists.",
+        ),
+        Mistake(
+            "adds only the first of the new tokens",
+            lambda old, new: torch.cat((old, new[:, :, :1]), dim=2),
+            "There can be several new tokens, T of them: S old and T new ones make S + T.",
+        ),
+        Mistake(
+            "adds only the last of the new tokens",
+            lambda old, new: torch.cat((old, new[:, :, -1:]), dim=2),
+            "There can be several new tokens, T of them: S old and T new ones make S + T.",
+        ),
+        Mistake(
             "overwrites the newest of the old tokens",
             lambda old, new: torch.cat((old[:, :, : -new.shape[2]], new), dim=2),
             "Nothing is replaced: S old tokens and T new ones make S + T.",
@@ -77,15 +104,38 @@ APPEND = Exercise(
 
 
 def write_cases(rng):
-    """Into the middle, into an empty buffer, several tokens, and into the last slot."""
-    for B, K, M, d, T, start in ((2, 3, 7, 4, 1, 3), (1, 2, 6, 4, 3, 0), (2, 1, 6, 5, 2, 2), (1, 3, 5, 2, 1, 4)):
-        yield random(rng, B, K, M, d), random(rng, B, K, T, d), start
+    """Into the middle, into an empty buffer, several tokens, and up to the last slot."""
+    for B, K, M, d, T, start, name in (
+        (2, 3, 7, 4, 1, 3, "one token"),
+        (1, 2, 7, 5, 4, 0, "an empty buffer, a batch of one"),
+        (3, 1, 8, 5, 2, 3, "several tokens, a single key head"),
+        (2, 3, 6, 4, 1, 5, "the last slot"),
+        (3, 2, 5, 6, 4, 1, "tokens that fill the buffer"),
+    ):
+        yield Case((random(rng, B, K, M, d), random(rng, B, K, T, d), start), name)
+    yield Case((random(rng, 2, 3, 8, 5).bfloat16(), random(rng, 2, 3, 1, 5).bfloat16(), 4), "bfloat16")
 
 
 def _write(buffer, new, start, end):
     """Write at ``start`` and return the slots up to ``end``."""
     buffer[:, :, start : start + new.shape[2]] = new[:, :, : max(0, buffer.shape[2] - start)]
     return buffer[:, :, :end]
+
+
+def _write_first_only(buffer, new, start):
+    buffer[:, :, start] = new[:, :, 0]
+    return buffer[:, :, : start + 1]
+
+
+def _write_sum(buffer, new, start):
+    buffer[:, :, start : start + new.shape[2]] += new
+    return buffer[:, :, : start + new.shape[2]]
+
+
+def _write_heads(buffer, new, start):
+    end = start + new.shape[1]
+    buffer[:, start:end] = new
+    return buffer[:, :end]
 
 
 WRITE = Exercise(
@@ -126,6 +176,26 @@ WRITE = Exercise(
             "The new tokens are filled slots too: the end is `start + new.shape[2]`.",
         ),
         Mistake(
+            "writes only the first of the new tokens",
+            _write_first_only,
+            "`new` holds T tokens: they fill the slots from `start` to start + T − 1.",
+        ),
+        Mistake(
+            "adds to what is in the slots",
+            _write_sum,
+            "Free slots can hold anything: overwrite them, `buffer[:, :, start:end] = new`.",
+        ),
+        Mistake(
+            "writes along the heads instead of the tokens",
+            _write_heads,
+            "The axes are [B, K, M, d]: slots are axis 2.",
+        ),
+        Mistake(
+            "always writes at the end of the buffer",
+            lambda buffer, new, start: _write(buffer, new, buffer.shape[2] - new.shape[2], start + new.shape[2]),
+            "The first free slot is `start`.",
+        ),
+        Mistake(
             "leaves the buffer unchanged",
             lambda buffer, new, start: torch.cat((buffer[:, :, :start], new), dim=2),
             "The next call expects these tokens in the buffer: assign to a slice, `buffer[:, :, start:end] = new`.",
@@ -138,12 +208,14 @@ WRITE = Exercise(
 
 
 def size_cases(rng):
-    """No two sizes that could be mixed up are equal."""
-    for layers, K, group, d, dtype in (
-        (3, 2, 4, 6, torch.float32),
-        (5, 1, 8, 16, torch.bfloat16),
-        (4, 3, 2, 10, torch.float64),
-        (7, 4, 1, 8, torch.bfloat16),
+    """No two sizes that could be mixed up are equal. Without batch size and dtype, it is one row in bfloat16."""
+    for layers, K, group, d, dtype, name in (
+        (3, 2, 4, 6, torch.float32, "float32"),
+        (5, 1, 8, 16, torch.bfloat16, "bfloat16"),
+        (4, 3, 2, 10, torch.float64, "float64"),
+        (7, 4, 1, 18, torch.bfloat16, "as many key heads as query heads"),
+        (6, 3, 4, 14, None, "no batch size, no dtype"),
+        (2, 5, 3, 12, torch.float32, "dtype by keyword"),
     ):
         config = GemmaConfig(
             hidden_size=int(rng.integers(100, 900)),
@@ -152,7 +224,13 @@ def size_cases(rng):
             num_key_value_heads=K,
             head_dim=d,
         )
-        yield config, int(rng.integers(20, 5000)), int(rng.integers(2, 9)), dtype
+        tokens, batch_size = int(rng.integers(20, 5000)), int(rng.integers(2, 9))
+        if dtype is None:
+            yield Case((config, tokens), name)
+        elif name == "dtype by keyword":
+            yield Case((config, tokens), name, {"dtype": dtype})
+        else:
+            yield Case((config, tokens, batch_size, dtype), name)
 
 
 def _bytes(c, tokens, batch_size, dtype, both=2, heads=None, layers=None, width=None, itemsize=None):
@@ -208,6 +286,41 @@ SIZE = Exercise(
             "Every row of the batch has its own tokens: `batch_size` times as much.",
         ),
         Mistake(
+            "forgets the key heads",
+            _sized(heads=1),
+            "Each of the `num_key_value_heads` heads has its own keys and values.",
+        ),
+        Mistake(
+            "forgets the head dimension",
+            _sized(width=1),
+            "A key has `head_dim` values for each head.",
+        ),
+        Mistake(
+            "forgets the tokens",
+            lambda config, tokens, batch_size=1, dtype=torch.bfloat16: _bytes(config, 1, batch_size, dtype),
+            "Every token of a row is stored: `tokens` times as much.",
+        ),
+        Mistake(
+            "derives the head dimension from the hidden size",
+            _sized(width=lambda c: c.hidden_size // c.num_attention_heads),
+            "In Gemma, a head need not have hidden_size / num_attention_heads values: use `head_dim`.",
+        ),
+        Mistake(
+            "counts the queries too",
+            _sized(both=3),
+            "Only keys and values are stored: an old query is never used again.",
+        ),
+        Mistake(
+            "counts bits instead of bytes",
+            lambda config, tokens, batch_size=1, dtype=torch.bfloat16: 8 * _bytes(config, tokens, batch_size, dtype),
+            "`dtype.itemsize` is already in bytes.",
+        ),
+        Mistake(
+            "returns megabytes instead of bytes",
+            lambda config, tokens, batch_size=1, dtype=torch.bfloat16: _bytes(config, tokens, batch_size, dtype) / 1e6,
+            "Return bytes, an integer.",
+        ),
+        Mistake(
             "counts two bytes per value whatever the dtype",
             _sized(itemsize=2),
             "`dtype.itemsize` is the number of bytes per value.",
@@ -230,19 +343,38 @@ SIZE = Exercise(
 
 
 def position_cases(rng):
-    """Padding on the left, on the right, and none; the whole prompt, one new token, and a few."""
-    for B, S, queries, side in (
-        (3, 6, 6, "left"),
-        (2, 7, 1, "left"),
-        (2, 5, 5, "right"),
-        (3, 8, 2, "left"),
-        (2, 6, 3, ""),
+    """Padding on either side, in between, or none; the whole prompt, one new token, and a few."""
+    for B, S, queries, side, name in (
+        (3, 6, 6, "left", "a whole prompt, padded on the left"),
+        (3, 7, 1, "left", "one new token, padded on the left"),
+        (2, 5, 5, "right", "a whole prompt, padded on the right"),
+        (2, 8, 3, "left", "three new tokens, padded on the left"),
+        (2, 6, 3, "", "no padding"),
+        (1, 7, 2, "left", "a batch of one"),
+        (2, 9, 4, "between", "padding between prompt and answer"),
+        (3, 5, 4, "empty", "a row of padding only"),
     ):
         mask = torch.ones(B, S, dtype=torch.long)
         for row, padding in enumerate(rng.permutation(3)[:B] + 1):
-            if side:
-                mask[row, slice(0, padding) if side == "left" else slice(S - padding, S)] = 0
-        yield mask, queries
+            if side == "between":
+                mask[row, S - 2 - padding : S - 2] = 0
+            elif side:
+                mask[row, slice(S - padding, S) if side == "right" else slice(0, padding)] = 0
+        if side == "empty":
+            mask[1] = 0
+        yield Case((mask, queries), name)
+
+
+def _at_slots(mask, queries):
+    return torch.arange(1, mask.shape[1] + 1)[-queries:].repeat(len(mask), 1)
+
+
+def _one_token_early(mask, queries):
+    return torch.nn.functional.pad(mask.cumsum(-1), (1, 0))[:, -queries - 1 : -1]
+
+
+def _back_from_the_last(mask, queries):
+    return mask.sum(-1, keepdim=True) - torch.arange(queries - 1, -1, -1)
 
 
 POSITIONS = Exercise(
@@ -254,7 +386,7 @@ POSITIONS = Exercise(
     mistakes=(
         Mistake(
             "counts padding too",
-            lambda mask, queries: torch.ones_like(mask).cumsum(-1)[:, -queries:],
+            _at_slots,
             "A row needs the same positions as without padding: take the cumulative sum of attention_mask.",
         ),
         Mistake(
@@ -266,6 +398,46 @@ POSITIONS = Exercise(
             "counts from 0",
             lambda mask, queries: mask.cumsum(-1)[:, -queries:] - 1,
             "Here, as in transformers, the first token of a row has position 1.",
+        ),
+        Mistake(
+            "counts padding too, and from 0",
+            lambda mask, queries: _at_slots(mask, queries) - 1,
+            "A row needs the same positions as without padding, from 1 on: take the cumulative sum of attention_mask.",
+        ),
+        Mistake(
+            "returns the positions one slot too early",
+            _one_token_early,
+            "The newest token is in the last column: take the last `queries` columns, including that one.",
+        ),
+        Mistake(
+            "counts back from the last token, through the padding",
+            _back_from_the_last,
+            "Padding can be among the queries, and the sum does not grow there: slice the cumulative sum instead.",
+        ),
+        Mistake(
+            "returns the positions of all tokens",
+            lambda mask, queries: mask.cumsum(-1),
+            "Only the last `queries` tokens go through the decoder: `[:, -queries:]`.",
+        ),
+        Mistake(
+            "loses the axis of the queries",
+            lambda mask, queries: mask.cumsum(-1)[:, -queries],
+            "An index removes the axis, a slice keeps it: `[:, -queries:]`.",
+        ),
+        Mistake(
+            "returns the mask instead of its sum",
+            lambda mask, queries: mask[:, -queries:].clone(),
+            "A position counts the tokens up to and including this one: take the cumulative sum, `cumsum(-1)`.",
+        ),
+        Mistake(
+            "sets the positions of padding to 0",
+            lambda mask, queries: (mask.cumsum(-1) * mask)[:, -queries:],
+            "On padding, return whatever the running sum is there.",
+        ),
+        Mistake(
+            "sets the positions of padding to 1",
+            lambda mask, queries: mask.cumsum(-1).masked_fill(mask == 0, 1)[:, -queries:],
+            "transformers does this, and no query attends to padding. Here, return the running sum itself.",
         ),
         Mistake(
             "is one position too high",
@@ -343,9 +515,16 @@ def greedy_with_cache(decoder, prompt, new_tokens):
 
 
 def loop_cases(rng):
-    for prompt, new_tokens in ((5, 6), (3, 8), (4, 4), (6, 1), (2, 7)):
+    """Prompts shorter and longer than the answer, also of one token, and an answer of one token."""
+    for prompt, new_tokens, name in (
+        (5, 6, "a prompt of 5 tokens"),
+        (3, 8, "a prompt of 3 tokens"),
+        (6, 1, "one new token"),
+        (1, 5, "a prompt of one token"),
+        (7, 4, "a prompt of 7 tokens"),
+    ):
         decoder = ToyDecoder(int(rng.integers(10_000)), limit=prompt + new_tokens)
-        yield decoder, rng.integers(0, VOCAB_SIZE, prompt).tolist(), new_tokens
+        yield Case((decoder, rng.integers(0, VOCAB_SIZE, prompt).tolist(), new_tokens), name)
 
 
 def _best(logits, row=-1):
@@ -366,14 +545,23 @@ def _everything_into_the_cache(decoder, prompt, new_tokens):
     return text[len(prompt) :]
 
 
-def _loop(decoder, prompt, new_tokens, fresh=False, row=-1, feed=None):
-    """The right loop with one change: a fresh cache per step, another row of logits, or another token to feed."""
+def _loop(decoder, prompt, new_tokens, fresh=False, row=-1, feed=None, best=torch.argmax):
+    """The right loop with one change: a fresh cache per step, another row of logits, another token to feed or take."""
     cache, generated, tokens = [], [], prompt
     for _ in range(new_tokens):
-        generated.append(_best(decoder(tokens, cache), row))
+        generated.append(int(best(decoder(tokens, cache)[row])))
         cache = [] if fresh else cache
         tokens = [generated[-1] if feed is None else feed(generated)]
     return generated
+
+
+def _every_answer(decoder, prompt, new_tokens):
+    cache, generated = [], []
+    for token in prompt:
+        generated.append(_best(decoder([token], cache)))
+    while len(generated) < new_tokens:
+        generated.append(_best(decoder(generated[-1:], cache)))
+    return generated[:new_tokens]
 
 
 def _last_token_twice(decoder, prompt, new_tokens):
@@ -436,6 +624,26 @@ LOOP = Exercise(
         Mistake(
             "generates one token too few",
             lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens - 1),
+            "The prompt predicts the first new token, each token you feed one more: `new_tokens` calls in all.",
+        ),
+        Mistake(
+            "takes the least likely token",
+            lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens, best=torch.argmin),
+            "The next token is the one with the highest score: `argmax`.",
+        ),
+        Mistake(
+            "feeds the prompt one token at a time and keeps every answer",
+            _every_answer,
+            "While the prompt is fed, only the scores after its last token count.",
+        ),
+        Mistake(
+            "ignores the prompt after the first token",
+            lambda decoder, prompt, new_tokens: _loop(decoder, prompt[:1], new_tokens),
+            "The first call, the prefill, takes the whole prompt.",
+        ),
+        Mistake(
+            "generates one token too many",
+            lambda decoder, prompt, new_tokens: _loop(decoder, prompt, new_tokens + 1),
             "The prompt predicts the first new token, each token you feed one more: `new_tokens` calls in all.",
         ),
         Mistake(
