@@ -96,7 +96,9 @@ def test_readme_lists_every_module_of_the_model_and_every_wing():
 def test_readme_lists_the_chapters():
     table = README[README.index("<!-- chapters -->") : README.index("<!-- /chapters -->")]
     rows = re.findall(
-        r"^\| \[(\d\d) (.*?)\]\(notebooks/(\d\d)_\w+\.ipynb\) \| (.*?) \| (.*?) ?\|$", table, re.MULTILINE
+        r"^\| \[(\d\d|L\d+) (.*?)\]\(notebooks/(?:labs/)?(\d\d|L\d+)_\w+\.ipynb\) \| (.*?) \| (.*?) ?\|$",
+        table,
+        re.MULTILINE,
     )
     found = {
         number: (title, question, tuple(re.findall(r"`(.+?)`", modules)))

@@ -1,4 +1,4 @@
-"""The chapters of the course, declared once.
+"""The chapters and labs of the course, declared once. Labs are electives; their numbers start with L.
 
 Headings, cards, progress, grades and the teacher's tables all read a chapter's facts here.
 """
@@ -11,7 +11,7 @@ class Chapter:
     """What the course says about a chapter.
 
     Attributes:
-        number: Two digits, "05". The file names of the chapter's source and notebooks start with it.
+        number: Two digits, "05", or "L0" for a lab. The names of its source and notebooks start with it.
         title: As in running text, such as "the prefix-LM mask".
         question: What the reader can answer at the end.
         minutes: Working time, exercises included.
@@ -52,8 +52,11 @@ CHAPTERS: dict[str, Chapter] = {
             "08",
             "full PaliGemma inference",
             "How does it all answer a question about an image?",
-            150,
-            ("paligemma.py", "generation.py", "locations.py", "vqvae.py"),
+            100,
+            ("paligemma.py", "generation.py", "locations.py"),
+        ),
+        Chapter(
+            "L0", "masks as tokens", "How does a language model write the outline of an object?", 55, ("vqvae.py",)
         ),
     )
 }
