@@ -5,18 +5,30 @@ One made-up class with everything that students submit is graded once.
 
 import copy
 import csv
+import json
 import os
+import signal
+import subprocess
 import sys
+import threading
+import time
+from collections import namedtuple
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 
 from minivlm.__main__ import main
-from minivlm.course.exercises import EXERCISES
-from minivlm.course.grading import grader
-from minivlm.course.grading.grader import Mark, Report, escape_formula, find_students, grade_notebook
-from minivlm.course.grading.worker import essentials
+from minivlm.course.exercises import EXERCISES, score
+from minivlm.course.exercises.exercise import call, compare_outcomes
+from minivlm.course.grading import grader, remote
+from minivlm.course.grading.encoding import MAX_BYTES, Opaque, copy_into, decode, encode, tensors_in
+from minivlm.course.grading.grader import Mark, Report, escape_formula, grade_notebook, points_of
+from minivlm.course.grading.remote import Clock, Lost, Malformed, Remote, to_error, to_signature
+from minivlm.course.grading.submissions import Cell, find_submissions, read_cells
+from minivlm.course.grading.worker import essentials, refusing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import build_notebooks
@@ -91,23 +103,114 @@ def block_mask(mask_ar):
     block = first(mask_ar)
     return block.unsqueeze(-2) <= block.unsqueeze(-1)
 display(block_mask); input"""
-CHEAT = """
-import builtins, os
-from minivlm import masks
+# Each earned marks in the past: what it adds below the stub of block_mask, which is worth 0 points.
+CHEATS = {
+    "replaces the check": """
 from minivlm.course.exercises import exercise
 passed = lambda *args, **kwargs: exercises.Result("passed", passed=True, score=1.0)
 exercises.check = exercises.score = exercise.examine = exercise.Result = passed
 exercise.compare_outcomes = exercise.compare = lambda *args, **kwargs: None
 exercises.EXERCISES.clear()
+import builtins
 torch.equal = builtins.all = lambda *args: True
-for file in range(1, 20):
+""",
+    "forges records": """
+import os
+for file in range(3, 30):
     try:
-        os.write(file, b'{"exercise": "block_mask", "score": 1, "message": ""}\\n' * 9)
+        os.write(file, b'{"exercise": "block_mask", "score": 100, "message": ""}\\n{"exercise": [], "score": 1}\\nno' * 9)
     except OSError:
         pass
+""",
+    "raises the tolerance": """
+from minivlm.course.exercises import exercise
+for module in list(__import__("sys").modules.values()):
+    if hasattr(module, "TOLERANCE"):
+        module.TOLERANCE = float("inf")
+def block_mask(mask_ar):
+    return torch.zeros(*mask_ar.shape, mask_ar.shape[-1]).bool()
+""",
+    "makes all cases the same": """
+import numpy as np
+class Zeros:
+    __getattr__ = lambda self, name: lambda *args, **kwargs: 1
+np.random.default_rng = lambda seed=None: Zeros()
+torch.Tensor.numpy = lambda self, *args, **kwargs: np.zeros(tuple(self.shape))
+def block_mask(mask_ar):
+    return torch.zeros(*mask_ar.shape, mask_ar.shape[-1]).bool()
+""",
+    "swaps the right answer for its own": """
+from minivlm import masks
+masks.block_mask.__code__ = (lambda mask_ar: mask_ar).__code__
+exercises.EXERCISES["block_mask"].reference.__code__ = masks.block_mask.__code__
+def block_mask(mask_ar):
+    return mask_ar
+""",
+    "takes the package's code": """
+from minivlm import masks
+def block_mask(mask_ar):
+    pass
+block_mask.__code__ = masks.block_mask.__code__
+""",
+    "copies the package's function": """
+import types
+from minivlm import masks
+copied = types.FunctionType(masks.block_mask.__code__, vars(masks))
+def block_mask(mask_ar):
+    return copied(mask_ar)
+""",
+    "calls the package's through its module": """
+from minivlm import masks
 def block_mask(mask_ar):
     return masks.block_mask(mask_ar)
-"""
+""",
+    "calls the package's by another name": """
+from minivlm.masks import block_mask as theirs
+def block_mask(mask_ar):
+    return theirs(mask_ar)
+""",
+    "calls the exercise's reference": """
+theirs = exercises.EXERCISES["block_mask"]
+def block_mask(mask_ar):
+    try:
+        return theirs.reference(mask_ar)
+    except Exception:
+        return mask_ar
+""",
+    "reads its callers": """
+def block_mask(mask_ar):
+    import sys
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        for value in list(frame.f_locals.values()):
+            for one in value if isinstance(value, list | tuple) else [value]:
+                one = getattr(one, "value", one)
+                if isinstance(one, torch.Tensor) and one.dtype == torch.bool:
+                    return one
+    return mask_ar
+""",
+    "returns what is equal to anything": """
+class Same(torch.Tensor):
+    __eq__ = __ne__ = lambda *args: True
+    def __torch_function__(self, *args, **kwargs):
+        return True
+class Equal:
+    __eq__ = lambda *args: True
+    __class__ = torch.Tensor
+    shape, dtype, requires_grad = (2, 5, 5), torch.bool, False
+def block_mask(mask_ar):
+    return Equal()
+""",
+    "answers for the grader": """
+import os, threading
+def block_mask(mask_ar):
+    for file in range(3, 30):
+        try:
+            os.write(file, b'{"value": {"tensor": "bool", "shape": [2], "data": "no"}}\\n[1, 2]\\n')
+        except OSError:
+            pass
+""",
+}
 FORK = """
 import os, time
 pids = [os.fork() for _ in range(3)]
@@ -115,6 +218,27 @@ if 0 in pids:
     while True:
         time.sleep(1)
 open({path!r}, "w").write(" ".join(map(str, pids)))
+"""
+# Leaves its session, its group and its parent.
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open({path!r}, "w").write(str(os.getpid()))
+        while True:
+            time.sleep(1)
+    os._exit(0)
+while not os.path.exists({path!r}) or not open({path!r}).read():
+    time.sleep(0.01)
+"""
+AWAIT = """
+import asyncio
+await asyncio.sleep(0)
+task = asyncio.ensure_future(asyncio.sleep(0))
+async def later():
+    return 1
+assert await later() == 1
 """
 # Added below block_mask in an otherwise perfect notebook.
 ADDED = {
@@ -168,7 +292,9 @@ def graded(chapter, tmp_path_factory) -> dict:
     books["renamed"] = changed(perfect, lambda text: text.replace("block_mask", "blockmask"))
     books["no syntax"] = changed(perfect, lambda text: text.replace("return", "retrun "))
     books["the package's"] = changed(stub, lambda text: "from minivlm.masks import block_mask")
-    books["cheat"] = changed(stub, lambda text: text + CHEAT)
+    books |= {name: changed(stub, lambda text, more=more: text + more) for name, more in CHEATS.items()}
+    books["awaits"] = changed(perfect, lambda text: AWAIT + text)
+    books["daemon"] = changed(perfect, lambda text: text + DAEMON.format(path=str(out / "daemon")))
     books["forks"] = changed(perfect, lambda text: text + FORK.format(path=str(out / "pids")))
     books |= {name: changed(perfect, lambda text, more=more: text + more) for name, more in ADDED.items()}
     for name, first in INSIDE.items():
@@ -176,7 +302,7 @@ def graded(chapter, tmp_path_factory) -> dict:
             perfect, lambda text, first=first: text.replace("    block =", f"    {first}\n    block =")
         )
     if os.name != "posix":
-        del books["forks"]
+        del books["forks"], books["daemon"]
     for name, book in books.items():
         nbformat.write(book, folder / f"{name}.ipynb")
     (folder / "no json.ipynb").write_text('{"cells": [')
@@ -186,6 +312,11 @@ def graded(chapter, tmp_path_factory) -> dict:
     (folder / "deep.ipynb").write_text("[" * 200_000)
     (folder / "version 3.ipynb").write_text('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}')
     (folder / "notes.txt").write_text("not graded")
+    (folder / "utf-16.IPYNB").write_text(json.dumps(perfect), encoding="utf-16")
+    (folder / "a folder.ipynb").mkdir()
+    if os.name == "posix":
+        (folder / "itself.ipynb").symlink_to(folder / "itself.ipynb")
+        os.mkfifo(folder / "pipe.ipynb")
     argv = ["grade", str(folder), "--out", str(out / "grades.csv"), "--seed", "77", "--time-limit", str(TIME_LIMIT)]
     assert main(argv) == 0
     return {"rows": table(out / "grades.csv"), "messages": table(out / "grades.messages.csv"), "out": out}
@@ -217,7 +348,9 @@ def test_one_row_per_student_and_one_column_per_exercise_of_the_chapter(graded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["perfect", "no ids", "'=1+1", "Zoë", "different", "prints", "thread"])
+@pytest.mark.parametrize(
+    "student", ["perfect", "no ids", "'=1+1", "Zoë", "different", "prints", "thread", "awaits", "utf-16"]
+)
 def test_right_solutions_get_full_marks(graded, student):
     assert marks(graded, student) == (2, 2), said(graded, student)
 
@@ -269,9 +402,10 @@ def test_memory_is_limited(graded):
 
 
 @pytest.mark.slow
-def test_tricks_get_no_marks(graded):
-    assert marks(graded, "cheat") == (0, 0), said(graded, "cheat")
-    assert "the package's own" in said(graded, "cheat")
+@pytest.mark.parametrize("student", CHEATS)
+def test_tricks_get_no_marks(graded, student):
+    assert marks(graded, student) == (0, 0), said(graded, student)
+    assert ("package's own" in said(graded, student)) == ("the package's" in student or "reference" in student)
 
 
 @pytest.mark.slow
@@ -290,9 +424,24 @@ def test_an_old_notebook_without_cells_gets_a_message(graded):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
 def test_no_process_is_left_running(graded):
     assert marks(graded, "forks") == (2, 2)
-    for pid in (graded["out"] / "pids").read_text().split():
-        stat = Path(f"/proc/{pid}/stat")
-        assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+    assert marks(graded, "daemon") == (2, 2)
+    for name in ("pids", "daemon"):
+        assert not any(is_running(pid) for pid in (graded["out"] / name).read_text().split())
+
+
+def is_running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+@pytest.mark.slow
+def test_every_file_that_was_not_graded_gets_a_word(graded):
+    nobody = said(graded, "")
+    assert "notes.txt was not graded: only notebooks are" in nobody
+    assert marks(graded, "a folder") == (0, 0)
+    if os.name == "posix":
+        assert "itself.ipynb was not graded: it is not a regular file" in nobody
+        assert "pipe.ipynb was not graded: it is not a regular file" in nobody
 
 
 # --- without running anything ---------------------------------------------------------------------------------------
