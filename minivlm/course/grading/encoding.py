@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 MAX_BYTES = 1 << 24  # of one message
-MAX_DEPTH = 50  # of lists in lists
+MAX_DEPTH = 20  # of lists in lists
 MAX_AXES = 32
 TORCH_DTYPES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
 
@@ -198,17 +198,19 @@ def decode_array(data: dict) -> np.ndarray:
     return np.frombuffer(numbers, dtype).reshape(shape).copy()
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any, depth: int = 0) -> list[torch.Tensor]:
     """All tensors inside lists, tuples, dictionaries and dataclasses, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if depth > MAX_DEPTH:
+        return []
     if isinstance(value, dict):
         inside = list(value.values())
     elif isinstance(value, list | tuple):
         inside = value
     else:
         inside = (parts_of(value) or {}).values()
-    return [tensor for part in inside for tensor in tensors_in(part)]
+    return [tensor for part in inside for tensor in tensors_in(part, depth + 1)]
 
 
 def copy_into(target: Any, value: Any) -> None:

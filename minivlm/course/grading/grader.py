@@ -129,7 +129,7 @@ def check_arguments(seed: int, time_limit: int | float, chapter: str | None) -> 
 
 def check_target(path: Path) -> None:
     """Try to write where the marks will be, before the first notebook rather than after the last."""
-    if path.is_dir() or not path.parent.is_dir():
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
         raise ValueError(f"Cannot write the marks to {str(path)!r}: name a file in a folder that exists.")
     try:
         aside(path).write_bytes(b"")
@@ -151,9 +151,7 @@ def printable(text: str) -> str:
 # --- one notebook ---------------------------------------------------------------------------------------------------
 
 
-def grade_notebook(
-    path: Path, seed: int, time_limit: int | float, stopping: threading.Event | None = None
-) -> Report:
+def grade_notebook(path: Path, seed: int, time_limit: int | float, stopping: threading.Event | None = None) -> Report:
     """Run and check one notebook, with a new process after each crash. Whatever is wrong with it is in the report."""
     report = Report(chapters={path.name[:2]} & set(CHAPTERS))
     try:
@@ -277,7 +275,11 @@ class Table:
     def exercises(self) -> list[Exercise]:
         """Those of the chapter, or of all chapters that were submitted."""
         chapters = set().union(*(report.chapters for report in self.reports.values()))
-        return [exercise for exercise in EXERCISES.values() if exercise.chapter in ({self.chapter} if self.chapter else chapters)]
+        return [
+            exercise
+            for exercise in EXERCISES.values()
+            if exercise.chapter in ({self.chapter} if self.chapter else chapters)
+        ]
 
     def write(self) -> None:
         """Write both files, if there is an exercise."""

@@ -43,7 +43,7 @@ class Lost(BaseException):
 class Clock:
     """The time that a notebook has left, all its processes together, and the time for the current step."""
 
-    def __init__(self, total: float, step: float):
+    def __init__(self, total: int | float, step: int | float):
         self.total, self.step = total, step
         self.left, self.step_left = total, step
 
@@ -51,7 +51,7 @@ class Clock:
         self.step_left = self.step
 
     @property
-    def allowed(self) -> float:
+    def allowed(self) -> int | float:
         return max(0.0, min(self.left, self.step_left))
 
     @property
@@ -59,7 +59,7 @@ class Clock:
         """Whether the whole notebook's time is over."""
         return self.left <= 0
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: int | float) -> None:
         self.left -= seconds
         self.step_left -= seconds
 
@@ -150,7 +150,7 @@ class Remote:
             raise Malformed
         return message
 
-    def wait(self, replies: queue.SimpleQueue, began: float, clock: Clock) -> bytes:
+    def wait(self, replies: queue.SimpleQueue, began: int | float, clock: Clock) -> bytes:
         while True:
             left = clock.allowed - (time.monotonic() - began)
             with suppress(queue.Empty):

@@ -56,7 +56,8 @@ def find_submissions(folder: Path, ignored: Iterable[Path] = ()) -> Submissions:
         if os.path.isdir(path):
             student = path.stem if is_notebook(path) else name
             notebooks = found.students.setdefault(student, [])
-            notebooks += [p for p in files_in(path, student, found) if is_gradable(p, folder, student, found)]
+            files = sorted(files_in(path, student, found))
+            notebooks += [file for file in files if is_gradable(file, folder, student, found)]
         elif is_gradable(path, folder, path.stem if is_notebook(path) else "", found):
             found.students.setdefault(path.stem, []).append(path)
     for student in found.students:

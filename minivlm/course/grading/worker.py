@@ -26,7 +26,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -261,7 +261,7 @@ def refusing(reference: Callable) -> Iterator[list]:
     code = inspect.unwrap(reference).__code__
     functions = [f for f in gc.get_referrers(code) if isinstance(f, types.FunctionType) and f.__code__ is code]
     for function in functions:
-        function.__code__ = refuse.__code__
+        function.__code__ = inspect.unwrap(refuse).__code__
     try:
         yield REFUSED
     finally:
