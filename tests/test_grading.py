@@ -7,6 +7,7 @@ import copy
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -375,14 +376,14 @@ def test_partial_credit_and_the_name_of_the_mistake(graded):
         ("segfault", "ended the Python process"),
         ("loops", "longer than 8 seconds"),
         ("dies inside", "ended the Python process"),
-        ("loops inside", "longer than 8 seconds"),
+        ("loops inside", "longer than 8 seconds|did not finish within"),
         ("leaves", "raises SystemExit"),
         ("the package's", "does not define a function with this name"),
     ],
 )
 def test_a_broken_exercise_only_loses_its_own_mark(graded, student, message):
     assert marks(graded, student) == (0, 0 if student == "the package's" else 2), said(graded, student)
-    assert message in said(graded, student)
+    assert re.search(message, said(graded, student))
 
 
 @pytest.mark.slow
@@ -436,8 +437,9 @@ def test_every_file_that_was_not_graded_gets_a_word(graded):
     assert "notes.txt was not graded: only notebooks are" in nobody
     assert marks(graded, "a folder") == (0, 0)
     if os.name == "posix":
-        assert "itself.ipynb was not graded: it is not a regular file" in nobody
-        assert "pipe.ipynb was not graded: it is not a regular file" in nobody
+        for student in ("itself", "pipe"):
+            assert marks(graded, student) == (0, 0)
+            assert f"{student}.ipynb was not graded: it is not a regular file" in said(graded, student)
 
 
 # --- without running anything ---------------------------------------------------------------------------------------

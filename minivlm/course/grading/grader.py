@@ -188,7 +188,7 @@ class Run:
                 break
             self.failed[step] = why
             if step in EXERCISES:
-                self.report.marks[step] = Mark(0.0, why)
+                self.report.marks.setdefault(step, Mark(0.0, why))
         else:
             why = f"The notebook crashed {MAX_PROCESSES} processes."
         if why:

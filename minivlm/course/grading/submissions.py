@@ -53,13 +53,12 @@ def find_submissions(folder: Path, ignored: Iterable[Path] = ()) -> Submissions:
         path = folder / name
         if is_ignored(name) or os.path.abspath(path) in ignored:
             continue
-        if os.path.isdir(path):
-            student = path.stem if is_notebook(path) else name
-            notebooks = found.students.setdefault(student, [])
-            files = sorted(files_in(path, student, found))
-            notebooks += [file for file in files if is_gradable(file, folder, student, found)]
-        elif is_gradable(path, folder, path.stem if is_notebook(path) else "", found):
-            found.students.setdefault(path.stem, []).append(path)
+        is_folder = os.path.isdir(path)
+        student = path.stem if is_notebook(path) else name if is_folder else ""
+        files = sorted(files_in(path, student, found)) if is_folder else [path]
+        notebooks = [file for file in files if is_gradable(file, folder, student, found)]
+        if student:
+            found.students.setdefault(student, []).extend(notebooks)
     for student in found.students:
         found.students[student] = without_copies(student, folder, found)
     if not found.students:
