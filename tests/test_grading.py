@@ -5,18 +5,31 @@ One made-up class with everything that students submit is graded once.
 
 import copy
 import csv
+import json
 import os
+import re
+import signal
+import subprocess
 import sys
+import threading
+import time
+from collections import namedtuple
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 
 from minivlm.__main__ import main
-from minivlm.course.exercises import EXERCISES
-from minivlm.course.grading import grader
-from minivlm.course.grading.grader import Mark, Report, escape_formula, find_students, grade_notebook
-from minivlm.course.grading.worker import essentials
+from minivlm.course.exercises import EXERCISES, score
+from minivlm.course.exercises.exercise import call, compare_outcomes, locate
+from minivlm.course.grading import grader, remote
+from minivlm.course.grading.encoding import Opaque, copy_into, decode, encode, tensors_in
+from minivlm.course.grading.grader import Mark, Report, escape_formula, grade_notebook, points_of
+from minivlm.course.grading.remote import Clock, Lost, Malformed, Remote, to_error, to_signature
+from minivlm.course.grading.submissions import Cell, find_submissions, read_cells
+from minivlm.course.grading.worker import essentials, refusing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import build_notebooks
@@ -91,23 +104,110 @@ def block_mask(mask_ar):
     block = first(mask_ar)
     return block.unsqueeze(-2) <= block.unsqueeze(-1)
 display(block_mask); input"""
-CHEAT = """
-import builtins, os
-from minivlm import masks
+# Each earned marks in the past: what it adds below the stub of block_mask, which is worth 0 points.
+CHEATS = {
+    "replaces the check": """
 from minivlm.course.exercises import exercise
 passed = lambda *args, **kwargs: exercises.Result("passed", passed=True, score=1.0)
 exercises.check = exercises.score = exercise.examine = exercise.Result = passed
 exercise.compare_outcomes = exercise.compare = lambda *args, **kwargs: None
 exercises.EXERCISES.clear()
+import builtins
 torch.equal = builtins.all = lambda *args: True
-for file in range(1, 20):
+""",
+    "forges records": """
+import os
+for file in range(3, 30):
     try:
-        os.write(file, b'{"exercise": "block_mask", "score": 1, "message": ""}\\n' * 9)
+        os.write(file, b'{"exercise": "block_mask", "score": 100, "message": ""}\\n{"exercise": []}\\nno' * 9)
     except OSError:
         pass
+""",
+    "raises the tolerance": """
+from minivlm.course.exercises import exercise
+for module in list(__import__("sys").modules.values()):
+    if hasattr(module, "TOLERANCE"):
+        module.TOLERANCE = float("inf")
+def block_mask(mask_ar):
+    return torch.zeros(*mask_ar.shape, mask_ar.shape[-1]).bool()
+""",
+    "makes all cases the same": """
+import numpy as np
+class Zeros:
+    __getattr__ = lambda self, name: lambda *args, **kwargs: 1
+np.random.default_rng = lambda seed=None: Zeros()
+torch.Tensor.numpy = lambda self, *args, **kwargs: np.zeros(tuple(self.shape))
+def block_mask(mask_ar):
+    return torch.zeros(*mask_ar.shape, mask_ar.shape[-1]).bool()
+""",
+    "swaps the right answer for its own": """
+from minivlm import masks
+masks.block_mask.__code__ = (lambda mask_ar: mask_ar).__code__
+exercises.EXERCISES["block_mask"].reference.__code__ = masks.block_mask.__code__
+def block_mask(mask_ar):
+    return mask_ar
+""",
+    "takes the package's code": """
+from minivlm import masks
+def block_mask(mask_ar):
+    pass
+block_mask.__code__ = masks.block_mask.__code__
+""",
+    "copies the package's function": """
+import types
+from minivlm import masks
+copied = types.FunctionType(masks.block_mask.__code__, vars(masks))
+def block_mask(mask_ar):
+    return copied(mask_ar)
+""",
+    "calls the package's through its module": """
+from minivlm import masks
 def block_mask(mask_ar):
     return masks.block_mask(mask_ar)
-"""
+""",
+    "calls the package's by another name": """
+from minivlm.masks import block_mask as theirs
+def block_mask(mask_ar):
+    return theirs(mask_ar)
+""",
+    "calls the exercise's reference": """
+theirs = exercises.EXERCISES["block_mask"]
+def block_mask(mask_ar):
+    try:
+        return theirs.reference(mask_ar)
+    except Exception:
+        return mask_ar
+""",
+    "reads its callers": """
+def block_mask(mask_ar):
+    import sys
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        for value in list(frame.f_locals.values()):
+            for one in value if isinstance(value, list | tuple) else [value]:
+                one = getattr(one, "value", one)
+                if isinstance(one, torch.Tensor) and one.dtype == torch.bool:
+                    return one
+    return mask_ar
+""",
+    "returns what is equal to anything": """
+class Equal:
+    __eq__ = lambda *args: True
+    __class__ = torch.Tensor
+    shape, dtype, requires_grad = (2, 5, 5), torch.bool, False
+def block_mask(mask_ar):
+    return Equal()
+""",
+    "answers for the grader": """
+import os, threading
+def block_mask(mask_ar):
+    for file in range(3, 30):
+        try:
+            os.write(file, b'{"value": {"tensor": "bool", "shape": [2], "data": "no"}}\\n[1, 2]\\n')
+        except OSError:
+            pass
+""",
+}
 FORK = """
 import os, time
 pids = [os.fork() for _ in range(3)]
@@ -115,6 +215,27 @@ if 0 in pids:
     while True:
         time.sleep(1)
 open({path!r}, "w").write(" ".join(map(str, pids)))
+"""
+# Leaves its session, its group and its parent.
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open({path!r}, "w").write(str(os.getpid()))
+        while True:
+            time.sleep(1)
+    os._exit(0)
+while not os.path.exists({path!r}) or not open({path!r}).read():
+    time.sleep(0.01)
+"""
+AWAIT = """
+import asyncio
+await asyncio.sleep(0)
+task = asyncio.ensure_future(asyncio.sleep(0))
+async def later():
+    return 1
+assert await later() == 1
 """
 # Added below block_mask in an otherwise perfect notebook.
 ADDED = {
@@ -168,7 +289,9 @@ def graded(chapter, tmp_path_factory) -> dict:
     books["renamed"] = changed(perfect, lambda text: text.replace("block_mask", "blockmask"))
     books["no syntax"] = changed(perfect, lambda text: text.replace("return", "retrun "))
     books["the package's"] = changed(stub, lambda text: "from minivlm.masks import block_mask")
-    books["cheat"] = changed(stub, lambda text: text + CHEAT)
+    books |= {name: changed(stub, lambda text, more=more: text + more) for name, more in CHEATS.items()}
+    books["awaits"] = changed(perfect, lambda text: AWAIT + text)
+    books["daemon"] = changed(perfect, lambda text: text + DAEMON.format(path=str(out / "daemon")))
     books["forks"] = changed(perfect, lambda text: text + FORK.format(path=str(out / "pids")))
     books |= {name: changed(perfect, lambda text, more=more: text + more) for name, more in ADDED.items()}
     for name, first in INSIDE.items():
@@ -176,7 +299,7 @@ def graded(chapter, tmp_path_factory) -> dict:
             perfect, lambda text, first=first: text.replace("    block =", f"    {first}\n    block =")
         )
     if os.name != "posix":
-        del books["forks"]
+        del books["forks"], books["daemon"]
     for name, book in books.items():
         nbformat.write(book, folder / f"{name}.ipynb")
     (folder / "no json.ipynb").write_text('{"cells": [')
@@ -186,6 +309,11 @@ def graded(chapter, tmp_path_factory) -> dict:
     (folder / "deep.ipynb").write_text("[" * 200_000)
     (folder / "version 3.ipynb").write_text('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}')
     (folder / "notes.txt").write_text("not graded")
+    (folder / "utf-16.IPYNB").write_text(json.dumps(perfect), encoding="utf-16")
+    (folder / "a folder.ipynb").mkdir()
+    if os.name == "posix":
+        (folder / "itself.ipynb").symlink_to(folder / "itself.ipynb")
+        os.mkfifo(folder / "pipe.ipynb")
     argv = ["grade", str(folder), "--out", str(out / "grades.csv"), "--seed", "77", "--time-limit", str(TIME_LIMIT)]
     assert main(argv) == 0
     return {"rows": table(out / "grades.csv"), "messages": table(out / "grades.messages.csv"), "out": out}
@@ -217,7 +345,9 @@ def test_one_row_per_student_and_one_column_per_exercise_of_the_chapter(graded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["perfect", "no ids", "'=1+1", "Zoë", "different", "prints", "thread"])
+@pytest.mark.parametrize(
+    "student", ["perfect", "no ids", "'=1+1", "Zoë", "different", "prints", "thread", "awaits", "utf-16"]
+)
 def test_right_solutions_get_full_marks(graded, student):
     assert marks(graded, student) == (2, 2), said(graded, student)
 
@@ -246,14 +376,14 @@ def test_partial_credit_and_the_name_of_the_mistake(graded):
         ("segfault", "ended the Python process"),
         ("loops", "longer than 8 seconds"),
         ("dies inside", "ended the Python process"),
-        ("loops inside", "longer than 8 seconds"),
+        ("loops inside", "longer than 8 seconds|did not finish within"),
         ("leaves", "raises SystemExit"),
         ("the package's", "does not define a function with this name"),
     ],
 )
 def test_a_broken_exercise_only_loses_its_own_mark(graded, student, message):
     assert marks(graded, student) == (0, 0 if student == "the package's" else 2), said(graded, student)
-    assert message in said(graded, student)
+    assert re.search(message, said(graded, student))
 
 
 @pytest.mark.slow
@@ -269,9 +399,10 @@ def test_memory_is_limited(graded):
 
 
 @pytest.mark.slow
-def test_tricks_get_no_marks(graded):
-    assert marks(graded, "cheat") == (0, 0), said(graded, "cheat")
-    assert "the package's own" in said(graded, "cheat")
+@pytest.mark.parametrize("student", CHEATS)
+def test_tricks_get_no_marks(graded, student):
+    assert marks(graded, student) == (0, 0), said(graded, student)
+    assert ("package's own" in said(graded, student)) == ("the package's" in student or "reference" in student)
 
 
 @pytest.mark.slow
@@ -290,25 +421,99 @@ def test_an_old_notebook_without_cells_gets_a_message(graded):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
 def test_no_process_is_left_running(graded):
     assert marks(graded, "forks") == (2, 2)
-    for pid in (graded["out"] / "pids").read_text().split():
-        stat = Path(f"/proc/{pid}/stat")
-        assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+    assert marks(graded, "daemon") == (2, 2)
+    for name in ("pids", "daemon"):
+        assert not any(is_running(pid) for pid in (graded["out"] / name).read_text().split())
+
+
+def is_running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+@pytest.mark.slow
+def test_every_file_that_was_not_graded_gets_a_word(graded):
+    nobody = said(graded, "")
+    assert "notes.txt was not graded: only notebooks are" in nobody
+    assert marks(graded, "a folder") == (0, 0)
+    if os.name == "posix":
+        for student in ("itself", "pipe"):
+            assert marks(graded, student) == (0, 0)
+            assert f"{student}.ipynb was not graded: it is not a regular file" in said(graded, student)
 
 
 # --- without running anything ---------------------------------------------------------------------------------------
 
 
 def test_students_are_files_or_folders(tmp_path):
-    for name in ("ada.ipynb", "bob/05/05.ipynb", "bob/06.ipynb", "bob/.ipynb_checkpoints/06.ipynb", ".git/x.ipynb"):
+    for name in ("ada.ipynb", "bob/05/05.ipynb", "bob/06.IPYNB", "bob/.ipynb_checkpoints/06.ipynb", ".git/x.ipynb"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text(name)
     (tmp_path / "cy").mkdir()
-    found = find_students(tmp_path)
-    assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+    found = find_submissions(tmp_path)
+    assert {name: [path.name for path in paths] for name, paths in found.students.items()} == {
         "ada": ["ada.ipynb"],
-        "bob": ["05.ipynb", "06.ipynb"],
+        "bob": ["05.ipynb", "06.IPYNB"],
         "cy": [],
     }
+    assert not found.remarks
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "reason"),
+    [
+        ("ada/05.zip", "ada", "ada/05.zip was not graded: unpack it first."),
+        ("05.zip", "", "05.zip was not graded: unpack it first."),
+        ("ada/05.py", "ada", "only notebooks are"),
+        ("ada/05.ipynb.txt", "ada", "rename it so that its name ends in .ipynb"),
+        ("ada/05 (1).ipynb", "ada", "ada/05.ipynb was not graded: it is identical to ada/05 (1).ipynb."),
+        ("ada/x.ipynb/y.py", "ada", "x.ipynb is a folder, not a notebook."),
+    ],
+)
+def test_a_file_that_is_not_graded_gets_a_reason(name, student, reason, tmp_path, capsys):
+    for path in ("ada/05.ipynb", name):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("the same")
+    (tmp_path / "grades.csv").touch()
+    found = find_submissions(tmp_path, ignored=[tmp_path / "grades.csv"])
+    assert reason in " ".join(found.remarks[student]).replace(os.sep, "/")
+    assert len(found.students["ada"]) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+def test_only_regular_files_are_opened(tmp_path):
+    (tmp_path / "ada").mkdir()
+    (tmp_path / "ada" / "loop.ipynb").symlink_to(tmp_path / "ada" / "loop.ipynb")
+    (tmp_path / "ada" / "inside").symlink_to(tmp_path / "ada")
+    os.mkfifo(tmp_path / "ada" / "pipe.ipynb")
+    found = find_submissions(tmp_path)
+    assert found.students == {"ada": []} and len(found.remarks["ada"]) == 2
+    for name in ("loop.ipynb", "pipe.ipynb"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read_cells(tmp_path / "ada" / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_notebooks_are_read_in_any_unicode_encoding(encoding, tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": "# Zoë"},
+        {"cell_type": "code", "source": ["x = 'ë'\n", "y = 1"], "metadata": {"nbgrader": {"grade": True}}},
+        {"cell_type": "code", "source": 5, "metadata": [], "id": None},
+        "no cell",
+    ]
+    path = tmp_path / "05.ipynb"
+    path.write_text(json.dumps({"cells": cells}, ensure_ascii=False), encoding=encoding)
+    assert read_cells(path) == [Cell(1, "x = 'ë'\ny = 1", is_hidden_test=True), Cell(2, "")]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 200_000, '{"cells": 5}', "\x00", '{"cells": ' + "9" * 5000 + "}"]
+)
+def test_what_is_not_a_notebook_gets_one_sentence(text, tmp_path):
+    (tmp_path / "05.ipynb").write_text(text)
+    report = grade_notebook(tmp_path / "05.ipynb", 0, 60)
+    assert report.marks == {} and report.chapters == {"05"}
+    assert report.problems[0].startswith("This file is not a readable notebook (") and len(report.problems) == 1
 
 
 def test_the_better_mark_wins():
@@ -341,6 +546,349 @@ def test_a_notebook_that_always_crashes_is_given_up(chapter, tmp_path, monkeypat
     report = grade_notebook(path, 0, 60)
     assert {mark.score for mark in report.marks.values()} == {0.0}
     assert "crashed 1 process" in report.problems[0]
+
+
+def test_points_are_between_0_and_those_of_the_exercise(monkeypatch):
+    exercise = EXERCISES["block_mask"]
+    for forged, points in ((100.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (1.0, 2.0), (0.5, 1.0)):
+        assert points_of(Report(marks={"block_mask": Mark(forged)}), exercise) == points
+    for forged, points in ((100.0, 2.0), (-1.0, 0.0)):
+        result = type("Forged", (), {"score": forged})
+        monkeypatch.setattr("minivlm.course.exercises.examine", lambda *args, result=result: result)
+        assert score(exercise.reference, points=2) == points
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def submitted(tmp_path, monkeypatch) -> Path:
+    """A folder with notebooks of three students, each of which "is graded" at once."""
+    for name in ("ada", "bob", "cy"):
+        nbformat.write(nbformat.v4.new_notebook(), tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(grader, "MAX_PARALLEL", 1)
+    monkeypatch.setattr(grader, "grade_notebook", lambda *args: Report({"05"}, {"block_mask": Mark(1.0, "")}))
+    return tmp_path
+
+
+def test_results_are_written_as_they_come(submitted, monkeypatch, capsys):
+    out = submitted / "grades.csv"
+
+    def grade_one(path, *args):
+        if path.stem == "cy":
+            raise KeyboardInterrupt
+        time.sleep(0.05)  # so that they do not all end at once
+        return Report({"05"}, {"block_mask": Mark(1.0, "")}, ["late"])
+
+    monkeypatch.setattr(grader, "grade_notebook", grade_one)
+    assert main(["grade", str(submitted), "--out", str(out)]) == 130
+    assert [(row["student"], row[BLOCK]) for row in table(out)] == [("ada", "2.0"), ("bob", "2.0")]
+    assert {row["student"] for row in table(submitted / "grades.messages.csv")} == {"ada", "bob"}
+    assert "2 of 3 students were graded" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_table(submitted, monkeypatch, capsys):
+    out = submitted / "grades.csv"
+    out.write_text("the old table")
+
+    class FullDisk:
+        def __init__(self, file):
+            file.write("half a ta")
+
+        def writerows(self, rows):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(grader.csv, "writer", FullDisk)
+    assert main(["grade", str(submitted), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    assert out.read_text() == "the old table" and not list(submitted.glob("*.part"))
+
+
+def test_targets_are_checked_before_anything_is_graded(submitted, monkeypatch, capsys):
+    monkeypatch.setattr(grader, "grade_notebook", lambda *args: pytest.fail("graded"))
+    (submitted / "grades.messages.csv").mkdir()
+    for out in (submitted / "grades.csv", submitted, submitted / "nowhere" / "grades.csv", submitted / ("x" * 300)):
+        assert main(["grade", str(submitted), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith("minivlm grade: Cannot write the marks to")
+
+
+def test_what_is_not_graded_is_on_stderr_and_in_the_messages(submitted, capsys):
+    (submitted / "dan.zip").touch()
+    assert main(["grade", str(submitted), "--out", str(submitted / "grades.csv")]) == 0
+    sentence = "dan.zip was not graded: unpack it first."
+    assert sentence in capsys.readouterr().err
+    assert [row["message"] for row in table(submitted / "grades.messages.csv") if not row["student"]] == [sentence]
+
+
+# --- values between processes ---------------------------------------------------------------------------------------
+
+
+def sent(value, **options):
+    return decode(json.loads(json.dumps(encode(value))), **options)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_cases_of_every_exercise_can_be_sent(name):
+    exercise = EXERCISES[name]
+
+    def in_another_process(*arguments, **keywords):
+        message = json.loads(json.dumps(encode((arguments, keywords))))
+        theirs = decode(message, trusted=True)
+        assert encode(theirs) == message  # so the worker only reports what a function changed
+        value = encode(exercise.reference(*theirs[0], **theirs[1]), tensors_in(theirs))
+        copy_into((arguments, keywords), decode(json.loads(json.dumps(encode(theirs)))))
+        return decode(json.loads(json.dumps(value)), tensors_in((arguments, keywords)))
+
+    for case in exercise.cases(np.random.default_rng(3)):
+        here, there = call(exercise.reference, case), call(in_another_process, case)
+        assert compare_outcomes(there, here, in_another_process) is None
+
+
+def test_values_arrive_as_they_were():
+    values = [None, True, 3, -0.5, float("inf"), "ë\ud800", [1, (2, {3: "x"})], torch.bfloat16, {"a": []}, (), 10**30]
+    assert sent(values) == values
+    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.float16, torch.float64):
+        for shape in ((), (0, 3), (2, 3)):
+            tensor = (torch.rand(shape) * 3).to(dtype)
+            assert sent(tensor).dtype == dtype and torch.equal(sent(tensor), tensor)
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3).T
+    assert sent(array).dtype == array.dtype and np.array_equal(sent(array), array)
+    assert sent(np.float32(2)) == 2.0 and type(sent(np.int64(2))) is int
+    turned = sent(torch.rand(3, 4).T)
+    assert turned.stride() == (1, 4)
+    assert sent(torch.zeros(2).requires_grad_()).requires_grad
+    assert sent(torch.zeros(1).expand(1 << 20, 1 << 10)).shape == (1 << 20, 1 << 10)  # too large, but its shape tells
+
+
+def test_other_objects_arrive_as_their_name():
+    point = namedtuple("Point", "x y")
+    for value, name in (
+        (lambda: 0, "function"),
+        ({1}, "set"),
+        (b"x", "bytes"),
+        (np.bool_(True), "bool"),
+        (2j, "complex"),
+    ):
+        assert isinstance(sent(value), Opaque) and type(sent(value)).__name__ == name
+    assert sent(point(1, 2)) == (1, 2)
+    assert isinstance(sent(Cell(1, "")), Opaque) and sent(Cell(1, ""), trusted=True) == Cell(1, "")
+    endless = []
+    endless.append(endless)
+    assert isinstance(sent(endless), list)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {},
+        {"list": 5},
+        {"dict": [[1]]},
+        {"dict": [[{"list": []}, 1]]},
+        {"dtype": "load"},
+        {"opaque": None, "list": None},
+        {"tensor": "float32", "shape": [2], "data": "AAAA"},
+        {"tensor": "float32", "shape": [-1], "data": "AAAAAA=="},
+        {"tensor": "float32", "shape": [1] * 99, "data": "AAAAAA=="},
+        {"tensor": "int64", "shape": [], "data": "AAAAAAAAAAA=", "grad": True},
+        {"tensor": "float32", "shape": [9], "stride": [1], "offset": 0, "data": "AAAAAA=="},
+        {"tensor": "float32", "shape": [9], "stride": [1], "offset": 0, "view": 0},
+        {"tensor": "float32", "shape": [1], "stride": [1], "offset": -1, "view": 0},
+        {"tensor": "float32", "shape": [1], "stride": [1], "offset": 0, "view": 7},
+        {"tensor": "int8", "shape": [1], "stride": [1], "offset": 0, "view": 0},
+        {"array": "|O", "shape": [1], "data": "AAAAAAAAAAA="},
+        {"array": "<f4", "shape": [3], "data": "AAAAAA=="},
+        {"array": "f4,f4", "shape": [1], "data": "AAAAAAAAAAA="},
+        {"class": ["os", "system"]},
+    ],
+)
+def test_what_is_not_a_value_is_refused(data):
+    with pytest.raises(ValueError):
+        decode(data, bases=[torch.zeros(2)])
+
+
+def test_arguments_change_in_place():
+    def arguments():
+        return [torch.zeros(2, 2), np.zeros(2), [[1], [2]], {"a": torch.zeros(1), "b": 1}, (torch.zeros(1), 1)]
+
+    here, there = arguments(), arguments()
+    parts = here[0], here[2][0], here[4][0]
+    there[0][0] = 5
+    there[1][1] = 7
+    there[2][0].append(3)
+    there[2].pop()
+    there[3]["a"] += 1
+    there[3]["c"] = 2
+    there[4][0].add_(1)
+    copy_into(here, sent(there))
+    assert here[0].tolist() == [[5, 5], [0, 0]] and here[1].tolist() == [0, 7] and here[2] == [[1, 3]]
+    assert here[3] == {"a": torch.ones(1), "b": 1, "c": 2} and here[4] == (torch.ones(1), 1)
+    assert all(old is new for old, new in zip(parts, (here[0], here[2][0], here[4][0]), strict=True))
+    with pytest.raises(ValueError):
+        copy_into(torch.zeros(2), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("ValueError", "ValueError"), ("KeyboardInterrupt", "KeyboardInterrupt"), ("Own", "Own"), ("1 2", "Exception")],
+)
+def test_errors_of_a_notebook_cannot_stop_the_grader(kind, name):
+    error = to_error({"kind": kind, "text": "oh"})
+    assert type(error).__name__ == name and isinstance(error, Exception) and str(error) == "oh"
+    assert str(to_error({"kind": "UnicodeDecodeError", "text": "oh"})) == "oh"
+    assert to_error({"kind": "NameError", "text": "no x", "name": "x"}).name == "x"
+
+
+@pytest.mark.parametrize("reply", [None, 5, [], {}, {"kind": [], "text": ""}, {"kind": "ValueError", "text": 5}])
+def test_malformed_errors_and_signatures_are_noticed(reply):
+    with pytest.raises(Malformed):
+        to_error(reply)
+    with pytest.raises(Malformed):
+        to_signature([reply])
+
+
+# --- the functions of another process -------------------------------------------------------------------------------
+
+ANSWERS = """
+import torch
+from minivlm import masks
+
+def write_in_place(buffer, new, start):
+    buffer[:, :, start : start + new.shape[2]] = new
+    return buffer[:, :, : start + new.shape[2]]
+
+def clip_loss(images, texts, t=0.5):
+    return {"loss": (images * texts).sum() * t, "count": 3}
+
+def pad(rows, kind):
+    rows[0].append(1)
+    if kind == "line":
+        x = 1
+        raise KeyError("x")
+    return {
+        "exits": exit,
+        "interrupts": lambda: (_ for _ in ()).throw(KeyboardInterrupt),
+        "much": lambda: "x" * (1 << 25),
+        "self": lambda: (lambda x: x.append(x) or x)([]),
+        "reference": lambda: masks.block_mask(torch.ones(1, 2)),
+    }[kind]()
+
+rms_norm = 5
+"""
+
+
+@pytest.fixture(scope="module")
+def process():
+    with Remote(Clock(100, 100), threading.Event()) as remote_process:
+        remote_process.start()
+        assert remote_process.run(1, ANSWERS, False) is None
+        yield remote_process
+
+
+def test_a_stand_in_behaves_like_the_function(process):
+    write, loss, pad = (process.find(name) for name in ("write_in_place", "clip_loss", "pad"))
+    assert process.find("rms_norm") == 5 and process.find("geglu") is remote.MISSING
+    assert str(remote.inspect.signature(loss)) == "(images, texts, t=0.5)"
+    buffer, new = torch.zeros(1, 1, 4, 2), torch.rand(1, 1, 2, 2)
+    view = write(buffer, new, 1)
+    assert torch.equal(buffer[:, :, 1:3], new) and torch.equal(view, buffer[:, :, :3])
+    view[0, 0, 0] = 9
+    assert buffer[0, 0, 0].tolist() == [9, 9]  # it is a view here too
+    rows = [[0]]
+    with pytest.raises(Exception, match="'x'") as caught:
+        pad(rows, "line")
+    assert type(caught.value).__name__ == "KeyError"
+    assert locate(caught.value, pad) == " on line 5 of your function"
+
+
+def test_gradients_flow_through_the_other_process(process):
+    loss = process.find("clip_loss")
+    images, texts = torch.rand(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+    value = loss(images, texts, t=2.0)
+    assert value["count"] == 3 and not value["loss"].is_leaf
+    a, b = torch.autograd.grad(value["loss"] * 3, (images, texts))
+    assert torch.allclose(a, 6 * texts) and torch.allclose(b, 6 * images)
+    assert not loss(images.detach(), texts.detach())["loss"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("exits", "SystemExit"), ("interrupts", "KeyboardInterrupt"), ("much", "MemoryError")]
+)
+def test_whatever_a_function_does_is_an_error(process, kind, error):
+    with pytest.raises(Exception) as caught:
+        process.find("pad")([[0]], kind)
+    assert type(caught.value).__name__ == error
+    assert isinstance(process.find("pad")([[0]], "self"), list)  # and the process goes on
+
+
+def test_only_its_own_reference_refuses(process):
+    from minivlm.masks import block_mask, prefix_lm_mask
+
+    assert process.find("pad")([[0]], "reference").shape == (1, 2, 2)
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with refusing(block_mask) as refused:
+        with pytest.raises(Exception, match="the package's own"):
+            prefix_lm_mask(ids)
+        assert refused
+    assert prefix_lm_mask(ids).shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_reference_can_refuse(name):
+    code = remote.inspect.unwrap(EXERCISES[name].reference).__code__
+    with refusing(EXERCISES[name].reference):
+        assert remote.inspect.unwrap(EXERCISES[name].reference).__code__ is not code
+    assert remote.inspect.unwrap(EXERCISES[name].reference).__code__ is code
+
+
+class Pipe(subprocess.Popen):
+    """A process that has already replied."""
+
+    _child_created = False  # so that nothing is cleaned up
+
+    def __init__(self, reply: bytes):
+        self.stdin, self.stdout = open(os.devnull, "wb"), self
+        self.readline = lambda size: reply
+
+    def poll(self):
+        return None
+
+
+@pytest.mark.parametrize("reply", [b"", b"no\n", b"[]\n", b"[" * 100_000, b"\xff\n", b"{}\n", b'{"function": 5}\n'])
+def test_replies_that_make_no_sense_cost_the_mark(reply):
+    forged = Remote.__new__(Remote)
+    forged.clock, forged.stopping, forged.lost, forged.process = Clock(9, 9), threading.Event(), False, Pipe(reply)
+    with pytest.raises(Lost):
+        forged.find("block_mask")
+
+
+@pytest.mark.parametrize(
+    ("total", "step", "message"), [(0.2, 9, "The notebook took longer than 0.2"), (9, 0.2, "it took longer than 0.2")]
+)
+def test_a_process_that_does_not_reply_is_given_up(total, step, message):
+    silent = Remote.__new__(Remote)
+    silent.clock, silent.stopping, silent.lost, silent.process = Clock(total, step), threading.Event(), False, Pipe(b"")
+    silent.process.readline = lambda size: time.sleep(1)
+    with pytest.raises(Lost, match=message):
+        silent.find("block_mask")
+    assert silent.lost and silent.clock.is_over == (total < step)
+    silent.clock, silent.lost = Clock(9, 9), False
+    silent.stopping.set()
+    with pytest.raises(Lost, match="stopped"):
+        silent.find("block_mask")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
+def test_stopping_finds_processes_that_left_the_session(tmp_path):
+    script = DAEMON.format(path=str(tmp_path / "pid")) + "time.sleep(999)"
+    started = subprocess.Popen(
+        [sys.executable, "-c", script], env=os.environ | {"MINIVLM_HOME": str(tmp_path)}, start_new_session=True
+    )
+    while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+        time.sleep(0.01)
+    remote.stop(started, str(tmp_path))
+    assert started.returncode == -signal.SIGKILL and not is_running(pid)
 
 
 @pytest.mark.parametrize(

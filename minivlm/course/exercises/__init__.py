@@ -107,9 +107,10 @@ def load_own(exercise: Exercise) -> tuple[Callable | None, str]:
 
 
 def score(answer: Any, points: Real, name: str = "", seed: int = 0) -> float:
-    """Points × the fraction of the cases that are right: what a hidden test returns."""
+    """Points × the fraction of the cases that are right: what a hidden test returns. Never more than ``points``."""
     name = name or getattr(answer, "__name__", "")
-    return round(points * examine(find(name), answer, seed).score, 4)
+    right = examine(find(name), answer, seed).score
+    return round(points * min(max(right, 0.0), 1.0), 4)
 
 
 def piece(name: str) -> Callable:

@@ -1,37 +1,33 @@
 """Grade a folder of notebooks: one row per student, and a sentence for every lost point.
 
-Each notebook runs in a separate process (``worker``). If a cell or an exercise crashes or takes too long, the grader
-records that, kills the process and everything it started, and continues in a new process without that cell. So a
-notebook only loses the points of what does not work, and other notebooks are not affected.
+Each notebook runs in a separate process, and this one decides what its answers are worth: it generates the random
+cases, asks the notebook's process for its answer to each (``remote``), and compares them with the right ones. If a cell
+or an exercise crashes or takes too long, the grader records that, kills the process and everything it started, and
+continues in a new process without that cell. So a notebook only loses the points of what does not work, and other
+notebooks are not affected.
 """
 
 import csv
-import io
-import json
 import os
-import queue
-import secrets
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import EXERCISES, Exercise
+from minivlm.course.exercises.exercise import examine
+from minivlm.course.grading.remote import MISSING, Clock, Lost, Remote, UsesPackage, one_line
+from minivlm.course.grading.submissions import Cell, Submissions, defines, exercises_in, find_submissions, read_cells
 
-START_LIMIT = 300.0  # seconds for a process to start, not included in the notebook's time
 STEP_SHARE = 0.25  # of the notebook's time limit, for one cell or one exercise
 MAX_PROCESSES = 8  # for one notebook
 MAX_PARALLEL = 4  # notebooks
-ROOT = Path(__file__).resolve().parents[3]
-ENVIRONMENT = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+MAX_MESSAGE = 500  # characters
+EXAMINING = threading.Lock()  # a check seeds torch and sets a time limit, so one at a time
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,11 @@ class Report:
                 self.marks[name] = mark
 
 
+def warn(text: str) -> None:
+    """Print to stderr."""
+    print(text, file=sys.stderr)
+
+
 def grade(
     submissions: Path,
     out: Path,
@@ -66,8 +67,12 @@ def grade(
     time_limit: int | float,
     chapter: str | None = None,
     say: Callable[[str], None] = print,
+    warn: Callable[[str], None] = warn,
 ) -> None:
     """Grade every notebook in a folder and write two tables.
+
+    The tables are written again whenever all notebooks of a student are graded. So if you stop the grading, they
+    contain everybody who was graded until then.
 
     Args:
         submissions: One notebook per student, or one folder per student with notebooks anywhere in it.
@@ -76,31 +81,44 @@ def grade(
         time_limit: Seconds per notebook. One cell or exercise can take a quarter of it.
         chapter: Grade only this one ("05"). Default: all chapters that were submitted.
         say: Called with one line per notebook.
+        warn: Called with one line per file that is not graded.
 
     Raises:
         ValueError: If an argument is wrong, or no notebook contains an exercise of the course.
+        OSError: If the tables cannot be written. Existing ones stay as they are.
     """
-    check_arguments(out, seed, time_limit, chapter)
-    students = find_students(submissions)
-    jobs = [(student, path) for student, paths in students.items() for path in paths]
-    reports = {student: Report() for student in students}
-    pool = ThreadPoolExecutor(min(MAX_PARALLEL, os.cpu_count() or 1))
-    # closing: on Ctrl-C, notebooks that are still waiting are not started
-    with pool, closing(pool.map(lambda job: grade_notebook(job[1], seed, time_limit), jobs)) as graded:
-        for (student, path), report in zip(jobs, graded, strict=True):
-            reports[student].add(report)
-            say(printable(f"{path.relative_to(submissions)}: {summarize(report)}"))
-    chapters = {chapter} if chapter else set().union(*(report.chapters for report in reports.values()))
-    exercises = [exercise for exercise in EXERCISES.values() if exercise.chapter in chapters]
-    if not exercises:
+    check_arguments(seed, time_limit, chapter)
+    check_target(out)
+    check_target(messages_path(out))
+    found = find_submissions(submissions, ignored=(out, messages_path(out)))
+    for sentence in (sentence for sentences in found.remarks.values() for sentence in sentences):
+        warn(printable(sentence))
+    table = Table(out, chapter, found)
+    stopping = threading.Event()
+    with ThreadPoolExecutor(min(MAX_PARALLEL, os.cpu_count() or 1)) as pool:
+        jobs = {
+            pool.submit(grade_notebook, path, seed, time_limit, stopping): (student, path)
+            for student, paths in found.students.items()
+            for path in paths
+        }
+        try:
+            for job in as_completed(jobs):
+                student, path = jobs[job]
+                say(printable(f"{path.relative_to(submissions)}: {summarize(job.result())}"))
+                if table.add(student, path, job.result()):
+                    with suppress(OSError):  # the last one counts, and raises
+                        table.write()
+        except BaseException:
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            warn(f"Stopped. {len(table.reports)} of {len(found.students)} students were graded.")
+            raise
+    if not table.exercises:
         raise ValueError("No notebook here contains an exercise of the course. Name the chapter with --chapter.")
-    write_table(out, mark_rows(reports, exercises))
-    write_table(messages_path(out), message_rows(reports, exercises))
+    table.write()
 
 
-def check_arguments(out: Path, seed: int, time_limit: int | float, chapter: str | None) -> None:
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"Cannot write the marks to {str(out)!r}: name a file in a folder that exists.")
+def check_arguments(seed: int, time_limit: int | float, chapter: str | None) -> None:
     if seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {seed}.")
     if not time_limit > 0:
@@ -109,22 +127,15 @@ def check_arguments(out: Path, seed: int, time_limit: int | float, chapter: str 
         raise ValueError(f"There is no chapter {chapter!r}, only {', '.join(CHAPTERS)}.")
 
 
-def find_students(folder: Path) -> dict[str, list[Path]]:
-    """Student → notebooks. The name of the file or folder is the name of the student."""
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r} with notebooks to grade.")
-    students: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            found = (p for p in sorted(path.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
-            students.setdefault(path.name, []).extend(p for p in found if p.is_file())
-        elif path.suffix == ".ipynb":
-            students.setdefault(path.stem, []).append(path)
-    if not students:
-        raise ValueError(f"{str(folder)!r} contains no notebooks: expected NAME.ipynb or a folder for each student.")
-    return students
+def check_target(path: Path) -> None:
+    """Try to write where the marks will be, before the first notebook rather than after the last."""
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        raise ValueError(f"Cannot write the marks to {str(path)!r}: name a file in a folder that exists.")
+    try:
+        aside(path).write_bytes(b"")
+        aside(path).unlink()
+    except OSError as error:
+        raise ValueError(f"Cannot write the marks to {str(path)!r} ({error.strerror}).") from None
 
 
 def summarize(report: Report) -> str:
@@ -140,125 +151,142 @@ def printable(text: str) -> str:
 # --- one notebook ---------------------------------------------------------------------------------------------------
 
 
-def grade_notebook(path: Path, seed: int, time_limit: int | float) -> Report:
-    """Run and check one notebook, with a new process after each crash."""
+def grade_notebook(path: Path, seed: int, time_limit: int | float, stopping: threading.Event | None = None) -> Report:
+    """Run and check one notebook, with a new process after each crash. Whatever is wrong with it is in the report."""
     report = Report(chapters={path.name[:2]} & set(CHAPTERS))
-    run = Run(report, time_limit)
-    failed: dict[str, str] = {}
-    for _ in range(MAX_PROCESSES):
-        job = {"path": str(path.resolve()), "seed": seed, "failed": failed, "marked": list(report.marks)}
-        step, why = run.attempt(job)
-        if not step:
-            break
-        failed[step] = why
-        if step in EXERCISES:
-            report.marks[step] = Mark(0.0, why)
-    else:
-        why = f"The notebook crashed {MAX_PROCESSES} processes."
-    if why:
-        report.problems.append(why)
-    for name in run.exercises:
-        report.marks.setdefault(name, Mark(0.0, why))
+    try:
+        cells = read_cells(path)
+        names, chapters = exercises_in(cells)
+        report.chapters |= chapters
+        Run(cells, names, seed, time_limit, report, stopping or threading.Event()).finish()
+    except Exception as error:
+        report.problems.append(str(error) if type(error) is ValueError else f"It was not graded ({one_line(error)}).")
     return report
 
 
 class Run:
-    """The processes of one notebook and the time they share, which does not include starting them."""
+    """The processes of one notebook, and the time they share, which does not include starting them."""
 
-    def __init__(self, report: Report, time_limit: int | float):
-        self.report = report
-        self.time_limit = time_limit
-        self.left = time_limit
-        self.exercises: list[str] = []
+    def __init__(
+        self,
+        cells: list[Cell],
+        names: list[str],
+        seed: int,
+        time_limit: int | float,
+        report: Report,
+        stopping: threading.Event,
+    ):
+        self.cells, self.names, self.seed, self.report, self.stopping = cells, names, seed, report, stopping
+        self.clock = Clock(time_limit, STEP_SHARE * time_limit)
+        self.failed: dict[str, str] = {}  # steps that ended a process, and why
 
-    def attempt(self, job: dict) -> tuple[str, str]:
+    def finish(self) -> None:
+        """Run processes until all exercises have a mark."""
+        for _ in range(MAX_PROCESSES):
+            step, why = self.attempt()
+            if not step:
+                break
+            self.failed[step] = why
+            if step in EXERCISES:
+                self.report.marks.setdefault(step, Mark(0.0, why))
+        else:
+            why = f"The notebook crashed {MAX_PROCESSES} processes."
+        if why:
+            self.report.problems.append(why)
+        for name in self.names:
+            self.report.marks.setdefault(name, Mark(0.0, why))
+
+    def attempt(self) -> tuple[str, str]:
         """Run one process to its end.
 
         Returns:
-            The step that failed and the reason. Without a step, another process would not help. Without a reason
+            The step that ended it and the reason. Without a step, another process would not help. Without a reason
             either, all went well.
         """
-        token = secrets.token_hex(16)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            process = start(job | {"token": token}, folder)
-            messages: queue.Queue = queue.Queue()
-            threading.Thread(target=listen, args=(process.stdout, token.encode(), messages), daemon=True).start()
+        step = ""
+        with Remote(self.clock, self.stopping) as remote:
             try:
-                return self.load(messages) or self.follow(messages)
-            finally:
-                stop(process)
+                remote.start()
+                errors = dict(self.failed)
+                for cell in self.cells:
+                    step = f"cell {cell.number}"
+                    if step not in self.failed and not cell.is_hidden_test:
+                        self.clock.start_step()
+                        if error := remote.run(cell.number, cell.source, cell.is_unchanged):
+                            errors[step] = error
+                for step in self.names:
+                    if step not in self.report.marks:
+                        self.clock.start_step()
+                        self.report.marks[step] = self.mark(remote, EXERCISES[step], errors)
+                        if remote.lost:  # the check gave up on a call, so the process still runs it
+                            return step, self.report.marks[step].message
+            except Lost as lost:
+                return "" if self.clock.is_over or self.stopping.is_set() else step, str(lost)
+        return "", ""
 
-    def load(self, messages: queue.Queue) -> tuple[str, str] | None:
-        """Wait for the list of exercises. Returns what ``attempt`` returns if there is none."""
+    def mark(self, remote: Remote, exercise: Exercise, errors: dict[str, str]) -> Mark:
+        """The fraction of the cases that are right, and the check's message."""
         try:
-            message = messages.get(timeout=START_LIMIT)
-        except queue.Empty:
-            message = {}
-        if "exercises" not in message:
-            return "", message.get("problem", "This file is not a readable notebook: it crashed the process.")
-        self.exercises = message["exercises"]
-        self.report.chapters |= set(message["chapters"])
-        return None
+            function = remote.find(exercise.name)
+            if function is MISSING:
+                return Mark(0.0, self.why_missing(exercise.name, errors))
+            with EXAMINING:
+                result = examine(exercise, function, self.seed)
+        except UsesPackage as refused:
+            return Mark(0.0, str(refused))
+        except Exception as error:  # an answer that nobody thought of
+            return Mark(0.0, f"its answers cannot be compared with the right ones ({one_line(error)}).")
+        return Mark(float(result.score), " ".join((result.message, *result.notes))[:MAX_MESSAGE])
 
-    def follow(self, messages: queue.Queue) -> tuple[str, str]:
-        """Collect marks until the process is done, has crashed, or runs out of time."""
-        step, began = "", time.monotonic()
-        end = until = began + self.left
-        try:
-            while "done" not in (message := messages.get(timeout=max(0.0, until - time.monotonic()))):
-                if "problem" in message:
-                    return "", message["problem"]
-                if "ended" in message:
-                    return step, "it ended the Python process."
-                if "step" in message:
-                    step, until = message["step"], min(end, time.monotonic() + STEP_SHARE * self.time_limit)
-                else:
-                    self.report.marks[message["exercise"]] = Mark(message["score"], message["message"])
-            return "", ""
-        except queue.Empty:
-            if until < end:
-                return step, f"it took longer than {STEP_SHARE * self.time_limit:g} seconds."
-            return "", f"The notebook took longer than {self.time_limit:g} seconds."
-        finally:
-            self.left -= time.monotonic() - began
-
-
-def start(job: dict, folder: str) -> subprocess.Popen:
-    """Start a worker in its own folder and process group. With -P it imports nothing from that folder."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", "from minivlm.course.grading import worker; worker.main()"],
-        cwd=folder,
-        env=os.environ | ENVIRONMENT | {"MINIVLM_HOME": folder, "PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    with process.stdin as stream:
-        stream.write(json.dumps(job).encode())
-    return process
-
-
-def listen(stream: io.BufferedReader, token: bytes, messages: queue.Queue) -> None:
-    """Pass on lines that start with the token, and that the process ended. Other lines are a learner's output."""
-    for line in iter(lambda: stream.readline(1 << 16), b""):
-        if line.startswith(token):
-            messages.put(json.loads(line.removeprefix(token)))
-    messages.put({"ended": True})
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Kill the worker and, where process groups exist, everything it started."""
-    if os.name == "posix":
-        with suppress(ProcessLookupError, PermissionError):  # the group is already gone
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.wait()
+    def why_missing(self, name: str, errors: dict[str, str]) -> str:
+        for cell in self.cells:
+            if f"cell {cell.number}" in errors and defines(cell.source, name):
+                return f"the cell that defines it fails: {errors[f'cell {cell.number}']}"
+        return "the notebook does not define a function with this name."
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """The marks and messages of the students who are graded so far."""
+
+    def __init__(self, out: Path, chapter: str | None, found: Submissions):
+        self.out, self.chapter, self.found = out, chapter, found
+        self.notebooks: dict[str, dict[Path, Report]] = {student: {} for student in found.students}
+
+    def add(self, student: str, path: Path, report: Report) -> bool:
+        """Add the report of one notebook. Returns whether the student has no others left."""
+        self.notebooks[student][path] = report
+        return student in self.reports
+
+    @property
+    def reports(self) -> dict[str, Report]:
+        """Student → report, for students whose notebooks are all graded."""
+        reports = {}
+        for student, paths in self.found.students.items():
+            if len(self.notebooks[student]) == len(paths):
+                reports[student] = Report(problems=list(self.found.remarks.get(student, ())))
+                for path in paths:
+                    reports[student].add(self.notebooks[student][path])
+        return reports
+
+    @property
+    def exercises(self) -> list[Exercise]:
+        """Those of the chapter, or of all chapters that were submitted."""
+        chapters = set().union(*(report.chapters for report in self.reports.values()))
+        return [
+            exercise
+            for exercise in EXERCISES.values()
+            if exercise.chapter in ({self.chapter} if self.chapter else chapters)
+        ]
+
+    def write(self) -> None:
+        """Write both files, if there is an exercise."""
+        if self.exercises:
+            write_table(self.out, mark_rows(self.reports, self.exercises))
+            remarks = self.found.remarks.get("", ())
+            write_table(messages_path(self.out), message_rows(self.reports, self.exercises, remarks))
 
 
 def messages_path(out: Path) -> Path:
@@ -277,8 +305,10 @@ def mark_rows(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable
         yield [student, *points, round(sum(points), 2), sum(exercise.points for exercise in exercises)]
 
 
-def message_rows(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable[list]:
+def message_rows(reports: dict[str, Report], exercises: list[Exercise], remarks: Iterable[str] = ()) -> Iterable[list]:
     yield ["student", "exercise", "points", "max", "message"]
+    for sentence in remarks:
+        yield ["", "", "", "", sentence]
     for student, report in reports.items():
         for problem in report.problems:
             yield [student, "", "", "", problem]
@@ -289,12 +319,26 @@ def message_rows(reports: dict[str, Report], exercises: list[Exercise]) -> Itera
 
 
 def points_of(report: Report, exercise: Exercise) -> float:
-    return round(exercise.points * report.marks.get(exercise.name, Mark()).score, 2)
+    """Never more than the exercise has, and never less than 0."""
+    score = report.marks.get(exercise.name, Mark()).score
+    return round(exercise.points * (score if 0 <= score <= 1 else 0.0), 2)
 
 
 def write_table(path: Path, rows: Iterable[list]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([escape_formula(cell) for cell in row] for row in rows)
+    """Write a CSV file next to the old one and then replace it, so that there is a complete one at any time."""
+    try:
+        with open(aside(path), "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([escape_formula(cell) for cell in row] for row in rows)
+        os.replace(aside(path), aside(path).with_suffix(""))
+    except OSError as error:
+        with suppress(OSError):
+            aside(path).unlink()
+        raise OSError(f"Cannot write {str(path)!r} ({error.strerror}).") from None
+
+
+def aside(path: Path) -> Path:
+    """Where a table is written first: grades.csv → grades.csv.part, in the folder that a link points to."""
+    return Path(os.path.realpath(path) + ".part")
 
 
 def escape_formula(cell: str | int | float) -> str | int | float:

@@ -1,16 +1,19 @@
-"""Run one submitted notebook and check its exercises, in the process that ``grader`` starts and can kill.
+"""Run one submitted notebook, in the process that the grader starts and can kill.
+
+The process does what it is told and decides nothing: it runs cells and calls functions, and sends back what they
+returned. It knows neither the cases before a function is called nor the right answers, so whatever a notebook replaces
+or forges in here can only change its own answers. (``remote`` is the other end of the pipe.)
 
 No Jupyter kernel is needed. In cells that are unchanged since the release, only imports, definitions and constants run;
-cells that the learner wrote or changed run completely. The worker announces each step before it starts, so the grader
-knows where a crash or an endless loop happened, and reports each mark immediately, so nothing later can undo it.
-
-The learner's code runs in this process. Whatever it replaced in the package is restored before a check, and messages
-carry a secret token. That stops tricks, not attacks: grade strangers' work in a container.
+cells that the learner wrote or changed run completely.
 """
 
 import ast
+import asyncio
 import builtins
 import copy
+import ctypes
+import gc
 import hashlib
 import inspect
 import json
@@ -19,21 +22,24 @@ import math
 import os
 import re
 import sys
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
-import nbformat
 import numpy as np
 import torch
-from IPython.core.inputtransformer2 import TransformerManager
 
 import minivlm
-from minivlm.course.exercises import EXERCISES, exercise
+from minivlm.course.exercises import EXERCISES, Exercise
+from minivlm.course.grading.encoding import MAX_BYTES, decode, encode, tensors_in
 
 MEMORY = 4 << 30  # bytes a notebook can allocate beyond the imports, on Linux
 ESSENTIAL = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 CHECKED = re.compile(r"\bexercises\.check\(\s*(\w+)")
 RUN_BODY = ("time", "timeit", "capture", "prun")  # cell magics whose body runs
+BECOME_SUBREAPER = 36  # of Linux's prctl
 
 
 def fingerprint(source: str) -> str:
@@ -42,55 +48,128 @@ def fingerprint(source: str) -> str:
 
 
 def main() -> None:
-    """Read a job from stdin: path, token, seed, failed steps (step → reason), and exercises that are already marked."""
-    job = json.load(sys.stdin)
-    tell = open_channel(job["token"])
+    """Answer one request per line on stdin with one line on stdout, until stdin ends.
+
+    {"run": source, "cell": "cell 3", "is_unchanged": …} runs a cell,
+    {"find": name} tells what the notebook defines under the name of an exercise,
+    {"call": name, "inputs": …} calls it, and {"backward": gradients} computes the gradients of the last call.
+    """
+    requests, replies = open_channel()
     limit_memory()
-    try:
-        work(job, tell)
-    except BaseException as error:  # the file can be anything
-        tell(problem=f"This file is not a readable notebook ({describe_error(error)}).")
+    notebook, me, dumps, loads = Notebook(), os.getpid(), json.dumps, json.loads
+    for line in requests:
+        try:
+            reply = dumps(notebook.answer(loads(line)))
+        except BaseException as error:  # what a function returns can refuse to be encoded
+            reply = dumps({"error": describe_error(error)})
+        if len(reply) > MAX_BYTES:
+            reply = dumps({"error": {"kind": "MemoryError", "text": "it returns too much."}})
+        if os.getpid() != me:  # a process that the learner's code forked
+            os._exit(0)
+        replies.write(reply + "\n")
+        replies.flush()
     os._exit(0)  # does not wait for threads that the learner's code started
 
 
-def open_channel(token: str) -> Callable:
-    """A channel to the parent process. What the learner's code prints is discarded."""
-    channel, me, dumps = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.getpid(), json.dumps
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
-    os.dup2(devnull, 2)
-
-    def tell(**what) -> None:
-        if os.getpid() != me:  # a process that the learner's code forked
-            os._exit(0)
-        channel.write(f"{token}{dumps(what)}\n")
-        channel.flush()
-
-    return tell
+def open_channel() -> tuple[TextIO, TextIO]:
+    """Requests and replies. The learner's code gets an empty stdin, and what it prints is discarded."""
+    requests, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(devnull, standard)
+    return requests, replies
 
 
-def work(job: dict, tell: Callable) -> None:
-    cells = [cell for cell in nbformat.read(job["path"], as_version=4).cells if cell.cell_type == "code"]
-    text = "\n".join(cell.source for cell in cells)
-    checked = set(CHECKED.findall(text))
-    names = [name for name in EXERCISES if name in checked or defines(text, name)]
-    tell(chapters=sorted({EXERCISES[name].chapter for name in names if name in checked}), exercises=names)
-    declared, examine, restore = dict(EXERCISES), exercise.examine, take_snapshot()
-    answers, failed = run_cells(cells, names, job["failed"], tell)
-    for name in names:
-        if name in job["marked"]:
-            continue
-        tell(step=name)
-        restore()
-        if name in answers:
-            score, message = mark(declared[name], answers[name], examine, job["seed"])
-        else:
-            score, message = 0.0, why_missing(name, cells, failed)
-        tell(exercise=name, score=score, message=message[:500])
-    tell(done=True)
+def limit_memory() -> None:
+    """Make allocations beyond the limit fail in this process. macOS and Windows have no such limit."""
+    if sys.platform == "linux":
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+        # Processes that the notebook leaves behind become children of this one, so the grader can find them.
+        ctypes.CDLL(None).prctl(BECOME_SUBREAPER, 1, 0, 0, 0)
 
 
-# --- the learner's code ---------------------------------------------------------------------------------------------
+class Notebook:
+    """The namespace of a notebook, and what it has defined under the names of exercises."""
+
+    def __init__(self):
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        self.namespace, self.answers = vars(module), {}
+        shell = Shell(self.namespace)
+        self.namespace |= {"get_ipython": lambda: shell, "display": lambda *args, **kwargs: None}
+        self.loop = asyncio.new_event_loop()
+        self.declared, self.restore = dict(EXERCISES), take_snapshot()
+        self.graph: tuple[list, list] = ([], [])  # inputs and outputs of the last call
+
+    def answer(self, request: dict) -> dict:
+        if "run" in request:
+            return {"error": self.run(request)}
+        if "find" in request:
+            return self.find(request["find"])
+        if "call" in request:
+            return self.call(self.declared[request["call"]], request["inputs"])
+        return self.backward(request["backward"])
+
+    def run(self, request: dict) -> dict | None:
+        """Run a cell. Returns its error."""
+        error = None
+        try:
+            run_cell(request["run"], f"<{request['cell']}>", self.namespace, self.loop, request["is_unchanged"])
+        except BaseException as caught:  # sys.exit and anything else a learner can think of
+            error = describe_error(caught)
+        # A chapter rebinds the name to the package's function afterwards, which is not the learner's answer.
+        found = {name: self.namespace[name] for name in self.declared if name in self.namespace}
+        self.answers |= {name: value for name, value in found.items() if not is_from_package(value)}
+        return error
+
+    def find(self, name: str) -> dict:
+        """Whether there is an answer: its parameters if it is a function, otherwise the value."""
+        self.restore()
+        if name not in self.answers:
+            return {"missing": True}
+        function = self.answers[name]
+        if not callable(function):
+            return {"value": encode(function)}
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # a builtin without a signature
+            return {"function": None}
+        empty, parameters = inspect.Parameter.empty, []
+        for p in signature.parameters.values():
+            parameters.append([p.name, int(p.kind), [] if p.default is empty else [encode(p.default)]])
+        return {"function": parameters}
+
+    def call(self, declared: Exercise, inputs: dict) -> dict:
+        """Call an answer, and tell what it returned or raised and what its arguments are now if they changed."""
+        function = self.answers[declared.name]
+        arguments, keywords = decode(inputs, trusted=True)
+        bases, reply = tensors_in((arguments, keywords)), {}
+        self.restore()
+        torch.default_generator.manual_seed(0)
+        with refusing(declared.reference) as refused:
+            try:
+                value = function(*arguments, **keywords)
+            except BaseException as error:
+                return {"error": describe_error(error, function), "refused": bool(refused)}
+        reply = {"value": encode(value, bases), "refused": bool(refused)}
+        self.graph = ([x for x in bases if x.requires_grad], [y for y in tensors_in(value) if y.requires_grad])
+        after = encode((arguments, keywords))
+        return reply if after == inputs else reply | {"inputs": after}
+
+    def backward(self, gradients: list) -> dict:
+        inputs, outputs = self.graph
+        try:
+            found = torch.autograd.grad(outputs, inputs, [decode(part) for part in gradients], allow_unused=True)
+        except BaseException as error:
+            return {"error": describe_error(error)}
+        return {"gradients": [encode(gradient) for gradient in found]}
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
 
 
 class Shell:
@@ -101,46 +180,35 @@ class Shell:
 
     def run_cell_magic(self, name: str, line: str, body: str) -> None:
         if name in RUN_BODY:
-            exec(TransformerManager().transform_cell(body), self.namespace)
+            exec(to_python(body), self.namespace)
 
     def __getattr__(self, name: str) -> Callable:
         return lambda *args, **kwargs: None
 
 
-def run_cells(
-    cells: list, names: list[str], failed: dict[str, str], tell: Callable
-) -> tuple[dict[str, object], dict[str, str]]:
-    """Run the learner's cells.
-
-    Returns:
-        What the notebook defines under the names of exercises, and the failed cells, "cell N" → reason.
-    """
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    namespace, failed, answers = vars(module), dict(failed), {}
-    shell = Shell(namespace)
-    namespace |= {"get_ipython": lambda: shell, "display": lambda *args, **kwargs: None}
-    for number, cell in enumerate(cells, start=1):
-        step = f"cell {number}"
-        if step in failed or cell.metadata.get("nbgrader", {}).get("grade"):
-            continue
-        tell(step=step)
-        try:
-            run_cell(cell, f"<{step}>", namespace)
-        except BaseException as error:  # sys.exit and anything else a learner can think of
-            failed[step] = describe_error(error)
-        # A chapter rebinds the name to the package's function afterwards, which is not the learner's answer.
-        found = {name: namespace[name] for name in names if name in namespace}
-        answers |= {name: value for name, value in found.items() if not is_from_package(value)}
-    return answers, failed
-
-
-def run_cell(cell: nbformat.NotebookNode, filename: str, namespace: dict) -> None:
-    source = TransformerManager().transform_cell(cell.source)
-    if cell.get("id", "").startswith(fingerprint(cell.source)):
+def run_cell(
+    source: str, filename: str, namespace: dict, loop: asyncio.AbstractEventLoop, is_unchanged: bool = False
+) -> None:
+    """Run a cell as Jupyter does, where ``await`` works outside functions too."""
+    source = to_python(source)
+    if is_unchanged:
         source = essentials(source)
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for inspect.getsource
-    exec(compile(source, filename, "exec"), namespace)
+    code = compile(source, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    waiting = eval(code, namespace)
+    if code.co_flags & inspect.CO_COROUTINE:
+        loop.run_until_complete(waiting)
+
+
+def to_python(source: str) -> str:
+    """A cell without IPython's own syntax, such as ``%time`` and ``!ls``."""
+    try:
+        ast.parse(source)
+        return source
+    except (SyntaxError, ValueError):
+        from IPython.core.inputtransformer2 import TransformerManager  # most notebooks don't need it
+
+        return TransformerManager().transform_cell(source)
 
 
 def essentials(source: str) -> str:
@@ -160,39 +228,65 @@ def is_constant(node: ast.stmt) -> bool:
     return True
 
 
-def defines(source: str, name: str) -> bool:
-    return re.search(rf"^(?:(?:def|class) {name}\b|{name} *=)", source, re.MULTILINE) is not None
+# --- the learner's functions ----------------------------------------------------------------------------------------
 
 
 def is_from_package(value: object) -> bool:
     return str(getattr(value, "__module__", "")).split(".")[0] == "minivlm"
 
 
-def why_missing(name: str, cells: list, failed: dict[str, str]) -> str:
-    for number, cell in enumerate(cells, start=1):
-        if defines(cell.source, name) and f"cell {number}" in failed:
-            return f"the cell that defines it fails: {failed[f'cell {number}']}"
-    return "the notebook does not define a function with this name."
+class Refused(Exception):
+    """Raised by the package's own function while a learner's version of it runs."""
 
 
-def describe_error(error: BaseException) -> str:
-    return f"{type(error).__name__}: {exercise.first_line(error)}"
+REFUSED: list[bool] = []
 
 
-# --- checking -------------------------------------------------------------------------------------------------------
+def refuse(*args, **kwargs):
+    """What the package's own function does meanwhile."""
+    from minivlm.course.grading import worker  # runs with the globals of the module that it replaces a function of
+
+    worker.REFUSED.append(True)
+    raise worker.Refused("this is the package's own function.")
 
 
-def mark(declared: exercise.Exercise, answer: object, examine: Callable, seed: int) -> tuple[float, str]:
-    """The fraction of the cases that are right, 0 to 1, and the check's message."""
+@contextmanager
+def refusing(reference: Callable) -> Iterator[list]:
+    """Make a function refuse, under whatever name a notebook has it, and every other function with the same code.
+
+    Yields:
+        A list that is empty as long as none was called.
+    """
+    REFUSED.clear()
+    code = inspect.unwrap(reference).__code__
+    functions = [f for f in gc.get_referrers(code) if isinstance(f, types.FunctionType) and f.__code__ is code]
+    for function in functions:
+        function.__code__ = inspect.unwrap(refuse).__code__
     try:
-        result = examine(declared, answer, seed)
-    except BaseException as error:  # a check lets KeyboardInterrupt through
-        return 0.0, f"it raises {describe_error(error)}"
-    return float(result.score), " ".join((result.message, *result.notes))
+        yield REFUSED
+    finally:
+        for function in functions:
+            function.__code__ = code
+
+
+def describe_error(error: BaseException, function: Callable | None = None) -> dict:
+    """An error's class and message, and on which line of the function it was raised."""
+    try:
+        text = str(error)[:1000]
+    except BaseException:  # the learner's own exception class can fail even here
+        text = ""
+    code = getattr(inspect.unwrap(function), "__code__", None) if function else None
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line - code.co_firstlineno + 1 for frame, line in frames if frame.f_code is code] if code else []
+    name = error.name if isinstance(error, NameError) and isinstance(error.name, str) else None
+    return {"kind": type(error).__name__, "text": text, "line": lines[-1] if lines else None, "name": name}
 
 
 def take_snapshot() -> Callable[[], None]:
-    """Return a function that restores the functions of the package, torch and Python as they are now."""
+    """Return a function that restores the functions of the package, torch and Python as they are now.
+
+    A notebook that replaces some and does not put them back only loses what depends on them until its cells have run.
+    """
     owners = [builtins, copy, inspect, json, math, np, torch, torch.nn.functional, minivlm]
     owners += [module for name, module in sys.modules.items() if name.startswith("minivlm.")]
     saved = [(owner, name, value) for owner in owners for name, value in vars(owner).items() if callable(value)]
@@ -203,13 +297,3 @@ def take_snapshot() -> Callable[[], None]:
                 setattr(owner, name, value)
 
     return restore
-
-
-def limit_memory() -> None:
-    """Make allocations beyond the limit fail in this process. macOS and Windows have no such limit."""
-    if sys.platform == "linux":
-        import resource
-
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
