@@ -42,10 +42,15 @@ def save(exercise: Exercise, function: Callable) -> str:
     Returns:
         A sentence that says why it could not be saved, or "".
     """
+    name = getattr(function, "__name__", "")
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
+        source = ""
+    if not name.isidentifier() or not source.startswith(("def ", "@")):
         return "It could not be saved because its source was not found: define it with `def` in its own cell."
+    if name != exercise.name:
+        source += f"\n\n{exercise.name} = {name}\n"
     path = path_of(exercise)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
