@@ -532,9 +532,7 @@ def other_numbers(name: str, x: float) -> Iterator[tuple[str, float]]:
         yield f"`{name}` were replaced by exp(`{name}`)", math.exp(x)
 
 
-def from_other_inputs(
-    reference: Callable, trials: list[tuple[Case, Outcome, Outcome]], rerun: Callable
-) -> str | None:
+def from_other_inputs(reference: Callable, trials: list[tuple[Case, Outcome, Outcome]], rerun: Callable) -> str | None:
     """Names an argument that the answer should depend on, and does not."""
     found = []
     for case, got, want in trials[:3]:

@@ -179,7 +179,7 @@ def examine(exercise: Exercise, function: Any, seed: int) -> Result:
         if isinstance(trial.got.error, OutOfTime):
             score = sum(t.problem is None for t in trials[: number - 1]) / len(trials)
             where = f" {trial.case}" if trial.case.name else ""
-            late = f"it did not finish within {limit:.0f} seconds{where}: is there a loop that never ends?"
+            late = f"it did not finish within {limit:.2g} seconds{where}: is there a loop that never ends?"
             return Result(f"not yet: {late}", exercise, score=score)
         trial.problem = compare_outcomes(trial.got, trial.want, function, exercise.outputs)
     if not any(trial.problem for trial in trials):
@@ -405,14 +405,12 @@ def find_gradient_problem(exercise: Exercise, function: Callable, trial: Trial) 
     if not want or not all(bool(g.isfinite().all()) for g in want.values()):
         return None
     nudged, _ = gradients_of(exercise.reference, exercise, nudge(trial.case))
-    if nudged.keys() != want.keys() or not all(
-        largest(nudged[n] - want[n]) <= 0.01 * largest(want[n]) for n in want
-    ):
+    if nudged.keys() != want.keys() or not all(largest(nudged[n] - want[n]) <= 0.01 * largest(want[n]) for n in want):
         return None
     limit = max(SECONDS, TIMES * trial.want.seconds)
     got, error = gradients_of(function, exercise, trial.case, limit)
     if isinstance(error, OutOfTime):
-        return f"its value is right, but with gradients it did not finish within {limit:.0f} seconds."
+        return f"its value is right, but with gradients it did not finish within {limit:.2g} seconds."
     advice = "do not use .item(), .detach(), torch.no_grad or numpy in it."
     # gradients far below output/input, such as those of a saturated softmax, are little more than rounding
     size = max((largest(y) for y in leaves(trial.want.value).values()), default=0.0)
@@ -452,9 +450,7 @@ def gradients_of(
         outcome = call(function, case, names=exercise.parameters, seconds=seconds, gradients=True)
     if outcome.error is not None:
         return {}, outcome.error
-    inputs = {
-        name: x for name, x in leaves(outcome.inputs).items() if isinstance(x, torch.Tensor) and x.requires_grad
-    }
+    inputs = {name: x for name, x in leaves(outcome.inputs).items() if isinstance(x, torch.Tensor) and x.requires_grad}
     outputs = [y for y in leaves(outcome.value).values() if isinstance(y, torch.Tensor) and y.requires_grad]
     if not outputs:
         return {}, None
