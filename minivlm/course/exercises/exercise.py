@@ -148,6 +148,7 @@ class Trial:
     Attributes:
         problem: A sentence.
         is_gradient: Whether only the gradient is wrong.
+        is_own: Whether the answer is right, but comes from the reference.
     """
 
     case: Case
@@ -155,6 +156,7 @@ class Trial:
     got: Outcome = field(default_factory=Outcome)
     problem: str | None = None
     is_gradient: bool = False
+    is_own: bool = False
 
     @property
     def sentence(self) -> str:
@@ -185,7 +187,7 @@ def examine(exercise: Exercise, function: Any, seed: int) -> Result:
     if not any(trial.problem for trial in trials):
         for trial in trials:
             if trial.got.ran_reference:
-                trial.problem = "it calls the package's own function. Write it yourself."
+                trial.problem, trial.is_own = "it calls the package's own function. Write it yourself.", True
             elif problem := find_gradient_problem(exercise, function, trial):
                 trial.problem, trial.is_gradient = problem, True
     return report(exercise, function, trials)
@@ -204,7 +206,7 @@ def report(exercise: Exercise, function: Callable, trials: list[Trial]) -> Resul
         return Result(f"not yet: it {mistake.name}.", exercise, False, True, score, mistake.name, (mistake.hint, first))
     share = f" ({right} of {len(trials)} random cases are right)" if right else ""
     cause = None
-    if not wrong[0].is_gradient and not wrong[0].got.ran_reference:
+    if not wrong[0].is_gradient and not wrong[0].is_own:
         cause = diagnose(
             exercise.reference,
             *zip(*((trial.case, trial.got, trial.want) for trial in wrong), strict=True),
@@ -328,7 +330,7 @@ def explain_error(error: BaseException, inputs: dict) -> str:
 def find_mistake(exercise: Exercise, trials: list[Trial]) -> Mistake | None:
     """The mistake that explains the learner's answers in all cases, or else in most of those that are wrong."""
     wrong = [trial for trial in trials if trial.problem]
-    if wrong[0].got.ran_reference and all(compare_outcomes(t.got, t.want, exercise.reference) is None for t in trials):
+    if wrong[0].is_own:
         return None
     if wrong[0].is_gradient:
         return find_gradient_mistake(exercise, trials)
