@@ -9,6 +9,8 @@
 Each exercise is declared once, in the module of its chapter (ch00.py …).
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +22,12 @@ from typing import Any
 
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0, saved
-from minivlm.course.exercises.exercise import Exercise, Mistake, Result, describe, examine
+from minivlm.course.exercises.exercise import Case, Exercise, Mistake, Result, describe, examine
 from minivlm.course.exercises.patch import replaced
 
 __all__ = [
     "EXERCISES",
+    "Case",
     "Exercise",
     "Mistake",
     "Result",
@@ -64,6 +67,19 @@ def suggestion(name: str) -> str:
     return f": did you mean {close[0]!r}?" if close else "."
 
 
+def unknown(name: str, is_function: bool) -> str:
+    """A sentence about a name that no exercise has."""
+    close = get_close_matches(str(name), EXERCISES, 1)
+    what = f"there is no exercise {name!r}{suggestion(name)}"
+    if not is_function:
+        return what
+    if not name or name == "<lambda>":
+        what = "this function has no name, so it is not clear which exercise it belongs to."
+    example = close[0] if close else next(iter(EXERCISES))
+    how = f'`exercises.check(f, name="{example}")`'
+    return f"{what} Define it with `def` and the name of the exercise, or say which one it is: {how}."
+
+
 def check(answer: Any, name: str = "", seed: int = 0) -> Result:
     """Check a learner's function on random cases and say what is wrong, or save it if it passes.
 
@@ -72,10 +88,10 @@ def check(answer: Any, name: str = "", seed: int = 0) -> Result:
         seed: Seed of the random cases.
     """
     name = name or getattr(answer, "__name__", "")
-    if not name:
+    if not name and not callable(answer):
         return Result(f"expected a function but got {describe(answer)}.")
     if name not in EXERCISES:
-        return Result(f"there is no exercise {name!r}{suggestion(name)}")
+        return Result(unknown(name, is_function=callable(answer)))
     exercise = EXERCISES[name]
     result = examine(exercise, answer, seed)
     return replace(result, notes=(save(exercise, answer),)) if result.passed else result
@@ -86,7 +102,7 @@ def save(exercise: Exercise, function: Callable) -> str:
     if problem := saved.save(exercise, function):
         return problem
     _, problem = load_own(exercise)
-    use = "Saved: chapter 08 will run PaliGemma with it." if exercise.plugs_in else "Saved with your solutions."
+    use = "Saved: PaliGemma will run with it." if exercise.plugs_in else "Saved with your solutions."
     return problem or use
 
 
@@ -165,10 +181,26 @@ def reset(name: str | None = None) -> None:
 
 
 class Parts(dict):
-    """Name of each function that the model calls → "yours", or why it is the package's."""
+    """Name of each function that the model calls → "yours" and, after the block, how often it ran, or why not.
+
+    Attributes:
+        calls: How often each function of the learner's has run so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def finish(self) -> None:
+        """Say how often each function ran."""
+        for name, whose in self.items():
+            if whose == "yours":
+                count = self.calls[name]
+                ran = f"{count} call{'s' * (count != 1)}" if count else "but this answer did not need it"
+                self[name] = f"yours, {ran}"
 
     def __str__(self) -> str:
-        count = sum(whose == "yours" for whose in self.values())
+        count = sum(whose.startswith("yours") for whose in self.values())
         lines = [f"{count} of {len(self)} functions are yours"]
         return "\n".join(lines + [f"  {EXERCISES[name].key} {name}: {whose}" for name, whose in self.items()])
 
@@ -180,28 +212,45 @@ class Parts(dict):
 
 @contextmanager
 def plugged_in() -> Iterator[Parts]:
-    """Inside the ``with`` block, the package runs with every saved function of the learner's in place of its own."""
-    parts, substitutes = Parts(), {}
+    """Inside the ``with`` block, the package runs with every saved function of the learner's in place of its own.
+
+    They also call each other: the learner's ``prefix_lm_mask`` calls the learner's ``block_mask``.
+    """
+    parts, own = Parts(), {}
     for name, exercise in EXERCISES.items():
         if not exercise.plugs_in:
             continue
         function, problem = load_own(exercise) if saved.is_saved(exercise) else (None, "")
         parts[name] = "yours" if function else "the package's" + (f". {problem}" if problem else "")
         if function:
-            substitutes[exercise.reference] = explain_errors(exercise, function)
-    with replaced(substitutes):
-        yield parts
+            own[name] = function
+    counted = {name: count_calls(EXERCISES[name], function, parts.calls) for name, function in own.items()}
+    for name, function in own.items():
+        others = {other: run for other, run in counted.items() if other != name}
+        getattr(inspect.unwrap(function), "__globals__", {}).update(others)
+    try:
+        with replaced({EXERCISES[name].reference: run for name, run in counted.items()}):
+            yield parts
+    finally:
+        parts.finish()
 
 
-def explain_errors(exercise: Exercise, function: Callable) -> Callable:
-    """Wrap the function so that an error inside the model says which exercise it comes from."""
+class PieceError(RuntimeError):
+    """A function of the learner's failed inside the model."""
+
+
+def count_calls(exercise: Exercise, function: Callable, calls: Counter) -> Callable:
+    """Wrap the function: count its calls, and if it fails inside the model, say which exercise it belongs to."""
 
     @wraps(function)
     def run(*args, **kwargs):
+        calls[exercise.name] += 1
         try:
             return function(*args, **kwargs)
+        except PieceError:  # another function of the learner's, which this one called
+            raise
         except Exception as error:
-            raise RuntimeError(
+            raise PieceError(
                 f"Your {exercise.name} (exercise {exercise.key}) failed inside the model: {type(error).__name__}: "
                 f'{error}. exercises.reset("{exercise.name}") removes it.'
             ) from error

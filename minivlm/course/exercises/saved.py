@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from minivlm import losses
 from minivlm.course.exercises.exercise import Exercise
+from minivlm.hub import write_atomically
 
 
 def folder() -> Path:
@@ -42,17 +43,22 @@ def save(exercise: Exercise, function: Callable) -> str:
     Returns:
         A sentence that says why it could not be saved, or "".
     """
+    name = getattr(function, "__name__", "")
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
+        source = ""
+    if not name.isidentifier() or not source.startswith(("def ", "@")):
         return "It could not be saved because its source was not found: define it with `def` in its own cell."
+    if name != exercise.name:
+        source += f"\n\n{exercise.name} = {name}\n"
     path = path_of(exercise)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(source, encoding="utf-8")
-        os.replace(path.with_suffix(".part"), path)
+        with write_atomically(path) as part:
+            part.write_text(source, encoding="utf-8")
     except OSError as error:
-        return f"It could not be saved in {path.parent} ({error.strerror}): set MINIVLM_HOME to a folder you can write."
+        return f"{error} Set MINIVLM_HOME to a folder that you can write to."
     return ""
 
 
