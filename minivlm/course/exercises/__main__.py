@@ -1,5 +1,7 @@
 """``python -m minivlm.course.exercises`` prints the table of docs/teaching.md."""
 
+import re
+
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import in_chapter
 
@@ -13,6 +15,7 @@ def table() -> str:
         lines += ["|---|---|---|---|---|"]
         for e in in_chapter(number):
             mistakes = "; ".join(mistake.name for mistake in e.mistakes).replace("|", "\\|")
+            mistakes = re.sub(r"(?<!`)<\w+>(?!`)", r"`\g<0>`", mistakes)  # HTML would swallow <bos>
             lines.append(f"| {e.key} `{e.name}` | {e.stars} | {e.minutes} | {e.points} | {mistakes} |")
         lines.append("")
     return "\n".join(lines)
