@@ -642,7 +642,7 @@ def by_index(wrong: np.ndarray) -> Iterator[str]:
                 yield f"everything is right except the {word} {one}"
             if not at[index] and others.all() and length > 2:
                 yield f"only the {word} {one} is right"
-            elif not at[index] and others.any() and axis == 0:
+            if not at[index] and others.any() and axis == 0:
                 yield f"the {word} {one} is right, but not the others"
     if wrong.ndim > 1 and min(wrong.shape[-2:]) > 1:
         rows, columns = (wrong.nonzero()[axis] for axis in (-2, -1))
