@@ -77,8 +77,8 @@ def load(
         raise ValueError(f"{folder} contains a LoRA adapter, not a whole model: {advice}.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: pass the folder of a PaliGemma checkpoint.")
-    values = read_json(folder / "config.json")
-    config = PaliGemmaConfig.from_dict(values)
+    values, generation = read_json(folder / "config.json"), folder / "generation_config.json"
+    config = PaliGemmaConfig.from_dict(values, read_json(generation) if generation.is_file() else {})
     entries = [entry for file in _weight_files(folder) for entry in _read_header(file)]
     names = " ".join(hub_name(entry.name) for entry in entries)
     for part, layers in (("text", "model.layers"), ("vision", "encoder.layers")):  # building a billion takes forever

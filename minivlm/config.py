@@ -8,10 +8,8 @@ Sources: transformers ``models/{paligemma,gemma,gemma2,siglip}/configuration_*.p
 ``models/vit.py`` for So400m/14.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
-from pathlib import Path
 from typing import get_args
 
 LARGEST_SIZE = 2**24  # of every field that is not in this table
@@ -133,8 +131,10 @@ class PaliGemmaConfig:
         return self.text_config.hidden_size
 
     @classmethod
-    def from_dict(cls, values: dict) -> "PaliGemmaConfig":
+    def from_dict(cls, values: dict, generation: dict | None = None) -> "PaliGemmaConfig":
         """Read the content of a hub ``config.json``, sparse or full, written by transformers 4 or 5.
+
+        As in transformers, the ids in ``generation``, the content of ``generation_config.json``, take precedence.
 
         Raises:
             ValueError: If it does not describe a PaliGemma, or describes a variant that this code would run wrongly.
@@ -166,13 +166,7 @@ class PaliGemmaConfig:
         for part, name, supported in [*checks, (vision | values, "projection_dim", config.projection_dim)]:
             if part.get(name, supported) != supported:
                 raise ValueError(f"{name} in config.json must be {supported!r:.90}, not {_show(part[name])}.")
-        return config
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "PaliGemmaConfig":
-        """Read the file ``path``. As in transformers, the ids in a generation_config.json beside it take precedence."""
-        config, generation = cls.from_dict(_read_json(Path(path))), Path(path).with_name("generation_config.json")
-        ids = _read_json(generation) if generation.is_file() else {}
+        ids = _without_nulls(generation or {})
         return replace(config, **{name: ids[name] for name in TOKEN_IDS if name in ids})
 
     def to_dict(self) -> dict:
@@ -196,17 +190,10 @@ class PaliGemmaConfig:
         }
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return _without_nulls(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a valid JSON object ({error}). Download the file again.") from error
-
-
 def _without_nulls(values) -> dict:
     """The entries that a file really sets. Null means "left out", except in the fields where None is a valid value."""
     if not isinstance(values, dict):
-        raise ValueError(f"config.json contains a {type(values).__name__} where an object is expected")
+        raise ValueError(f"config.json contains a {type(values).__name__} where an object is expected.")
     optional = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
     return {name: value for name, value in values.items() if value is not None or name in optional}
 

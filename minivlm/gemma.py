@@ -257,4 +257,5 @@ class GemmaForCausalLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """One logit per vocabulary entry. Gemma 2 caps them."""
-        return soft_cap(F.linear(hidden, self.model.embed_tokens.weight), self.config.final_logit_softcapping)
+        scores, cap = F.linear(hidden, self.model.embed_tokens.weight), self.config.final_logit_softcapping
+        return scores if cap is None else soft_cap(scores, cap) + 0 * scores.detach().mean()  # or a cap hides infinity

@@ -95,7 +95,10 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
-        return self.out_proj(bidirectional_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # torch's CPU attention returns finite values for a row whose scores are all NaN: let NaN and infinity show.
+        broken = 0 * (q.detach().mean() + k.detach().mean())
+        return self.out_proj(bidirectional_attention(q, k, v, self.num_heads) + broken)
 
 
 class LayerNorm(nn.LayerNorm):

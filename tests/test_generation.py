@@ -450,7 +450,7 @@ def test_broken_weights_are_named(name, value, do_sample):
 def test_infinite_logits_are_not_blamed_on_finite_weights():
     model = tiny_model(1)
     model.language_model.logits = lambda hidden: torch.full((len(hidden), 1, 300), math.inf)
-    with pytest.raises(ValueError, match="though the weights are. Load them as torch.float32"):
+    with pytest.raises(ValueError, match="but the weights are. Use torch.float32"):
         generate_ids(model, random_batch(model.config, [5, 2], [0, 0], "left"))
 
 
@@ -492,8 +492,7 @@ def test_mismatched_batches_raise(talker, tiny_processor):
         generate(talker, tiny_processor, IMAGES, PROMPTS[:2])
     with pytest.raises(ValueError, match="prompt"):
         generate(talker, tiny_processor, IMAGES[0], [])
-    with pytest.raises(ValueError, match="prompt"):
-        generate(talker, tiny_processor, IMAGES[0], [PROMPTS[0], " "])
+    assert len(generate(talker, tiny_processor, IMAGES[0], [PROMPTS[0], " ", ""], max_new_tokens=2)) == 3  # all legal
     for image, prompt in ((IMAGES, PROMPTS), (IMAGES[0], PROMPTS), (IMAGES, PROMPTS[0])):
         with pytest.raises(ValueError, match="one answer can be streamed at a time"):
             generate(talker, tiny_processor, image, prompt, stream=print)
