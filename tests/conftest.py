@@ -7,6 +7,7 @@ the package while the tests run.
 """
 
 import copy
+import os
 from dataclasses import dataclass
 
 import hypothesis
@@ -20,6 +21,7 @@ from minivlm.processor import Processor
 from minivlm.training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start, since tests run in parallel
 hypothesis.settings.register_profile("patient", deadline=None)  # test machines can be slow or busy
 hypothesis.settings.load_profile("patient")
 
