@@ -5,8 +5,10 @@ Learners run checks without the shape checker, and so do these tests, except whe
 
 import functools
 import inspect
+import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -635,3 +637,16 @@ def test_function_that_fails_inside_the_model_says_whose_it_is():
     save_source("prefix_lm_mask", SOLUTIONS["prefix_lm_mask"])
     with exercises.plugged_in(), pytest.raises(RuntimeError, match=r"^Your block_mask \(exercise 05.1\).*seven.*reset"):
         masks.prefix_lm_mask(torch.zeros(1, 30, dtype=torch.long))
+
+
+def test_what_a_check_says_can_be_printed_on_any_console():
+    code = """if True:
+        from minivlm.course import exercises
+        print(exercises.check(lambda x: x, name="block_mask"), exercises.progress())
+        with exercises.plugged_in() as parts:
+            print(parts)
+    """
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for arguments in (["-c", code], ["-m", "minivlm.course.exercises"]):
+        ran = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+        assert ran.returncode == 0 and len(ran.stdout) > 500, ran.stderr

@@ -22,7 +22,7 @@ from typing import Any
 
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0, saved
-from minivlm.course.exercises.exercise import Case, Exercise, Mistake, Result, describe, examine
+from minivlm.course.exercises.exercise import Case, Exercise, Mistake, Result, describe, examine, for_console
 from minivlm.course.exercises.patch import replaced
 
 __all__ = [
@@ -150,7 +150,7 @@ class Progress:
         for number, chapter in CHAPTERS.items():
             marks = [f"{'✓' if self.done[e.name] else '·'} {e.name}" for e in in_chapter(number)]
             lines.append(f"{number} {chapter.title}: " + "  ".join(marks))
-        return "\n".join(lines)
+        return for_console("\n".join(lines))
 
     __repr__ = __str__
 
@@ -202,7 +202,7 @@ class Parts(dict):
     def __str__(self) -> str:
         count = sum(whose.startswith("yours") for whose in self.values())
         lines = [f"{count} of {len(self)} functions are yours"]
-        return "\n".join(lines + [f"  {EXERCISES[name].key} {name}: {whose}" for name, whose in self.items()])
+        return for_console("\n".join(lines + [f"  {EXERCISES[n].key} {n}: {whose}" for n, whose in self.items()]))
 
     __repr__ = __str__
 

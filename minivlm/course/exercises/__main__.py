@@ -4,6 +4,7 @@ import re
 
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import in_chapter
+from minivlm.course.exercises.exercise import for_console
 
 
 def table() -> str:
@@ -22,4 +23,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(for_console(table()))

@@ -8,6 +8,7 @@ cause. Whatever the learner's function does, a check answers with a sentence, an
 
 import inspect
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -128,7 +129,7 @@ class Result:
 
     def __str__(self) -> str:
         head = f"{self.mark} {self.exercise.key} {self.exercise.name}: " if self.exercise else f"{self.mark} "
-        return "\n".join((head + self.message, *self.notes))
+        return for_console("\n".join((head + self.message, *self.notes)))
 
     __repr__ = __str__
 
@@ -136,6 +137,12 @@ class Result:
         color = "#009E73" if self.passed else "#D55E00" if self.attempted else "#777777"
         style = f"border-left: 4px solid {color}; padding: 2px 10px; white-space: pre-wrap"
         return {"text/plain": str(self), "text/html": f'<div style="{style}">{escape(str(self))}</div>'}
+
+
+def for_console(text: str) -> str:
+    """The text, with escapes for characters that the console does not have, such as ✓ on an ASCII one."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 # --- checking -------------------------------------------------------------------------------------------------------
