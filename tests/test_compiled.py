@@ -207,7 +207,7 @@ def test_broken_weights_are_named_by_a_compiled_step_too(model, monkeypatch):
     step = compiled.CompiledStep(
         model, StaticCache(model.config.text_config, 1, 20), torch.ones(1, 15, dtype=torch.long)
     )
-    with pytest.raises(ValueError, match="the output is not finite, though the weights are"):
+    with pytest.raises(ValueError, match="the output is not finite, but the weights are"):
         step(torch.tensor([5]))
 
 

@@ -186,7 +186,7 @@ def test_a_wrong_name_raises_an_error_with_similar_names(traced):
 
 def test_errors_of_the_processor_are_raised(talker, tiny_processor):
     with pytest.raises(ValueError, match="prompt"):
-        viz.trace(talker, tiny_processor, IMAGE, "")
+        viz.trace(talker, tiny_processor, IMAGE, "<image> caption en")
 
 
 def test_the_next_tokens_follow_the_prompt(talker, traced, batch, tiny_processor):
