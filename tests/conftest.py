@@ -187,6 +187,13 @@ def talker(request, tiny_processor) -> PaliGemma:
     return model
 
 
+def pytest_collection_modifyitems(items):
+    """Whatever uses the fixture ``browser`` drives Chromium, and is marked so."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+
+
 def pytest_xdist_make_scheduler(config, log):
     """Like ``--dist loadfile``, but every executed notebook can go to the next free worker."""
     from xdist.scheduler import LoadScopeScheduling

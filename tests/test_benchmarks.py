@@ -16,6 +16,8 @@ from benchmarks.measure import Row, Spread
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow
+
 
 def test_contestants_take_turns_and_the_warm_up_is_not_counted():
     order = []

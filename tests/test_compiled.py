@@ -211,6 +211,7 @@ def test_broken_weights_are_named_by_a_compiled_step_too(model, monkeypatch):
         step(torch.tensor([5]))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_answers_equal_those_of_transformers_token_for_token():
     lines = [json.loads(line) for line in run(COMPARE)]
@@ -220,11 +221,13 @@ def test_compiled_answers_equal_those_of_transformers_token_for_token():
         assert variety > 3, "the answers are too uniform to show a difference"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_greedy_parity_holds_with_compile_as_the_default():
     assert " passed" in run(PARITY)[-1]
 
 
+@pytest.mark.slow
 def test_the_error_without_a_compiler_says_what_to_do(tmp_path):
     (message,) = run(COMPLAIN, CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert "Install a C++ compiler, or leave compile out" in message

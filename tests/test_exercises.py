@@ -106,6 +106,7 @@ def test_reference_answers_every_case_the_same_way_twice(exercise, monkeypatch):
             assert compare_outcomes(first, second, exercise.reference) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exercise", "mistake"), MISTAKES, ids=lambda x: getattr(x, "name", ""))
 def test_known_mistake_is_rejected_and_named(exercise, mistake):
     for seed in (0, 1, 2):
@@ -168,7 +169,7 @@ VALUES = st.one_of(
 ERRORS = st.sampled_from([ValueError("no"), KeyError(3), RecursionError(), SystemExit(1), ZeroDivisionError("x\ny")])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(EXERCISES)), VALUES)
 def test_garbage_answers_get_a_sentence(name, value):
     result = examine(EXERCISES[name], lambda *args, **keywords: value, 0)
@@ -176,7 +177,7 @@ def test_garbage_answers_get_a_sentence(name, value):
     assert re.search(r"\w.*[.`?)]$", str(result).strip(), re.DOTALL)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.sampled_from(sorted(EXERCISES)), ERRORS)
 def test_functions_that_raise_get_a_sentence(name, error):
     def broken(*args, **keywords):

@@ -454,8 +454,6 @@ def test_wrong_settings_raise_an_error(how, words):
 
 
 # --- in JupyterLab ------------------------------------------------------------------------------------------------
-
-
 def test_in_jupyterlab_a_saved_figure_becomes_a_widget(browser, tmp_path):
     source = "from minivlm.course.viz import mask_explorer\nmask_explorer()"
     notebook = notebook_with(source, mask_explorer())
