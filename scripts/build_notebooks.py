@@ -388,7 +388,7 @@ def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
         path = course / "source" / source.stem / f"{source.stem}.ipynb"
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
         if old and digest(old) != digests.get(source.stem):
-            print(f"Kept {path}, which you have edited. Delete it to get the chapter anew.")
+            print(f"Kept {path}, which you have edited. Delete it to get the current chapter.")
         else:
             text = to_text(with_seed(read(source), seed if seed is not None else seed_of(old)))
             write(path, text)

@@ -234,7 +234,7 @@ class Run:
                 result = examine(exercise, function, self.seed)
         except UsesPackage as refused:
             return Mark(0.0, str(refused))
-        except Exception as error:  # an answer that nobody thought of
+        except Exception as error:  # an answer that was not foreseen
             return Mark(0.0, f"its answers cannot be compared with the right ones ({one_line(error)}).")
         return Mark(float(result.score), " ".join((result.message, *result.notes))[:MAX_MESSAGE])
 
