@@ -1,13 +1,21 @@
 """Build data/emoji (one sprite sheet per artist, index.json) and data/images (photos, textures, scenes).
 
-    python scripts/make_sprites.py NOTO TWEMOJI FLUENT
+    python scripts/make_sprites.py FOLDER
 
-NOTO, TWEMOJI and FLUENT are the unpacked npm packages `emoji-datasource-google`, `@twemoji/svg` and `fluentui-emoji`.
+FOLDER holds the unpacked npm packages, each under its own name, for example FOLDER/@twemoji/svg. To fill it:
+
+    for p in emoji-datasource-google@16.0.0 fluentui-emoji@1.3.0 openmoji@17.0.0 @twemoji/svg@15.0.0 \\
+        @iconify-json/noto-v1@1.2.5 @iconify-json/fxemoji@1.2.2 @iconify-json/emojione@1.2.3 \\
+        @iconify-json/streamline-emojis@1.2.4; do
+        mkdir -p FOLDER/${p%@*} && tar xzf $(npm pack --silent $p) -C FOLDER/${p%@*} --strip-components=1
+    done
+
 Needs `pip install resvg-py scikit-image` beside the package's own dependencies. The results are in the repository, so
 this is not needed to use minivlm. Origins and licenses: data/README.md.
 """
 
 import argparse
+import functools
 import io
 import json
 from pathlib import Path
@@ -44,7 +52,73 @@ heart 2764-fe0f red-heart|diamond 1f48e gem-stone|bomb 1f4a3 bomb
 """
 IRREGULAR = {"leaf": "leaves", "snowman": "snowmen"}  # `plural` makes the others
 NOT_MIRRORED = {"clock", "telephone"}  # their faces have digits or hands
-ARTISTS = {"noto": "train", "fluent": "train", "twemoji": "unseen"}
+
+# role and npm package of each artist
+ARTISTS = {
+    "noto": ("train", "emoji-datasource-google"),
+    "fluent": ("train", "fluentui-emoji"),
+    "fluent_flat": ("train", "fluentui-emoji"),
+    "noto_blob": ("train", "@iconify-json/noto-v1"),
+    "fxemoji": ("train", "@iconify-json/fxemoji"),
+    "emojione": ("train", "@iconify-json/emojione"),
+    "streamline": ("train", "@iconify-json/streamline-emojis"),
+    "openmoji": ("development", "openmoji"),
+    "twemoji": ("unseen", "@twemoji/svg"),
+}
+# Icon sets go by name. These icons are called neither what Fluent calls them nor what TABLE does.
+ICONS = {
+    "noto_blob": {"target": "direct-hit"},
+    "fxemoji": {
+        "fox": "foxsmiling",
+        "panda": "pandaface",
+        "rabbit": "bunny",
+        "whale": "spurtingwhale",
+        "eggplant": "aubergine",
+        "pepper": "chilipepper",
+        "pizza": "sliceofpizza",
+        "train": "steamlocomotive",
+        "laptop": "oldpersonalcomputer",
+        "telephone": "blacktelephone",
+        "umbrella": "umbrellawithraindrops",  # "umbrella" is a closed one
+        "shoe": "mensrunner",
+        "backpack": "schoolsatchel",
+        "gift": "present",
+        "target": "directhit",
+        "castle": "europeancastle",
+        "house": "housebuilding",
+        "diamond": "gem",
+    },
+    "emojione": {"target": "direct-hit", "robot": "robot-face"},
+    "streamline": {
+        "fox": "fox-face-2",
+        "panda": "panda-face",
+        "lion": "lion-face",
+        "frog": "frog-face",
+        "penguin": "penguin-2",
+        "unicorn": "unicorn-face",
+        "cactus": "cactus-1",
+        "sunflower": "sunflower-1",
+        "strawberry": "strawberry-1",
+        "watermelon": "watermelon-2",
+        "pizza": "pizza-1",
+        "hamburger": "hamburger-2",
+        "donut": "doughnut-1",
+        "book": "green-book",
+        "backpack": "school-backpack",
+        "gift": "wrapped-gift-1",
+        "target": "direct-hit",
+        "robot": "robot-face-1",
+        "heart": "heart-suit",
+    },
+}
+# Drawings that show another thing than their name says, or another object of TABLE too.
+EXCLUDED = {
+    "noto_blob": {"laptop"},  # a desktop computer
+    "streamline": {
+        "leaf",  # a hemp leaf
+        "house",  # stands beside a tree of its own size
+    },
+}
 
 # file name, file in scikit-image's data folder; for textures also the crop (left, top, right, bottom)
 PHOTOS = [
@@ -96,36 +170,96 @@ def objects() -> list[dict]:
     ]
 
 
-def rasterize(path: Path) -> Image.Image:
-    """An SVG file as a CELL × CELL RGBA image."""
+def rasterize(svg: str) -> Image.Image:
+    """An SVG drawing as a CELL × CELL RGBA image."""
     import resvg_py
 
-    data = resvg_py.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=CELL, height=CELL)
+    data = resvg_py.svg_to_bytes(svg_string=svg, width=CELL, height=CELL)
     drawing = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
     cell = Image.new("RGBA", (CELL, CELL))  # a few drawings are a pixel short of square
     cell.paste(drawing, ((CELL - drawing.width) // 2, (CELL - drawing.height) // 2))
     return cell
 
 
-def draw(artist: str, folder: Path, entry: dict) -> Image.Image:
-    """One artist's image of one object, from the artist's npm package."""
+@functools.cache
+def icon_set(path: Path) -> dict:
+    """The content of an icon set's icons.json."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def icon(artist: str, folder: Path, entry: dict) -> str | None:
+    """SVG text of an object from an icon set, None if the set lacks it."""
+    icons = icon_set(folder / "icons.json")
+    names = [entry["fluent"], entry["fluent"].replace("-", ""), entry["name"]]
+    if entry["name"] in ICONS[artist]:
+        names = [ICONS[artist][entry["name"]]]
+    for name in names:
+        name = icons.get("aliases", {}).get(name, {}).get("parent", name)
+        if name in icons["icons"]:
+            drawing = icons["icons"][name]
+            width, height = (drawing.get(side, icons[side]) for side in ("width", "height"))
+            return (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="0 0 {width} {height}">{drawing["body"]}</svg>'
+            )
+    return None
+
+
+def draw(artist: str, folder: Path, entry: dict) -> Image.Image | None:
+    """One artist's image of one object, from the artist's npm package. None if there is none, or none to use."""
+    if entry["name"] in EXCLUDED.get(artist, ()):
+        return None
     code = entry["code_point"]
     if artist == "noto":
         return Image.open(folder / "img" / "google" / str(CELL) / f"{code}.png").convert("RGBA")
-    if artist == "fluent":
-        return rasterize(folder / "icons" / "modern" / f"{entry['fluent']}.svg")
-    return rasterize(folder / f"{code.removesuffix('-fe0f')}.svg")
+    if artist in ICONS:
+        svg = icon(artist, folder, entry)
+        return rasterize(svg) if svg else None
+    code = code.removesuffix("-fe0f")
+    path = {
+        "fluent": folder / "icons" / "modern" / f"{entry['fluent']}.svg",
+        "fluent_flat": folder / "icons" / "flat" / f"{entry['fluent']}.svg",
+        "openmoji": folder / "color" / "svg" / f"{code.upper()}.svg",
+        "twemoji": folder / f"{code}.svg",
+    }[artist]
+    return rasterize(path.read_text(encoding="utf-8"))
 
 
-def sheet(artist: str, folder: Path, entries: list[dict]) -> Image.Image:
-    """All objects of one artist in rows of COLUMNS cells. Fully transparent pixels are zeroed so that they compress."""
+def sheet(artist: str, folder: Path, entries: list[dict]) -> tuple[Image.Image, list[str]]:
+    """All objects of one artist in rows of COLUMNS cells, and the names of those whose cells stay empty.
+
+    Fully transparent pixels are zeroed so that they compress.
+    """
     rows = -(-len(entries) // COLUMNS)
     canvas = np.zeros((rows * CELL, COLUMNS * CELL, 4), np.uint8)
+    missing = []
     for k, entry in enumerate(entries):
+        image = draw(artist, folder, entry)
+        if image is None:
+            missing.append(entry["name"])
+            continue
         y, x = k // COLUMNS * CELL, k % COLUMNS * CELL
-        canvas[y : y + CELL, x : x + CELL] = np.asarray(draw(artist, folder, entry))
+        canvas[y : y + CELL, x : x + CELL] = np.asarray(image)
     canvas[canvas[..., 3] == 0] = 0
-    return Image.fromarray(canvas)
+    return Image.fromarray(canvas), missing
+
+
+def write_sheets(folder: Path) -> None:
+    """The sheets and index.json."""
+    entries, artists = objects(), []
+    (DATA / "emoji").mkdir(parents=True, exist_ok=True)
+    for artist, (role, package) in ARTISTS.items():
+        image, missing = sheet(artist, folder / package, entries)
+        image.save(DATA / "emoji" / f"{artist}.png", optimize=True)
+        artists.append({"name": artist, "role": role, "sheet": f"{artist}.png", "missing": missing})
+    index = {
+        "cell": CELL,
+        "columns": COLUMNS,
+        "artists": artists,
+        "objects": [{k: v for k, v in e.items() if k != "fluent"} for e in entries],
+    }
+    lines = json.dumps(index, indent=1, ensure_ascii=False)
+    (DATA / "emoji" / "index.json").write_text(lines + "\n", encoding="utf-8")
 
 
 def write_photos() -> None:
@@ -145,21 +279,8 @@ def write_photos() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for artist in ("noto", "twemoji", "fluent"):
-        parser.add_argument(artist, type=Path)
-    args = parser.parse_args()
-    entries = objects()
-    (DATA / "emoji").mkdir(parents=True, exist_ok=True)
-    for artist in ARTISTS:
-        sheet(artist, getattr(args, artist), entries).save(DATA / "emoji" / f"{artist}.png", optimize=True)
-    index = {
-        "cell": CELL,
-        "columns": COLUMNS,
-        "artists": [{"name": a, "role": role, "sheet": f"{a}.png"} for a, role in ARTISTS.items()],
-        "objects": [{k: v for k, v in e.items() if k != "fluent"} for e in entries],
-    }
-    lines = json.dumps(index, indent=1, ensure_ascii=False)
-    (DATA / "emoji" / "index.json").write_text(lines + "\n", encoding="utf-8")
+    parser.add_argument("folder", type=Path)
+    write_sheets(parser.parse_args().folder)
     write_photos()
     write_scenes()
 
