@@ -334,24 +334,29 @@ def print_masks(prompt: str, answer: str, size: tuple[int, int], vqvae) -> list[
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="scenes per split; default: 1000")
-    parser.add_argument("--split", nargs="+", metavar="S", help="validation, pairs or artist; default: all")
+    parser.add_argument("--split", nargs="+", metavar="S", help="some of them; default: all")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also save the results to this file")
+    parser.add_argument("--objects", type=int, metavar="N", help="how many different ones occur; default: all 100")
+    parser.add_argument("--most-objects", type=int, metavar="N", help="in one scene; default: 4")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    from minivlm import emoji
     from minivlm.emoji import evaluation
 
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}.")
     for split in args.split or ():
-        if split not in SPLIT_DESCRIPTIONS:
-            raise ValueError(f"There is no split {split!r}, only {', '.join(SPLIT_DESCRIPTIONS)}.")
+        if split not in evaluation.SPLITS:
+            raise ValueError(f"There is no split {split!r}, only {', '.join(evaluation.SPLITS)}.")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"There is no folder {str(args.json.parent)!r} for {args.json.name}: create it first.")
     check_output(args.json)
+    sizes = {"size": args.objects, "most": args.most_objects}
+    world = emoji.World(**{name: value for name, value in sizes.items() if value is not None})
     model, processor, folder = load(args)
-    splits = tuple(args.split or SPLIT_DESCRIPTIONS)
-    evaluation.run(model, processor, args.scenes, splits, args.json, load_vqvae(folder))
+    splits = tuple(args.split or evaluation.SPLITS)
+    evaluation.run(model, processor, args.scenes, splits, args.json, load_vqvae(folder), world)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

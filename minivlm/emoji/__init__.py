@@ -7,6 +7,7 @@
 so they are not imported here.
 """
 
+from minivlm.emoji.augmentation import AUGMENTATIONS
 from minivlm.emoji.language import (
     Example,
     count_caption,
@@ -19,28 +20,37 @@ from minivlm.emoji.language import (
     select_objects,
 )
 from minivlm.emoji.objects import (
+    ARTISTS,
+    DEVELOPMENT_ARTISTS,
     HELD_OUT_PAIRS,
     OBJECTS,
     SPLITS,
     TRAIN_ARTISTS,
     UNSEEN_ARTISTS,
     SceneObject,
+    artists_of,
     draw_sprite,
     plural,
     with_article,
 )
-from minivlm.emoji.scenes import TILT, Scene, make_scene, planned_count
+from minivlm.emoji.scenes import TILT, WORLD, Scene, World, make_scene, planned_count
 
 __all__ = [
+    "ARTISTS",
+    "AUGMENTATIONS",
+    "DEVELOPMENT_ARTISTS",
     "HELD_OUT_PAIRS",
     "OBJECTS",
     "SPLITS",
     "TILT",
     "TRAIN_ARTISTS",
     "UNSEEN_ARTISTS",
+    "WORLD",
     "Example",
     "Scene",
     "SceneObject",
+    "World",
+    "artists_of",
     "count_caption",
     "count_phrase",
     "detect_target",

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from minivlm import emoji, locations
-from minivlm.emoji.evaluation import MAX_ANSWER_TOKENS, match_detections, query_all_objects
-from minivlm.generation import generate
-from minivlm.locations import crop_mask
-from minivlm.paligemma import PaliGemma
+from minivlm.locations import CODES_PER_MASK, crop_mask
 from minivlm.processor import Processor
 from minivlm.vqvae import MaskVQVAE
 
@@ -32,18 +29,12 @@ def patch_coverage(scene: emoji.Scene, patch_size: int) -> Float[np.ndarray, "O 
 
 
 def names_in_patches(scene: emoji.Scene, patch_size: int) -> Bool[np.ndarray, "P M"]:
-    """Which patch shows which of ``emoji.OBJECTS``."""
-    coverage = patch_coverage(scene, patch_size)
-    shows = np.zeros((coverage.shape[1], len(emoji.OBJECTS)), dtype=bool)
+    """Which patch shows which of the names of the scene's world."""
+    coverage, names = patch_coverage(scene, patch_size), scene.world.names
+    shows = np.zeros((coverage.shape[1], len(names)), dtype=bool)
     for o, covered in zip(scene.objects, coverage, strict=True):
-        shows[:, emoji.OBJECTS.index(o.name)] |= covered >= COVERS
+        shows[:, names.index(o.name)] |= covered >= COVERS
     return shows
-
-
-def patch_owners(scene: emoji.Scene, patch_size: int) -> Int[np.ndarray, " P"]:
-    """The index of the object that covers most of each patch, -1 where the patch shows none."""
-    coverage = patch_coverage(scene, patch_size)
-    return np.where(coverage.max(0) >= COVERS, coverage.argmax(0), -1)
 
 
 def sample_examples(
@@ -64,6 +55,8 @@ class SceneBatches(Dataset):
         batch_size: Scenes per step, of all processes together.
         first_seed: Of the scenes of step 0.
         crowded: Use half of the seeds, sampled in proportion to how many objects their scenes show.
+        world: What the scenes can show.
+        augment: How they are changed.
         seed: Of everything sampled here.
         rank: Of this process.
         world_size: How many processes share each step.
@@ -79,6 +72,8 @@ class SceneBatches(Dataset):
         *,
         first_seed: int = 0,
         crowded: bool = False,
+        world: emoji.World = emoji.WORLD,
+        augment: tuple[str, ...] = (),
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -88,7 +83,8 @@ class SceneBatches(Dataset):
                 f"{world_size} processes cannot share {batch_size} scenes per step equally. Change one of the numbers."
             )
         self.processor, self.batch_size, self.first_seed = processor, batch_size, first_seed
-        self.crowded, self.seed, self.rank, self.world_size = crowded, seed, rank, world_size
+        self.crowded, self.world, self.augment = crowded, world, augment
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.patch_size = processor.image_size // math.isqrt(processor.num_image_tokens)
 
     def scene_seeds(self, step: int) -> list[int]:
@@ -98,7 +94,7 @@ class SceneBatches(Dataset):
         offered = range(first, first + count)
         if not self.crowded:
             return list(offered)
-        weights = np.array([emoji.planned_count(seed) for seed in offered])
+        weights = np.array([emoji.planned_count(seed, world=self.world) for seed in offered])
         rng = np.random.default_rng((self.seed, 3, step))
         return rng.choice(offered, self.batch_size, replace=False, p=weights / weights.sum()).tolist()
 
@@ -106,18 +102,30 @@ class SceneBatches(Dataset):
         """This process's share of the scenes of a step."""
         share = self.batch_size // self.world_size
         seeds = self.scene_seeds(step)[self.rank * share : (self.rank + 1) * share]
-        return [emoji.make_scene(seed, "train", self.processor.image_size) for seed in seeds]
+        return [emoji.make_scene(seed, "train", self.processor.image_size, self.world, self.augment) for seed in seeds]
 
     def pixel_values(self, scenes: list[emoji.Scene]) -> Float[Tensor, "I 3 H W"]:
         return self.processor.preprocess_images([scene.image for scene in scenes])
 
 
 class MaskBatches(SceneBatches):
-    """For ``MaskVQVAEObjective``: the masks of all objects, cropped to their boxes."""
+    """For ``MaskVQVAEObjective``: the masks of all objects, cropped to their boxes, and which codes are misread.
+
+    Args:
+        misread: The fraction of the codes.
+    """
+
+    def __init__(self, processor: Processor, batch_size: int, *, misread: float, **options):
+        super().__init__(processor, batch_size, **options)
+        self.misread = misread
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         objects = [o for scene in self.scenes(step) for o in scene.objects]
-        return {"masks": torch.from_numpy(np.stack([crop_mask(o.mask, o.box) for o in objects]))}
+        rng = np.random.default_rng((self.seed, 4, step, self.rank))
+        return {
+            "masks": torch.from_numpy(np.stack([crop_mask(o.mask, o.box) for o in objects])),
+            "misread": torch.from_numpy(rng.random((len(objects), CODES_PER_MASK)) < self.misread),
+        }
 
 
 class AlignmentBatches(SceneBatches):
@@ -133,26 +141,10 @@ class AlignmentBatches(SceneBatches):
         }
 
     def name_ids(self) -> Int[Tensor, "M L"]:
-        names = emoji.OBJECTS
+        names = self.world.names
         forms = [*names, *(f" {n}" for n in names), *(f" {emoji.plural(n)}" for n in names)]
         rows = [torch.tensor(ids) for ids in self.processor.encode(forms)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.processor.pad_token_id)
-
-
-class PoseBatches(SceneBatches):
-    """For ``PoseObjective``: images, which object each patch shows, and the poses of all objects."""
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        scenes, owners, poses = self.scenes(step), [], []
-        for scene in scenes:
-            of_scene = patch_owners(scene, self.patch_size)
-            owners.append(np.where(of_scene >= 0, of_scene + len(poses), -1))
-            poses += [(o.angle / emoji.TILT, float(o.mirrored)) for o in scene.objects]
-        return {
-            "pixel_values": self.pixel_values(scenes),
-            "owners": torch.from_numpy(np.stack(owners)),
-            "poses": torch.tensor(poses),
-        }
 
 
 class SuffixBatches(SceneBatches):
@@ -191,37 +183,3 @@ class SuffixBatches(SceneBatches):
             return example.answers[0]
         classes = example.prompt.removeprefix("segment ").split(locations.SEPARATOR)
         return emoji.segment_target(scene.objects, classes, scene.size, self.vae.codes_from_masks)
-
-
-class MaskDecoderBatches(SceneBatches):
-    """For ``MaskDecoderObjective``: codes, each with the mask that it should decode to.
-
-    The codes that ``model`` writes when it is asked about all objects, with the true mask cropped to the written box,
-    for each object that it finds; and the codes of the true masks in their own boxes, for all objects.
-    """
-
-    def __init__(self, processor: Processor, batch_size: int, *, model: PaliGemma, vae: MaskVQVAE, **options):
-        super().__init__(processor, batch_size, **options)
-        self.model, self.vae = model, vae
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        scenes = self.scenes(step)
-        prompts = [query_all_objects(scene, "segment").prompt for scene in scenes]
-        images = [scene.image for scene in scenes]
-        answers = generate(self.model, self.processor, images, prompts, max_new_tokens=MAX_ANSWER_TOKENS)
-        codes, masks, written = [], [], []
-        for scene, answer in zip(scenes, answers, strict=True):
-            objects = scene.objects
-            detections = locations.parse_detections(answer, scene.size, scene.size).detections
-            matches = [None if j is None else detections[j] for j in match_detections(objects, detections)]
-            pairs = [(o, d) for o, d in zip(objects, matches, strict=True) if d and d.codes]
-            codes += [d.codes for _, d in pairs]
-            codes += self.vae.codes_from_masks([o.mask for o in objects], [o.box for o in objects])
-            masks += [crop_mask(o.mask, d.box) for o, d in pairs]
-            masks += [crop_mask(o.mask, o.box) for o in objects]
-            written += [True] * len(pairs) + [False] * len(objects)
-        return {
-            "codes": torch.tensor(codes),
-            "masks": torch.from_numpy(np.stack(masks)),
-            "written": torch.tensor(written),
-        }

@@ -2,8 +2,8 @@
 
 A model that answers "2" to every question is right sometimes. So the same questions are asked a second time about a
 gray square, which shows what the model guesses from the question alone. Splits as in scenes.py: ``validation`` (new
-scenes), ``pairs`` (objects that never appear together in training), ``artist`` (drawn by an artist that training never
-shows).
+scenes), ``pairs`` (objects that never appear together in training), ``development`` (drawn by an artist that training
+never shows, by which the recipe was chosen), ``artist`` (by another, which no choice was made by).
 
 Average precision is computed by pycocotools (the COCO evaluation, https://cocodataset.org/#detection-eval). The score
 of a box is the mean probability of its four location tokens. Masks are scored where their box is correct, in the image
@@ -36,6 +36,7 @@ GRAY = 128  # of the blank image
 BLOCKS = 20  # of scenes, for the jackknife
 IOU_THRESHOLD = 0.5  # from here on a box is correct
 MAX_ANSWER_TOKENS = 112  # of a correct answer: four objects with masks have 4 · (4 + 16) tokens, and their names
+SPLITS = ("validation", "pairs", "development", "artist")
 QUESTIONS = ("what", "how many", "is there", "where", "relation")
 
 
@@ -283,6 +284,7 @@ def evaluate(
     count: int,
     blank: bool = False,
     vae: MaskVQVAE | None = None,
+    world: emoji.World = emoji.WORLD,
 ) -> dict[str, Metric]:
     """The metrics of a split.
 
@@ -290,13 +292,14 @@ def evaluate(
         count: Of scenes, those of seeds 0, 1, …
         blank: Ask about a gray square instead of each image.
         vae: Decodes the masks; the embedded one if omitted.
+        world: What the scenes can show.
 
     Raises:
         ValueError: If ``count`` is below 1 or ``split`` is not in ``emoji.SPLITS``.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}.")
-    scenes = [emoji.make_scene(seed, split, processor.image_size) for seed in range(count)]
+    scenes = [emoji.make_scene(seed, split, processor.image_size, world) for seed in range(count)]
     queries = [(scene, example) for scene in scenes for example in evaluation_prompts(scene)]
     shown = queries
     if blank:
@@ -320,9 +323,10 @@ def run(
     model: PaliGemma,
     processor: Processor,
     count: int = 1000,
-    splits: tuple[str, ...] = ("validation", "pairs", "artist"),
+    splits: tuple[str, ...] = SPLITS,
     json_path: Path | None = None,
     vae: MaskVQVAE | None = None,
+    world: emoji.World = emoji.WORLD,
 ) -> dict[str, dict[str, Metric]]:
     """``python -m minivlm evaluate``: print the table, with a last column for the blank image, and write it as JSON.
 
@@ -330,8 +334,9 @@ def run(
         count: Of scenes per split.
         vae: The one whose codes the model writes; the embedded one if omitted.
     """
-    columns = {split: evaluate(model, processor, split, count, vae=vae) for split in splits}
-    columns[f"{splits[0]}, blank image"] = evaluate(model, processor, splits[0], count, blank=True, vae=vae)
+    options = {"vae": vae, "world": world}
+    columns = {split: evaluate(model, processor, split, count, **options) for split in splits}
+    columns[f"{splits[0]}, blank image"] = evaluate(model, processor, splits[0], count, blank=True, **options)
     if json_path is not None:  # before printing, which can fail
         content = {name: {row: vars(metric) for row, metric in column.items()} for name, column in columns.items()}
         with write_atomically(json_path) as part:

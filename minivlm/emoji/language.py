@@ -6,7 +6,7 @@ have PaliGemma's task prefixes.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -176,10 +176,10 @@ def _captions(objects: tuple[SceneObject, ...], size: int) -> Iterator[Example]:
         yield Example("describe", "describe en", described)
 
 
-def _absent(rng: np.random.Generator, present: Iterable[str]) -> str:
-    """A name that is not in the scene and forms no held-out pair with its objects."""
+def _absent(rng: np.random.Generator, names: Sequence[str], present: Iterable[str]) -> str:
+    """One of the names that is not in the scene and forms no held-out pair with its objects."""
     while True:
-        name = OBJECTS[rng.integers(len(OBJECTS))]
+        name = names[rng.integers(len(names))]
         if name not in present and PARTNERS[name].isdisjoint(present):
             return name
 
@@ -220,13 +220,15 @@ def _where_and_what(
     return chosen + _sample(rng, where, 2)
 
 
-def _counting(objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator) -> list[Example]:
-    asked = _absent(rng, counts) if rng.random() < 0.2 else objects[rng.integers(len(objects))].name
+def _counting(
+    objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator, known: Sequence[str]
+) -> list[Example]:
+    asked = _absent(rng, known, counts) if rng.random() < 0.2 else objects[rng.integers(len(objects))].name
     examples = [Example("how many", f"answer en how many {plural(asked)} are there?", (str(counts[asked]),))]
     if rng.random() < 0.5:
         examples.append(Example("how many", "answer en how many objects are there?", (str(len(objects)),)))
     names = list(counts)
-    present, absent = names[rng.integers(len(names))], _absent(rng, counts)
+    present, absent = names[rng.integers(len(names))], _absent(rng, known, counts)
     for name, answer in ((present, "yes"), (absent, "no")):
         examples.append(Example("is there", f"answer en is there {with_article(name)}?", (answer,)))
     return examples
@@ -242,29 +244,40 @@ def _relations(objects: tuple[SceneObject, ...], counts: Counter, rng: np.random
 
 
 def _detections(
-    task: str, objects: tuple[SceneObject, ...], counts: Counter, rng: np.random.Generator, size: int
+    task: str,
+    objects: tuple[SceneObject, ...],
+    counts: Counter,
+    rng: np.random.Generator,
+    size: int,
+    known: Sequence[str],
 ) -> Iterator[Example]:
     """One class, then two or more if the scene has them. 8% of the queries name a class that is not there."""
     names = list(counts)
-    single = _absent(rng, counts) if rng.random() < 0.08 else names[rng.integers(len(names))]
+    single = _absent(rng, known, counts) if rng.random() < 0.08 else names[rng.integers(len(names))]
     queries = [[single]]
     if len(names) > 1:
         several = [names[i] for i in rng.permutation(len(names))[: rng.integers(2, len(names) + 1)]]
         if rng.random() < 0.08:
-            several[rng.integers(len(several))] = _absent(rng, counts)
+            several[rng.integers(len(several))] = _absent(rng, known, counts)
         queries.append(several)
     for classes in queries:
         yield Example(task, f"{task} {' ; '.join(classes)}", (detect_target(objects, classes, size),))
 
 
-def examples(objects: tuple[SceneObject, ...], size: int, rng: np.random.Generator) -> tuple[Example, ...]:
-    """All prompts about a scene of these objects: captions, then questions, then boxes, then masks."""
+def examples(
+    objects: tuple[SceneObject, ...], size: int, rng: np.random.Generator, known: Sequence[str] = OBJECTS
+) -> tuple[Example, ...]:
+    """All prompts about a scene of these objects: captions, then questions, then boxes, then masks.
+
+    Args:
+        known: The names to ask about when the answer is that there are none.
+    """
     counts = Counter(o.name for o in objects)
     return (
         *_captions(objects, size),
         *_where_and_what(objects, counts, rng, size),
-        *_counting(objects, counts, rng),
+        *_counting(objects, counts, rng, known),
         *_relations(objects, counts, rng, size),
-        *_detections("detect", objects, counts, rng, size),
-        *_detections("segment", objects, counts, rng, size),
+        *_detections("detect", objects, counts, rng, size, known),
+        *_detections("segment", objects, counts, rng, size, known),
     )

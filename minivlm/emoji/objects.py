@@ -27,10 +27,13 @@ def _read_index() -> dict:
 
 _INDEX = _read_index()
 _ENTRY = {entry["name"]: entry for entry in _INDEX["objects"]}
-SPLITS = ("train", "validation", "pairs", "artist")
+SPLITS = ("train", "validation", "pairs", "artist", "development")
 OBJECTS: tuple[str, ...] = tuple(_ENTRY)
 TRAIN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "train")
+DEVELOPMENT_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "development")
 UNSEEN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "unseen")
+ARTISTS = TRAIN_ARTISTS + DEVELOPMENT_ARTISTS + UNSEEN_ARTISTS
+_MISSING = {a["name"]: frozenset(a["missing"]) for a in _INDEX["artists"]}
 
 
 def plural(name: str) -> str:
@@ -54,6 +57,13 @@ def with_article(name: str) -> str:
 def can_be_mirrored(name: str) -> bool:
     """Whether a mirrored image of the object is still right: not so for digits and clock hands."""
     return _entry(name)["mirror"]
+
+
+@cache
+def artists_of(name: str, split: str) -> tuple[str, ...]:
+    """The artists of a split who drew an object. Some sets of emoji are older than some objects."""
+    artists = {"artist": UNSEEN_ARTISTS, "development": DEVELOPMENT_ARTISTS}.get(split, TRAIN_ARTISTS)
+    return tuple(artist for artist in artists if name not in _MISSING[artist])
 
 
 def _entry(name: str) -> dict:
@@ -108,19 +118,24 @@ def _sprites(artist: str) -> dict[str, Image.Image]:
     return {n: sheet.crop((x, y, x + cell, y + cell)) for n, (x, y) in zip(OBJECTS, corners, strict=True)}
 
 
-def draw_sprite(name: str, artist: str, side: int, angle: int = 0, mirror: bool = False) -> UInt8[np.ndarray, "h w 4"]:
+def draw_sprite(
+    name: str, artist: str, side: int, angle: int = 0, mirror: bool = False, stretch: float = 1.0
+) -> UInt8[np.ndarray, "h w 4"]:
     """One object, cropped to its outline, with premultiplied alpha.
 
     Args:
         side: The longer of h and w, in pixels.
         angle: In degrees, counterclockwise.
+        stretch: Factor of the width against the height.
 
     Raises:
-        ValueError: If the name or the artist is unknown, or ``side`` is below 1.
+        ValueError: If the name or the artist is unknown, the artist has not drawn it, or ``side`` is below 1.
     """
     _entry(name)
-    if artist not in TRAIN_ARTISTS + UNSEEN_ARTISTS:
-        raise ValueError(f"artist must be one of {', '.join(TRAIN_ARTISTS + UNSEEN_ARTISTS)}, not {artist!r}.")
+    if artist not in ARTISTS:
+        raise ValueError(f"artist must be one of {', '.join(ARTISTS)}, not {artist!r}.")
+    if name in _MISSING[artist]:
+        raise ValueError(f"The artist {artist!r} has not drawn {with_article(name)}. Choose another artist.")
     if side < 1:
         raise ValueError(f"side must be at least 1 pixel, not {side}.")
     sprite = _sprites(artist)[name]
@@ -129,7 +144,7 @@ def draw_sprite(name: str, artist: str, side: int, angle: int = 0, mirror: bool 
     if angle:
         sprite = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
     outline = sprite.getchannel("a").getbbox()
-    width, height = outline[2] - outline[0], outline[3] - outline[1]
+    width, height = (outline[2] - outline[0]) * stretch, outline[3] - outline[1]
     scale = side / max(width, height)
     target = (max(1, round(width * scale)), max(1, round(height * scale)))
     # HAMMING has no negative weights, so color stays below alpha and the paste below cannot overflow.

@@ -1,37 +1,28 @@
-"""The recipe of the embedded checkpoint: its numbers and its stages, in order.
+"""The recipe of the embedded checkpoint: its numbers and its four stages.
 
 ``masks`` trains the mask VQ-VAE, apart from the model, so that there are codes to write when `segment` is asked for.
 
 ``align`` trains the vision tower, the projector and the decoder's token embeddings with the sigmoid loss. Each pair of
 that loss is scored on its own, so a pair can be one *patch* and one name: true if the patch shows the object.
 
-``answer`` trains everything on captions, questions and detections. The tower learns slowly: a long linear warm-up to a
-fraction of the learning rate, or what ``align`` taught it is lost.
+``answer`` trains everything on captions, questions, boxes and masks. All that is asked about an image is packed into
+one row, behind one copy of the image tokens. The tower learns slowly at first (a long linear warm-up), or what
+``align`` taught it is lost.
 
-``polish`` continues on new scenes, with more of what is still hard, while the learning rate falls to zero.
+``finish`` trains everything on the same tasks as PaliGemma runs: one prompt per row, to which the image tokens attend.
 
-``finish`` raises the learning rate once more (a warm restart, arXiv:1608.03983), on scenes with many objects and on the
-two tasks that must name them all, captions and detections.
-
-``pose`` trains the tower and the projector. An object's name does not depend on whether it is mirrored or tilted, but
-its mask does, so each patch learns to tell the pose of the object that it shows.
-
-``segment`` trains everything again, with masks.
-
-``redraw`` trains the decoder of the VQ-VAE again. Many of the codes that the model writes are not those of the true
-mask. From them, right or wrong, the decoder learns to draw the mask that was most likely meant.
-
-Each stage has a folder of its own in the run's (training/files.py). Stages and the slow tower follow arXiv:2407.07726,
-section 3.2.
+Each stage has one objective (training/objectives.py), and a folder of its own in the run's (training/files.py).
+Everything is trained by Muon and AdamW with the same schedule: a short linear warm-up, then half a cosine to zero.
+Scenes are augmented, so that the model knows the objects of artists it never saw. Stages and the slow tower follow
+arXiv:2407.07726, section 3.2.
 """
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +30,8 @@ import torch
 from minivlm import hub, training
 from minivlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from minivlm.emoji import batches as data
-from minivlm.emoji.scenes import MAX_SIZE, MIN_SIZE, texts
+from minivlm.emoji.augmentation import AUGMENTATIONS
+from minivlm.emoji.scenes import MAX_SIZE, MIN_SIZE, World, texts
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
 from minivlm.training import DistributedContext, FitConfig, ParameterGroup, objectives
@@ -53,10 +45,13 @@ SAVE_EVERY = 180.0  # seconds
 class TrainConfig:
     """Every number of a run. The defaults are those of the embedded checkpoint.
 
-    ``…_batch`` is in scenes per step, ``…_tower_lr`` a fraction of the stage's learning rate.
+    ``…_batch`` is in scenes per step, ``tower_lr`` a fraction of the learning rate.
     """
 
     seed: int = 0
+    objects: int = 100  # of the data set, that occur
+    most_objects: int = 4  # in one scene
+    augment: str = "all"  # or "none", or some of augmentation.AUGMENTATIONS with commas between them
     image_size: int = 112  # pixels
     patch_size: int = 16  # pixels
     width: int = 192  # hidden size of tower and decoder
@@ -64,37 +59,26 @@ class TrainConfig:
     tower_layers: int = 4
     decoder_layers: int = 4
     heads: int = 4
-    masks_scenes: int = 96_000
+    masks_scenes: int = 57_600
     masks_batch: int = 64
     masks_lr: float = 1e-3
-    align_scenes: int = 120_000
+    misread: float = 0.15  # of the codes, in training the VQ-VAE
+    align_scenes: int = 256_000
     align_batch: int = 64
-    align_lr: float = 1.5e-3
-    answer_scenes: int = 184_000
-    answer_horizon: int = 280_000  # scenes until the learning rate would reach zero: the next stage starts before that
-    answer_batch: int = 16  # of all stages that train the whole model
-    examples: int = 4  # of each scene, in those stages
-    answer_lr: float = 1e-3
-    tower_lr: float = 0.2
-    tower_warmup: float = 0.2  # of the horizon
-    polish_scenes: int = 144_000
-    polish_lr: float = 6e-4
-    polish_tower_lr: float = 0.3
-    finish_scenes: int = 384_000
+    align_lr: float = 4e-3
+    answer_scenes: int = 96_000
+    answer_batch: int = 16
+    answer_examples: int = 6  # of each scene
+    answer_lr: float = 2.5e-3
+    finish_scenes: int = 32_000
+    finish_batch: int = 16
+    finish_examples: int = 4
     finish_lr: float = 1e-3
-    finish_tower_lr: float = 0.4
-    pose_scenes: int = 384_000
-    pose_batch: int = 64
-    pose_lr: float = 2e-3
-    pose_tower_lr: float = 0.5
-    segment_scenes: int = 400_000
-    segment_lr: float = 8e-4
-    segment_tower_lr: float = 0.4
-    redraw_scenes: int = 48_000
-    redraw_batch: int = 32
-    redraw_lr: float = 4e-4
+    tower_lr: float = 0.5  # in both
+    tower_warmup: float = 0.2  # of `answer`
     warmup: float = 0.01  # of each stage
     weight_decay: float = 0.02
+    optimizer: str = "muon"
     precision: str = "bfloat16"  # of the arithmetic, by autocast; weights are float32
 
     def __post_init__(self):
@@ -102,52 +86,61 @@ class TrainConfig:
         training.check_range(self, "image_size", MIN_SIZE, MAX_SIZE)
         training.check_range(self, " ".join(f.name for f in fields(self) if f.type is int and f.name != "seed"), 1)
         training.check_range(self, " ".join(f.name for f in fields(self) if f.type is float), 0)
-        FitConfig(1, 0.0, warmup=self.warmup, weight_decay=self.weight_decay, precision=self.precision)  # checks them
+        training.check_range(self, "misread", 0, 1)
+        World(self.objects, self.most_objects)  # checks them
+        numbers = {"weight_decay": self.weight_decay, "optimizer": self.optimizer, "precision": self.precision}
+        FitConfig(1, 0.0, warmup=self.warmup, **numbers)
+        if unknown := [name for name in self.augmentations if name not in AUGMENTATIONS]:
+            raise ValueError(f'augment must be "all", "none" or some of {",".join(AUGMENTATIONS)}, not {unknown[0]!r}.')
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, not {self.image_size}.")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of the number of heads, {self.heads}, not {self.width}.")
-        for name in (f.name for f in fields(self) if f.name.endswith(("_scenes", "_horizon"))):
-            stage = name.split("_")[0]
-            batch = f"{stage}_batch" if hasattr(self, f"{stage}_batch") else "answer_batch"
+        for name in (f.name for f in fields(self) if f.name.endswith("_scenes")):
+            batch = name.replace("_scenes", "_batch")
             if getattr(self, name) < getattr(self, batch):
                 raise ValueError(
                     f"{name} must be at least {batch}, {getattr(self, batch)}, for one step, not {getattr(self, name)}."
                 )
 
+    @property
+    def world(self) -> World:
+        return World(self.objects, self.most_objects)
 
-# How often each kind of example is sampled, relative to the others.
-ANSWER_MIXTURE = {
-    "caption": 4.0,
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        return {"all": AUGMENTATIONS, "none": ()}.get(self.augment) or tuple(filter(None, self.augment.split(",")))
+
+
+# Ten minutes on two cores: a fifth of the objects, one or two in a scene.
+SMALL = TrainConfig(
+    objects=20,
+    most_objects=2,
+    masks_scenes=6_400,
+    align_scenes=64_000,
+    answer_scenes=24_000,
+    finish_scenes=8_000,
+)
+RECIPES = {"full": TrainConfig(), "small": SMALL}
+
+# How often each kind of example is sampled, relative to the others. What must name all objects is hardest.
+MIXTURE = {
+    "caption": 5.0,
     "cap": 1.0,
     "describe": 1.0,
     "what": 0.75,
-    "how many": 1.0,
+    "how many": 1.5,
     "is there": 0.5,
     "where": 0.75,
-    "relation": 3.0,
-    "detect": 1.5,
+    "relation": 1.5,
+    "detect": 3.0,
+    "segment": 3.0,
 }
-# Most questions are easy by then; several objects at once are still hard.
-POLISH_MIXTURE = ANSWER_MIXTURE | {"how many": 1.5, "relation": 1.5, "detect": 3.0}
-# A little of everything, so that nothing is forgotten.
-FINISH_MIXTURE = {
-    "caption": 5.0,
-    "cap": 0.5,
-    "describe": 0.5,
-    "what": 0.5,
-    "how many": 1.5,
-    "is there": 0.25,
-    "where": 0.5,
-    "relation": 1.0,
-    "detect": 5.0,
-}
-SEGMENT_MIXTURE = FINISH_MIXTURE | {"caption": 10.0, "detect": 2.5, "segment": 6.0}
 
 
 def make_processor(config: TrainConfig) -> Processor:
     """A processor with a tokenizer trained on the texts of the scenes."""
-    tokenizer = train_tokenizer(texts(range(2000)), vocab_size=2560)
+    tokenizer = train_tokenizer(texts(range(2000), world=config.world), vocab_size=2560)
     return Processor(tokenizer, config.image_size, (config.image_size // config.patch_size) ** 2)
 
 
@@ -180,7 +173,6 @@ class Stage:
     """One training run of the recipe.
 
     Attributes:
-        prepare: Called before training.
         finish: Called after it, also when a finished stage was only loaded.
     """
 
@@ -189,12 +181,10 @@ class Stage:
     batches: data.SceneBatches
     config: FitConfig
     loss_unit: str = "nats"
-    prepare: Callable[[], None] = lambda: None
     finish: Callable[[], None] = lambda: None
 
     def run(self, out: Path, context: DistributedContext) -> None:
         """Train the stage in its folder, from wherever its state is."""
-        self.prepare()
         self.objective.prepare()
         options = {"context": context, "name": self.name, "loss_unit": self.loss_unit}
         training.fit(self.objective, self.batches, out=out / self.name, **options, **vars(self.config))
@@ -210,70 +200,39 @@ def stages(
     context: DistributedContext,
     save_every: float = SAVE_EVERY,
 ) -> list[Stage]:
-    """The stages in order. The first and the last train a VQ-VAE, all others the same model."""
+    """The stages in order. The first trains a VQ-VAE, all others the same model."""
     c, p = config, processor
-    # Created in this order, or the same seed gives other weights.
-    masks, alignment = objectives.MaskVQVAEObjective(), objectives.AlignmentObjective(model)
-    pose, suffix = objectives.PoseObjective(model), objectives.SuffixObjective(model)
-    mask_decoder, vae, writer = objectives.MaskDecoderObjective(), MaskVQVAE(), copy.deepcopy(model).eval()
-    shared = {"seed": c.seed, "rank": context.rank, "world_size": context.world_size}
-    polish_seed = c.answer_scenes
-    finish_seed = polish_seed + c.polish_scenes
-    segment_seed = finish_seed + 2 * c.finish_scenes  # crowded stages use half of the seeds
-    redraw_seed = segment_seed + 2 * c.segment_scenes
+    masks, vae = objectives.MaskVQVAEObjective(), MaskVQVAE()
+    shared = {"world": c.world, "augment": c.augmentations, "seed": c.seed}
+    shared |= {"rank": context.rank, "world_size": context.world_size}
 
-    def suffixes(mixture: dict[str, float], **options) -> data.SuffixBatches:
-        return data.SuffixBatches(p, c.answer_batch, mixture=mixture, examples=c.examples, **options, **shared)
-
-    def stage(name, objective, batches, scenes, lr, tower=None, horizon=None, **options) -> Stage:
-        steps, horizon = (count // batches.batch_size for count in (scenes, horizon or scenes))
-        numbers = {"warmup": c.warmup, "weight_decay": c.weight_decay, "precision": c.precision}
-        groups = (tower,) if tower else ()
-        fit_config = FitConfig(steps, lr, horizon, groups=groups, save_every=save_every, **numbers)
+    def stage(name: str, objective, batches: data.SceneBatches, groups: tuple = (), **options) -> Stage:
+        numbers = {name: getattr(c, name) for name in ("warmup", "weight_decay", "optimizer", "precision")}
+        steps, lr = getattr(c, f"{name}_scenes") // batches.batch_size, getattr(c, f"{name}_lr")
+        fit_config = FitConfig(steps, lr, groups=groups, save_every=save_every, **numbers)
         return Stage(name, objective, batches, fit_config, **options)
-
-    def tower(lr_scale: float, warmup: float = 0.0) -> ParameterGroup:
-        return ParameterGroup("vision_tower", lr_scale, warmup)
 
     def save_masks() -> None:
         """Save the VQ-VAE, in float16. From here on it is used as it was saved."""
         if context.is_main:
-            masks.vae.save_pretrained(out)
-        context.barrier()
-        for other in (vae, mask_decoder.vae):
-            other.load_state_dict(MaskVQVAE.from_pretrained(out).state_dict())
-
-    def save_mask_decoder() -> None:
-        if context.is_main:
             (out / "checkpoint").mkdir(exist_ok=True)
-            mask_decoder.vae.save_pretrained(out / "checkpoint")
+            masks.vae.save_pretrained(out / "checkpoint")
+        context.barrier()
+        vae.load_state_dict(MaskVQVAE.from_pretrained(out / "checkpoint").state_dict())
 
-    mask_batches = data.MaskBatches(p, c.masks_batch, **shared)
-    alignment_batches = data.AlignmentBatches(p, c.align_batch, **shared)
-    answers = suffixes(ANSWER_MIXTURE)
-    polish = suffixes(POLISH_MIXTURE, first_seed=polish_seed)
-    finish = suffixes(FINISH_MIXTURE, first_seed=finish_seed, crowded=True)
-    poses = data.PoseBatches(p, c.pose_batch, first_seed=finish_seed, crowded=True, **shared)
-    segment = suffixes(SEGMENT_MIXTURE, first_seed=segment_seed, crowded=True, vae=vae)
-    redraw = data.MaskDecoderBatches(
-        p, c.redraw_batch, model=writer, vae=vae, first_seed=redraw_seed, crowded=True, **shared
-    )
-    of_masks = {"loss_unit": "squared error", "finish": save_masks}
-    of_redraw = {
-        "loss_unit": "1 − soft IoU",
-        "prepare": lambda: writer.load_state_dict(model.state_dict()),
-        "finish": save_mask_decoder,
-    }
-    slow_tower = tower(c.tower_lr, c.tower_warmup)
+    suffixes = {"mixture": MIXTURE, "vae": vae, "crowded": True} | shared
+    mask_batches = data.MaskBatches(p, c.masks_batch, misread=c.misread, **shared)
+    align_batches = data.AlignmentBatches(p, c.align_batch, crowded=True, **shared)
+    answer_batches = data.SuffixBatches(p, c.answer_batch, examples=c.answer_examples, **suffixes)
+    new = 2 * c.answer_scenes  # crowded batches use half of the seeds
+    finish_batches = data.SuffixBatches(p, c.finish_batch, examples=c.finish_examples, first_seed=new, **suffixes)
+    tower = ParameterGroup("vision_tower", c.tower_lr)
+    slow_tower = replace(tower, warmup=c.tower_warmup)
     return [
-        stage("masks", masks, mask_batches, c.masks_scenes, c.masks_lr, **of_masks),
-        stage("align", alignment, alignment_batches, c.align_scenes, c.align_lr),
-        stage("answer", suffix, answers, c.answer_scenes, c.answer_lr, slow_tower, c.answer_horizon),
-        stage("polish", suffix, polish, c.polish_scenes, c.polish_lr, tower(c.polish_tower_lr)),
-        stage("finish", suffix, finish, c.finish_scenes, c.finish_lr, tower(c.finish_tower_lr)),
-        stage("pose", pose, poses, c.pose_scenes, c.pose_lr, tower(c.pose_tower_lr)),
-        stage("segment", suffix, segment, c.segment_scenes, c.segment_lr, tower(c.segment_tower_lr)),
-        stage("redraw", mask_decoder, redraw, c.redraw_scenes, c.redraw_lr, **of_redraw),
+        stage("masks", masks, mask_batches, loss_unit="squared error", finish=save_masks),
+        stage("align", objectives.AlignmentObjective(model), align_batches),
+        stage("answer", objectives.PackedSuffixObjective(model), answer_batches, (slow_tower,)),
+        stage("finish", objectives.SuffixObjective(model), finish_batches, (tower,)),
     ]
 
 
@@ -322,6 +281,9 @@ def train(config: TrainConfig, out: Path, context: DistributedContext, save_ever
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m minivlm train``."""
     parser.add_argument(
+        "--recipe", choices=RECIPES, default="full", help="small: 20 objects, two per scene, in ten minutes"
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/emoji"), help="folder; an unfinished run there is resumed"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one")
@@ -329,12 +291,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=float, default=SAVE_EVERY, help="seconds between saved states")
     for entry in fields(TrainConfig):
         name = "--" + entry.name.replace("_", "-")
-        parser.add_argument(name, type=type(entry.default), default=entry.default, help=f"default {entry.default}")
+        parser.add_argument(name, type=type(entry.default), help=f"default {entry.default}, or the recipe's")
 
 
 def run(args: argparse.Namespace) -> None:
     """``python -m minivlm train``."""
-    config = TrainConfig(**{entry.name: getattr(args, entry.name) for entry in fields(TrainConfig)})
+    given = {entry.name: getattr(args, entry.name) for entry in fields(TrainConfig)}
+    config = replace(RECIPES[args.recipe], **{name: value for name, value in given.items() if value is not None})
     context = training.find_distributed_context(args.device, args.workers)
     train(config, args.out, context, args.save_every)
     if context.is_main:

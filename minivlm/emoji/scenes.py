@@ -4,11 +4,12 @@
 
 ``make_scene(seed)`` pastes one to four emoji on a plain, shaded or photographic background and records what it did, so
 every caption, answer and box is exact. The same seed gives the same scene everywhere (the same bytes with the same
-versions of numpy and Pillow). There are four splits:
+versions of numpy and Pillow). There are five splits:
 
-- ``train``, ``validation``: two training artists, disjoint streams. Some pairs of objects (about 5%) are held out.
+- ``train``, ``validation``: the training artists, disjoint streams. Some pairs of objects (about 5%) are held out.
 - ``pairs``: every image has at least one of the held-out pairs.
-- ``artist``: every object is drawn by an artist that training never shows.
+- ``artist``: every object is drawn by an artist that training never shows, and that no choice was made by.
+- ``development``: another such artist, by which the recipe was chosen.
 
 Boxes are (x0, y0, x1, y1) in pixels, half open, origin at the top left. Prompts have PaliGemma's task prefixes.
 """
@@ -21,15 +22,14 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from minivlm.emoji import language
+from minivlm.emoji import augmentation, language
 from minivlm.emoji.objects import (
     HELD_OUT_PAIRS,
     OBJECTS,
     PARTNERS,
     SPLITS,
-    TRAIN_ARTISTS,
-    UNSEEN_ARTISTS,
     SceneObject,
+    artists_of,
     can_be_mirrored,
     draw_sprite,
 )
@@ -45,7 +45,37 @@ OBJECT_COUNTS = np.cumsum([0.20, 0.30, 0.25, 0.25])  # of 1, 2, 3, 4 objects
 REPEAT = 0.45  # fraction of the scenes with two or more objects that repeat a name
 TILT = 15  # largest angle of an object, in degrees
 
-_HELD_OUT_LIST = sorted(HELD_OUT_PAIRS)
+
+@dataclass(frozen=True)
+class World:
+    """What scenes can show. The default is the data set; a smaller world can be learned in minutes.
+
+    Attributes:
+        size: How many of ``OBJECTS`` occur, evenly spaced in their list.
+        most: Objects in one scene.
+    """
+
+    size: int = len(OBJECTS)
+    most: int = language.MAX_OBJECTS
+
+    def __post_init__(self):
+        if not 10 <= self.size <= len(OBJECTS) or not 1 <= self.most <= language.MAX_OBJECTS:
+            raise ValueError(
+                f"A world has 10 to {len(OBJECTS)} objects, of which a scene shows 1 to {language.MAX_OBJECTS}, not "
+                f"{self.size} and {self.most}."
+            )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return OBJECTS[:: len(OBJECTS) // self.size][: self.size]
+
+    @cached_property
+    def held_out(self) -> list[tuple[str, str]]:
+        """The pairs of its objects that training never shows together."""
+        return [pair for pair in sorted(HELD_OUT_PAIRS) if set(pair) <= set(self.names)]
+
+
+WORLD = World()
 
 
 @dataclass(frozen=True)
@@ -57,12 +87,13 @@ class Scene:
     size: int
     image: UInt8[np.ndarray, "H W 3"] = field(repr=False, compare=False)
     objects: tuple[SceneObject, ...]
+    world: World = field(default=WORLD, repr=False)
 
     @cached_property
     def examples(self) -> tuple[language.Example, ...]:
         """All prompts about this scene with their answers, the same at every call."""
         rng = np.random.default_rng((SPLITS.index(self.split), self.seed, 1))  # a separate stream
-        return language.examples(self.objects, self.size, rng)
+        return language.examples(self.objects, self.size, rng, self.world.names)
 
     @property
     def captions(self) -> dict[str, tuple[str, ...]]:
@@ -140,37 +171,46 @@ def _place(
     return None
 
 
-def _choose_names(rng: np.random.Generator, split: str) -> list[str]:
+def _choose_names(rng: np.random.Generator, split: str, world: World) -> list[str]:
     """One to four names. In ``pairs`` they start with a held-out pair, elsewhere they contain none."""
-    count = 1 + int(np.searchsorted(OBJECT_COUNTS, rng.random(), side="right"))
+    count = min(1 + int(np.searchsorted(OBJECT_COUNTS, rng.random(), side="right")), world.most)
     names: list[str] = []
     if split == "pairs":
         count = max(count, 2)
-        names = list(_HELD_OUT_LIST[rng.integers(len(_HELD_OUT_LIST))])
+        names = list(world.held_out[rng.integers(len(world.held_out))])
     repeats = int(rng.integers(2, count + 1)) if count > 1 and rng.random() < REPEAT else 1
     if names:
         names += [names[rng.integers(2)]] * min(repeats - 1, count - 2)
     while len(names) < count:
-        name = OBJECTS[rng.integers(len(OBJECTS))]
+        name = world.names[rng.integers(len(world.names))]
         if name not in names and (split == "pairs" or PARTNERS[name].isdisjoint(names)):
             names += [name] * (repeats if not names else 1)
     return names
 
 
-def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarray, list[SceneObject]]:
+def _compose(
+    rng: np.random.Generator,
+    split: str,
+    size: int,
+    world: World,
+    augment: tuple[str, ...],
+    change: np.random.Generator,
+) -> tuple[np.ndarray, list[SceneObject]]:
     """Paste the chosen objects one after the other. One that does not fit anywhere is left out."""
-    names = _choose_names(rng, split)
-    artists = UNSEEN_ARTISTS if split == "artist" else TRAIN_ARTISTS
+    names = _choose_names(rng, split, world)
     image = _background(rng, size)
     kept: list[tuple[str, str]] = []
     poses: list[tuple[int, bool]] = []
     visible: list[np.ndarray] = []
     totals: list[int] = []
     for name in names:
+        artists = artists_of(name, split)
         artist = artists[rng.integers(len(artists))]
         side = round(size * (SMALLEST + (LARGEST - SMALLEST) * rng.random()))
         angle, mirror = int(rng.integers(-TILT, TILT + 1)), bool(rng.random() < 0.5 and can_be_mirrored(name))
-        sprite = draw_sprite(name, artist, side, angle, mirror)
+        stretch = augmentation.stretch(change) if "stretch" in augment else 1.0
+        sprite = draw_sprite(name, artist, side, angle, mirror, stretch)
+        sprite = augmentation.apply(augmentation.SPRITE_CHANGES, augment, change, sprite)
         mask = sprite[..., 3] > 127
         corner = _place(rng, mask, visible, totals, size)
         if corner is None:
@@ -186,6 +226,7 @@ def _compose(rng: np.random.Generator, split: str, size: int) -> tuple[np.ndarra
         poses.append((angle, mirror))
         visible.append(own)
         totals.append(int(mask.sum()))
+    image = augmentation.apply(augmentation.IMAGE_CHANGES, augment, change, image)
     parts = zip(kept, visible, poses, strict=True)
     return image, [SceneObject(*who, mask_box(v), v, *pose) for who, v, pose in parts]
 
@@ -203,7 +244,9 @@ def mask_box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
     return x0, y0, len(columns) - int(columns[::-1].argmax()), len(rows) - int(rows[::-1].argmax())
 
 
-def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
+def make_scene(
+    seed: int, split: str = "train", size: int = 112, world: World = WORLD, augment: tuple[str, ...] = ()
+) -> Scene:
     """The scene of a seed, the same on every machine.
 
     Another size gives another layout of the same names, not the same image enlarged.
@@ -212,6 +255,8 @@ def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
         seed: An integer, 0 or more.
         split: One of ``SPLITS``.
         size: Of each side in pixels, ``MIN_SIZE`` to ``MAX_SIZE``.
+        world: What it can show.
+        augment: Some of ``augmentation.AUGMENTATIONS``, to change what another artist would draw differently.
 
     Raises:
         ValueError: If an argument is something else.
@@ -222,27 +267,29 @@ def make_scene(seed: int, split: str = "train", size: int = 112) -> Scene:
         raise ValueError(f"seed must be an integer, 0 or more, not {seed!r}.")
     if not isinstance(size, int | np.integer) or isinstance(size, bool) or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f"size must be an integer from {MIN_SIZE} to {MAX_SIZE} pixels, not {size!r}.")
+    if unknown := set(augment) - set(augmentation.AUGMENTATIONS):
+        raise ValueError(f"augment must be among {', '.join(augmentation.AUGMENTATIONS)}, not {min(unknown)!r}.")
     seed, size = int(seed), int(size)
-    rng = np.random.default_rng((SPLITS.index(split), seed))
+    rng, change = (np.random.default_rng((SPLITS.index(split), seed, *stream)) for stream in ((), (2,)))
     while True:  # again only if one of a held-out pair did not fit
-        image, objects = _compose(rng, split, size)
+        image, objects = _compose(rng, split, size, world, augment, change)
         names = {o.name for o in objects}
         if split != "pairs" or any(PARTNERS[n] & names for n in names):
-            return Scene(seed, split, size, image, tuple(objects))
+            return Scene(seed, split, size, image, tuple(objects), world)
 
 
-def planned_count(seed: int, split: str = "train") -> int:
+def planned_count(seed: int, split: str = "train", world: World = WORLD) -> int:
     """How many objects the scene of this seed has, without rendering it. Now and then one of them does not fit."""
-    return len(_choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split))
+    return len(_choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split, world))
 
 
-def texts(seeds: Iterable[int], split: str = "train") -> Iterator[str]:
+def texts(seeds: Iterable[int], split: str = "train", world: World = WORLD) -> Iterator[str]:
     """Every prompt and every training target of these seeds: the corpus to train a tokenizer on.
 
     Without ``segment``, which would only repeat the words of ``detect``.
     """
     for seed in seeds:
-        for example in (e for e in make_scene(seed, split).examples if e.kind != "segment"):
+        for example in (e for e in make_scene(seed, split, world=world).examples if e.kind != "segment"):
             yield example.prompt
             if example.answers[0]:
                 yield example.answers[0]

@@ -16,7 +16,7 @@ from minivlm.training.fit import (
     find_distributed_context,
     fit,
     lr_schedule,
-    make_optimizer,
+    make_optimizers,
     set_learning_rate,
     train_step,
 )
@@ -33,7 +33,7 @@ __all__ = [
     "load_state",
     "lock_folder",
     "lr_schedule",
-    "make_optimizer",
+    "make_optimizers",
     "read_metrics",
     "save_state",
     "set_learning_rate",

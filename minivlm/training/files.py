@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows has no such locks, so there two runs in one folder are not noticed
     fcntl = None
 
-ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 @contextlib.contextmanager
@@ -54,19 +54,30 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def save_state(path: Path, name: str, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def find_optimizers(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, tuple[nn.Parameter, torch.optim.Optimizer]]:
+    """Name of each trained parameter → the parameter and its optimizer."""
+    owner = {id(w): optimizer for optimizer in optimizers for group in optimizer.param_groups for w in group["params"]}
+    return {name: (w, owner[id(w)]) for name, w in module.named_parameters() if id(w) in owner}
+
+
+def save_state(
+    path: Path, name: str, step: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     """Write everything needed to resume into one file."""
     tensors = {f"module.{key}": value for key, value in module.state_dict().items()}
-    for key, weight in module.named_parameters():
-        if weight.requires_grad:
-            tensors |= {f"optimizer.{key}.{entry}": value for entry, value in optimizer.state.get(weight, {}).items()}
+    for key, (weight, optimizer) in find_optimizers(module, optimizers).items():
+        tensors |= {f"optimizer.{key}.{entry}": value for entry, value in optimizer.state.get(weight, {}).items()}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     with write_atomically(path) as part:
         save_file(tensors, part, metadata={"name": name, "step": str(step)})
 
 
-def load_state(path: Path, name: str, steps: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the state of the run ``name`` of ``steps`` steps into its module and optimizer.
+def load_state(
+    path: Path, name: str, steps: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
+    """Load the state of the run ``name`` of ``steps`` steps into its module and optimizers.
 
     Returns:
         How many steps the run has done.
@@ -85,12 +96,15 @@ def load_state(path: Path, name: str, steps: int, module: nn.Module, optimizer: 
             f"{path} is the state of {found!r} at step {step}, but this run is {name!r} with {steps} steps. "
             "Choose another folder, or delete the file to start over."
         )
-    trained = {key: weight for key, weight in module.named_parameters() if weight.requires_grad}
-    trained = {key: weight for key, weight in trained.items() if f"optimizer.{key}.step" in tensors}  # had a gradient
+    trained = find_optimizers(module, optimizers)
+    trained = {  # without those that never had a gradient
+        key: (weight, optimizer, STATE[type(optimizer)])
+        for key, (weight, optimizer) in trained.items()
+        if f"optimizer.{key}.{STATE[type(optimizer)][0]}" in tensors
+    }
     shapes = {f"module.{key}": value.shape for key, value in module.state_dict().items()}
-    for key, weight in trained.items():
-        moments = {"step": torch.Size()} | dict.fromkeys(ADAM_STATE[1:], weight.shape)
-        shapes |= {f"optimizer.{key}.{entry}": shape for entry, shape in moments.items()}
+    for key, (weight, _, entries) in trained.items():
+        shapes |= {f"optimizer.{key}.{entry}": torch.Size() if entry == "step" else weight.shape for entry in entries}
     unequal = [key for key in {**shapes, **tensors} if key not in tensors or tensors[key].shape != shapes.get(key)]
     if unequal:
         raise ValueError(
@@ -98,8 +112,8 @@ def load_state(path: Path, name: str, steps: int, module: nn.Module, optimizer: 
             "Choose another folder, or delete the file to start over."
         )
     module.load_state_dict({key: tensors[f"module.{key}"] for key in module.state_dict()})
-    for key, weight in trained.items():
-        moments = {entry: tensors[f"optimizer.{key}.{entry}"] for entry in ADAM_STATE}
+    for key, (weight, optimizer, entries) in trained.items():
+        moments = {entry: tensors[f"optimizer.{key}.{entry}"] for entry in entries}
         optimizer.state[weight] = {k: value.to(weight.device if value.ndim else "cpu") for k, value in moments.items()}
     return step
 

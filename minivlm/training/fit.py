@@ -10,7 +10,8 @@ state, or only loads it if the run was finished.
 If ``batches[i]`` depends on ``i`` alone, a run that was killed and resumed ends with the same weights, bit for bit, as
 one that was not. Under ``torchrun`` each process computes its share of every step and gradients are averaged (DDP).
 
-Sources: AdamW arXiv:1711.05101; cosine schedule arXiv:1608.03983, equation 5.
+Sources: AdamW arXiv:1711.05101; Muon https://kellerjordan.github.io/posts/muon, scaled to AdamW's step size as in
+arXiv:2502.16982, section 2.2; cosine schedule arXiv:1608.03983, equation 5.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from minivlm.training.files import MetricsLog, draw_curve, load_state, lock_folder, read_metrics, save_state
 
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def check_range(config: object, names: str, low: Real, high: Real = math.inf) -> None:
@@ -79,6 +81,7 @@ class FitConfig:
         weight_decay: Of matrices only. Biases, scales and embeddings ("embed" in the name) do not decay.
         clip: Largest norm of the gradient of all parameters together.
         precision: Of the arithmetic, by autocast. Weights and optimizer keep their own dtype.
+        optimizer: "adamw", or "muon" for matrices, with AdamW for everything else.
         groups: Parameters with a learning rate of their own. The first group that matches a name has it.
         save_every: Seconds between saved states.
         log_every: Steps per record of the metrics. States are saved at these steps only.
@@ -91,6 +94,7 @@ class FitConfig:
     weight_decay: float = 0.02
     clip: float = 1.0
     precision: str = "float32"
+    optimizer: str = "adamw"
     groups: tuple[ParameterGroup, ...] = ()
     save_every: float = 180.0
     log_every: int = 50
@@ -105,6 +109,8 @@ class FitConfig:
             raise ValueError(f"clip must be above 0, not {self.clip}; use math.inf for no clipping.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}.")
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,14 @@ def lr_schedule(step: int, horizon: int, warmup: float) -> float:
     return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / horizon)))
 
 
-def make_optimizer(
-    module: nn.Module, weight_decay: float = 0.0, groups: Sequence[ParameterGroup] = ()
-) -> torch.optim.AdamW:
-    """AdamW over the parameters with ``requires_grad``. ``set_learning_rate`` sets its rate before each step.
+def make_optimizers(
+    module: nn.Module, weight_decay: float = 0.0, groups: Sequence[ParameterGroup] = (), optimizer: str = "adamw"
+) -> list[torch.optim.Optimizer]:
+    """AdamW over the parameters with ``requires_grad``; or Muon over their matrices, and AdamW over the others.
+
+    Muon makes all singular values of a matrix's momentum about equal, so that no direction is left behind. That makes
+    no sense for an embedding, whose rows are looked up one by one, or for a scale. ``set_learning_rate`` sets the
+    rates before each step. Muon's updates are scaled so that both can share one rate.
 
     Raises:
         ValueError: If a group matches no parameter.
@@ -179,22 +189,28 @@ def make_optimizer(
     for group in groups:
         if not any(group.match in name for name in named):
             raise ValueError(f"No trained parameter has {group.match!r} in its name, as a parameter group expects.")
-    buckets: dict[tuple[ParameterGroup, bool], list[nn.Parameter]] = {}
+    buckets: dict[str, dict[tuple[ParameterGroup, bool], list[nn.Parameter]]] = {name: {} for name in OPTIMIZERS}
     for name, weight in named.items():
         group = next((group for group in groups if group.match in name), ParameterGroup(""))
         decays = weight.ndim > 1 and "embed" not in name
-        buckets.setdefault((group, decays), []).append(weight)
-    settings = [
-        {"params": weights, "group": group, "weight_decay": weight_decay * decays}
-        for (group, decays), weights in buckets.items()
-    ]
-    return torch.optim.AdamW(settings, lr=0.0, betas=(0.9, 0.98))
+        kind = "muon" if optimizer == "muon" and decays and weight.ndim == 2 else "adamw"
+        buckets[kind].setdefault((group, decays), []).append(weight)
+    adamw, muon = (
+        [{"params": p, "group": group, "weight_decay": weight_decay * decays} for (group, decays), p in found.items()]
+        for found in buckets.values()
+    )
+    optimizers: list[torch.optim.Optimizer] = []
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.98)))
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: FitConfig) -> None:
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], step: int, config: FitConfig) -> None:
     """Set the learning rate of each parameter group for a step."""
     horizon = config.horizon or config.steps
-    for settings in optimizer.param_groups:
+    for settings in (settings for optimizer in optimizers for settings in optimizer.param_groups):
         group = settings["group"]
         rise = min(1.0, (step + 1) / max(1, round(group.warmup * horizon)))
         settings["lr"] = config.lr * lr_schedule(step, horizon, config.warmup) * (group.lr_scale * rise)
@@ -229,7 +245,7 @@ def loss_share(module: nn.Module, batch: dict[str, Tensor]) -> float:
 def train_step(
     module: nn.Module,
     batch: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     precision: str = "float32",
     clip: float = 1.0,
 ) -> float:
@@ -243,10 +259,12 @@ def train_step(
     share = loss_share(module.module if isinstance(module, DistributedDataParallel) else module, batch)
     with plain_attention(device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         loss = module(**batch) * share
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_([weight for weight in module.parameters() if weight.requires_grad], clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     loss = loss.detach().clone()
     if not dist.is_initialized():
         return float(loss)
@@ -297,10 +315,10 @@ def fit(
         raise ValueError(f"There are {len(batches)} batches, fewer than the {steps} steps of {name}.")
     context = context or find_distributed_context()
     module.to(context.device).train()
-    optimizer = make_optimizer(module, config.weight_decay, config.groups)
+    optimizers = make_optimizers(module, config.weight_decay, config.groups, config.optimizer)
     with lock_folder(out) if context.is_main else contextlib.nullcontext():
         state, metrics = out / "state.safetensors", out / "metrics.jsonl"
-        done = load_state(state, name, steps, module, optimizer) if state.exists() else 0
+        done = load_state(state, name, steps, module, optimizers) if state.exists() else 0
         if done == steps:
             return
         wrapped = DistributedDataParallel(module) if context.world_size > 1 else module
@@ -308,9 +326,9 @@ def fit(
         recent, saved = [], time.monotonic()
         with tqdm(total=steps, initial=done, unit="step", desc=name, disable=not context.is_main) as bar:
             for batch in iterate(batches, done, steps, context.workers):
-                set_learning_rate(optimizer, done, config)
+                set_learning_rate(optimizers, done, config)
                 try:
-                    recent.append(train_step(wrapped, batch, optimizer, config.precision, config.clip))
+                    recent.append(train_step(wrapped, batch, optimizers, config.precision, config.clip))
                 except ValueError as error:  # such as weights that have become infinite
                     raise ValueError(f"Step {done + 1} of {name}: {error}") from error
                 done += 1
@@ -325,7 +343,7 @@ def fit(
                 if log:
                     log.write(step=done, loss=loss)
                     if done == steps or time.monotonic() - saved > config.save_every:
-                        save_state(state, name, done, module, optimizer)
+                        save_state(state, name, done, module, optimizers)
                         draw_curve(out / "curve.png", {name: (read_metrics(metrics), loss_unit)})
                         saved = time.monotonic()
         if done < steps:

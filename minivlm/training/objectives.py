@@ -1,13 +1,12 @@
 """What PaliGemma and its mask VQ-VAE are trained on: modules that return a loss for a batch.
 
     I images · E rows of text per image · B = I · E rows · P patches · M names of L tokens · T tokens · D hidden size
-    O objects of a batch · C codes · N vectors
+    O objects of a batch · C codes · N vectors · L tokens of packed texts · S = P + L
 
 Sources: sigmoid loss arXiv:2303.15343; the VQ-VAE's losses and moving averages arXiv:1711.00937, equation 3 and
-appendix A.1; soft IoU Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22.
+appendix A.1.
 """
 
-import copy
 import math
 
 import torch
@@ -46,7 +45,11 @@ class Objective(nn.Module):
 
 
 class MaskVQVAEObjective(Objective):
-    """The losses of the mask VQ-VAE. A code's vector is the moving average of the encoder's vectors with that code."""
+    """The losses of the mask VQ-VAE. A code's vector is the moving average of the encoder's vectors with that code.
+
+    The language model will write some codes wrong, so the decoder also learns to draw a mask of which some were
+    misread: from a codebook vector that another mask has in the same cell.
+    """
 
     decay = 0.99  # of the averages, per step
     commitment = 0.25  # weight of the encoder's distance to the codebook
@@ -60,12 +63,14 @@ class MaskVQVAEObjective(Objective):
     def loss_weight(self, batch: dict[str, Tensor]) -> int:
         return len(batch["masks"])
 
-    def forward(self, masks: Float[Tensor, "O 64 64"]) -> Float[Tensor, ""]:
+    def forward(self, masks: Float[Tensor, "O 64 64"], misread: Bool[Tensor, "O 16"]) -> Float[Tensor, ""]:
         vectors = self.vae.encoder(2 * masks[:, None] - 1).float()  # [O, D, 4, 4]
         codes = self.vae._vq_vae.nearest(vectors.detach())
         nearest = code_grid(codes, self.vae._vq_vae._embedding)
         # Straight-through: the decoder gets codebook vectors, the encoder gets their gradient as if it had made them.
-        decoded = self.vae.decoder(vectors + (nearest - vectors).detach())[:, 0].float()
+        read = vectors + (nearest - vectors).detach()
+        wrong = misread.unflatten(1, nearest.shape[2:])[:, None]
+        decoded = self.vae.decoder(torch.where(wrong, nearest.roll(1, dims=0), read))[:, 0].float()
         self.update_codebook(vectors.detach().flatten(2).mT.flatten(0, 1), codes.flatten())
         return F.mse_loss(decoded, 2 * masks - 1) + self.commitment * F.mse_loss(vectors, nearest)
 
@@ -123,48 +128,11 @@ class AlignmentObjective(Objective):
             return losses.sigmoid_loss(patches, names, self.log_temperature, self.bias, shows.flatten(0, 1))
 
 
-class PoseObjective(Objective):
-    """Teaches each patch how the object that it shows is tilted and mirrored, read off by a small MLP.
-
-    The decoder already understands the image features, so these must hardly change.
-    """
-
-    trained = ("model.vision_tower", "model.multi_modal_projector", "reader")
-    change_weight = 0.005  # of the squared change of the features
-
-    def __init__(self, model: PaliGemma):
-        super().__init__()
-        self.model = model
-        self.before = copy.deepcopy(nn.Sequential(model.vision_tower, model.multi_modal_projector))
-        self.before.requires_grad_(False)
-        hidden_size = model.config.text_config.hidden_size
-        self.reader = nn.Sequential(nn.Linear(hidden_size, 512), nn.GELU(), nn.Linear(512, 2))
-
-    def prepare(self) -> None:
-        """Remember the features as they are now, too."""
-        super().prepare()
-        now = nn.Sequential(self.model.vision_tower, self.model.multi_modal_projector)
-        self.before.load_state_dict(now.state_dict())
-
-    def forward(
-        self, pixel_values: Float[Tensor, "I 3 H W"], owners: Int[Tensor, "I P"], poses: Float[Tensor, "O 2"]
-    ) -> Float[Tensor, ""]:
-        """Squared error of the angle plus cross-entropy of the mirroring, a mean over all patches.
-
-        Args:
-            owners: Which object each patch shows, -1 for none.
-            poses: (angle as a fraction of the largest, mirrored or not) of each object.
-        """
-        features = self.model.encode_image(pixel_values)
-        shows = owners >= 0
-        (angle, mirrored), pose = self.reader(features[shows]).float().unbind(1), poses[owners[shows]]
-        error = F.mse_loss(angle, pose[:, 0]) + F.binary_cross_entropy_with_logits(mirrored, pose[:, 1])
-        change = F.mse_loss(features.float(), self.before(pixel_values).float())
-        return error * shows.float().mean() + self.change_weight * change
-
-
 class SuffixObjective(Objective):
-    """Cross-entropy of the suffix. Short and long rows go through the decoder apart, to save padding."""
+    """Cross-entropy of the suffix, as PaliGemma runs: each row has its own copy of the image tokens.
+
+    Short and long rows go through the decoder apart, to save padding.
+    """
 
     def __init__(self, model: PaliGemma):
         super().__init__()
@@ -188,33 +156,56 @@ class SuffixObjective(Objective):
         return loss
 
 
-class MaskDecoderObjective(Objective):
-    """The decoder of the mask VQ-VAE alone. Encoder and codebook stay, and so does the meaning of a code."""
+class PackedSuffixObjective(SuffixObjective):
+    """The same loss, with the texts about an image packed behind one copy of its tokens.
 
-    trained = ("vae.decoder",)
-    steepness = 5.0  # of the sigmoid that turns decoded values, about -1 to 1, into the probability of inside
-    squared_error_weight = 0.2  # keeps the values near -1 and 1
-    true_codes_weight = 0.3  # of the codes of true masks, relative to those that a model wrote
-
-    def __init__(self):
-        super().__init__()
-        self.vae = MaskVQVAE()
-
-    def loss_weight(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["masks"])
+    That is half the work or less, since most tokens of a row are image tokens. The price is one difference: here image
+    tokens attend to image tokens only, since they cannot belong to several prompts at once.
+    """
 
     def forward(
-        self, codes: Int[Tensor, "O 16"], masks: Float[Tensor, "O 64 64"], written: Bool[Tensor, " O"]
+        self,
+        pixel_values: Float[Tensor, "I 3 H W"],
+        labels: Int[Tensor, "B T"],
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"],
+        token_type_ids: Int[Tensor, "B T"],
     ) -> Float[Tensor, ""]:
-        """1 - soft IoU (intersection over union of probabilities) plus a little squared error, a mean over all masks.
+        decoder, features = self.model.language_model, self.model.encode_image(pixel_values)
+        images, P = features.shape[:2]
+        (B, T), E = labels.shape, len(labels) // images
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of each token, the next one
+        example = torch.arange(B, device=labels.device)[:, None].expand(B, T) % E
+        positions = torch.arange(T, device=labels.device).expand(B, T)
+        # The texts of an image one after the other, without their image tokens, then all the padding.
+        columns = input_ids, targets, example, positions, token_type_ids, attention_mask
+        columns = torch.stack([column[:, P:].reshape(images, -1) for column in columns])
+        kept = columns[-1].argsort(dim=1, descending=True, stable=True)[:, : int(columns[-1].sum(1).max())]
+        ids, targets, example, positions, is_suffix, is_token = columns.gather(2, kept.expand(len(columns), -1, -1))
+        x = decoder.model.embed(ids)
+        x = torch.cat((features.to(x.dtype), x), dim=1)
+        hidden = decoder.model.run_layers(
+            x,
+            torch.cat((torch.arange(P, device=x.device).expand(images, P), positions), dim=1),
+            *[packed_mask(P, example.masked_fill(is_token == 0, -1), positions, is_suffix)] * 2,
+            cache=None,
+        )
+        is_target = targets != IGNORE_INDEX
+        return F.cross_entropy(decoder.logits(hidden[:, P:][is_target]).float(), targets[is_target])
 
-        Args:
-            written: Whether a model wrote the codes; if not, they are those of the true mask.
-        """
-        decoded = self.vae.decode(codes).float()
-        inside = torch.sigmoid(self.steepness * decoded)
-        intersection = (inside * masks).sum((1, 2))
-        union = (inside + masks).sum((1, 2)) - intersection
-        squared_error = (decoded - (2 * masks - 1)).square().mean((1, 2))
-        loss = 1 - intersection / union + self.squared_error_weight * squared_error
-        return (loss * torch.where(written, 1.0, self.true_codes_weight)).mean()
+
+def packed_mask(
+    image_tokens: int, example: Int[Tensor, "I L"], positions: Int[Tensor, "I L"], is_suffix: Int[Tensor, "I L"]
+) -> Bool[Tensor, "I S S"]:
+    """Who attends to whom among the image tokens and the L text tokens of packed examples: True where attention is on.
+
+    All attend to the image. Text attends to the prefix of its own example and, if it is suffix, to what precedes it
+    there. Padding, example -1, is an example of its own.
+    """
+    images, L = example.shape
+    same = example[:, :, None] == example[:, None, :]
+    seen = (is_suffix[:, None, :] == 0) | (positions[:, None, :] <= positions[:, :, None])
+    mask = torch.zeros(images, image_tokens + L, image_tokens + L, dtype=torch.bool, device=example.device)
+    mask[:, :, :image_tokens] = True
+    mask[:, image_tokens:, image_tokens:] = same & seen
+    return mask
