@@ -490,7 +490,9 @@ def test_train_and_evaluate_pass_on_their_arguments(monkeypatch, folder, tmp_pat
     assert calls.pop()["seed"] == 7
     to_file = ["--scenes", "5", "--split", "pairs", "--json", str(tmp_path / "x.json")]
     assert main(["evaluate", "--checkpoint", folder, *to_file]) == 0
-    assert calls.pop() == (5, ("pairs",), tmp_path / "x.json", None)  # this folder has no VQ-VAE
+    assert calls.pop() == (5, ("pairs",), tmp_path / "x.json", None, emoji.WORLD)  # this folder has no VQ-VAE
     assert main(["evaluate"]) == 0
-    *given, vqvae = calls.pop()
-    assert given == [1000, ("validation", "pairs", "artist"), None] and isinstance(vqvae, MaskVQVAE)
+    *given, vqvae, world = calls.pop()
+    assert given == [1000, evaluation.SPLITS, None] and isinstance(vqvae, MaskVQVAE) and world == emoji.WORLD
+    assert main(["evaluate", "--objects", "20", "--most-objects", "2", "--split", "development"]) == 0
+    assert calls.pop()[-1] == emoji.World(20, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minivlm import emoji, hub
-from minivlm.emoji import scenes
+from minivlm.emoji import augmentation, scenes
 
 DATA = hub.DATA
 SEEDS = range(300)
@@ -38,12 +38,24 @@ def pairs_of(scene):
 
 def test_sheets_are_small_and_hold_every_object():
     assert len(emoji.OBJECTS) >= 96 and len(set(emoji.OBJECTS)) == len(emoji.OBJECTS)
-    for artist in emoji.TRAIN_ARTISTS + emoji.UNSEEN_ARTISTS:
+    for artist in emoji.ARTISTS:
         path = DATA / "emoji" / f"{artist}.png"
         assert path.stat().st_size <= 500_000
         assert Image.open(path).mode == "RGBA"
-        for name in emoji.OBJECTS:
+        drawn = [name for name in emoji.OBJECTS if any(artist in emoji.artists_of(name, s) for s in emoji.SPLITS)]
+        assert len(drawn) >= 64 and (len(drawn) == 100 or artist in emoji.TRAIN_ARTISTS)
+        for name in drawn:
             assert (emoji.draw_sprite(name, artist, 40)[..., 3] > 127).sum() > 150, (artist, name)
+
+
+def test_several_artists_drew_every_object():
+    assert len(emoji.TRAIN_ARTISTS) >= 5 and len(emoji.DEVELOPMENT_ARTISTS) == len(emoji.UNSEEN_ARTISTS) == 1
+    assert len(set(emoji.ARTISTS)) == len(emoji.ARTISTS)
+    assert min(len(emoji.artists_of(name, "train")) for name in emoji.OBJECTS) >= 3
+    name = next(n for n in emoji.OBJECTS if len(emoji.artists_of(n, "train")) < len(emoji.TRAIN_ARTISTS))
+    (missing, *_) = set(emoji.TRAIN_ARTISTS) - set(emoji.artists_of(name, "train"))
+    with pytest.raises(ValueError, match=f"The artist '{missing}' has not drawn an? {name}. Choose another artist"):
+        emoji.draw_sprite(name, missing, 40)
 
 
 def test_every_data_file_has_its_origin():
@@ -80,7 +92,10 @@ def test_same_seed_same_scene(split, size):
 def test_scenes_stay_what_they_were():
     """A change of the random stream would make old metrics incomparable. It must be a decision, not an accident."""
     said = [emoji.make_scene(0, split).captions["caption"][0] for split in emoji.SPLITS]
-    assert said == ["two koalas and a pig", "a snake, a panda and a shoe", "an octopus and a balloon", "an octopus"]
+    assert said == [
+        *("two koalas and a pig", "a shoe, a snake and a panda", "an octopus and a balloon"),
+        *("an octopus", "a heart, a pizza, a castle and a rabbit"),
+    ]
     assert emoji.make_scene(2).objects[0].name == "cactus"
 
 
@@ -92,7 +107,7 @@ def test_examples_stay_what_they_were_before_there_were_masks():
             for e in emoji.make_scene(seed, split).examples:
                 if e.kind != "segment":
                     digest.update(repr((e.kind, e.prompt, e.answers)).encode())
-    assert digest.hexdigest() == "434fb2738a897a8c5123a0c70fd5cc96ec0c66e73aec77cf463951a5fe5f8ec3"
+    assert digest.hexdigest() == "bb7b6ffbbf9c82cc493152944865c03c9ebc1b7dbebb17ad9ebbe2f10a9564c9"
 
 
 def test_streams_are_disjoint(scenes_of):
@@ -106,7 +121,8 @@ def test_splits_keep_their_guarantees(scenes_of):
     for split, group in scenes_of.items():
         for scene in group:
             artists = {o.artist for o in scene.objects}
-            assert artists <= set(emoji.UNSEEN_ARTISTS if split == "artist" else emoji.TRAIN_ARTISTS)
+            unseen = {"artist": emoji.UNSEEN_ARTISTS, "development": emoji.DEVELOPMENT_ARTISTS}
+            assert artists <= set(unseen.get(split, emoji.TRAIN_ARTISTS))
             assert bool(pairs_of(scene) & emoji.HELD_OUT_PAIRS) == (split == "pairs")
     assert {o.artist for s in scenes_of["train"] for o in s.objects} == set(emoji.TRAIN_ARTISTS)
     assert not set(emoji.TRAIN_ARTISTS) & set(emoji.UNSEEN_ARTISTS)
@@ -135,7 +151,7 @@ def test_poses_are_those_of_the_sprites(scenes_of):
 
     def fits(o, angle, mirrored):
         x0, y0, x1, y1 = o.box
-        for side in range(max(x1 - x0, y1 - y0), max(x1 - x0, y1 - y0) + 6):  # a sprite may have faint edges
+        for side in range(max(x1 - x0, y1 - y0), max(x1 - x0, y1 - y0) + 9):  # a sprite may have faint edges
             redrawn = emoji.draw_sprite(o.name, o.artist, side, angle, mirrored)[..., 3] > 127
             bx0, by0, bx1, by1 = scenes.mask_box(redrawn)
             if np.array_equal(redrawn[by0:by1, bx0:bx1], o.mask[y0:y1, x0:x1]):
@@ -394,16 +410,94 @@ def test_same_caption_never_raises(text):
     assert not emoji.same_caption(text, text) or emoji.parse_caption(text)
 
 
+# --- smaller worlds and changed drawings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", emoji.SPLITS)
+def test_a_small_world_shows_and_asks_for_its_own_objects_only(split):
+    world = emoji.World(20, 2)
+    scenes_of_world = [emoji.make_scene(seed, split, world=world) for seed in range(150)]
+    shown = {o.name for s in scenes_of_world for o in s.objects}
+    assert (
+        shown == {name for pair in world.held_out for name in pair} if split == "pairs" else shown == set(world.names)
+    )
+    assert {len(s.objects) for s in scenes_of_world} == ({2} if split == "pairs" else {1, 2})
+    said = " ".join(e.prompt + " " + e.answers[0] for s in scenes_of_world for e in s.examples)
+    words = set(re.findall("[a-z]+", said))
+    assert not words & {w for n in set(emoji.OBJECTS) - set(world.names) for w in (n, emoji.plural(n))} - {"star"}
+    for scene in scenes_of_world:
+        assert bool(pairs_of(scene) & emoji.HELD_OUT_PAIRS) == (split == "pairs")
+
+
+def test_worlds_have_limits():
+    for size, most in ((9, 2), (101, 2), (20, 0), (20, 5)):
+        with pytest.raises(ValueError, match=f"A world has 10 to 100 objects, .* not {size} and {most}"):
+            emoji.World(size, most)
+
+
+@pytest.mark.parametrize("change", emoji.AUGMENTATIONS)
+def test_an_augmentation_changes_the_image_and_not_what_is_said_about_it(change):
+    """Only ``stretch`` may move a box, and with it what is close enough to be ambiguous."""
+    changed = 0
+    for seed in range(60):
+        plain, other = (emoji.make_scene(seed, augment=augment) for augment in ((), (change,)))
+        changed += not np.array_equal(plain.image, other.image)
+        assert [o.name for o in plain.objects] == [o.name for o in other.objects] or change == "stretch"
+        if change != "stretch":
+            assert plain.objects == other.objects and plain.examples == other.examples
+            assert all(np.array_equal(a.mask, b.mask) for a, b in zip(plain.objects, other.objects, strict=True))
+    assert changed > 6, changed
+
+
+def test_augmented_scenes_are_the_same_every_time():
+    for seed in range(5):
+        first, second = (emoji.make_scene(seed, augment=emoji.AUGMENTATIONS) for _ in range(2))
+        assert first.image.tobytes() == second.image.tobytes() and first.objects == second.objects
+
+
+def test_hue_turns_and_saturation_and_brightness_vary():
+    """A red disk in many colors, with its alpha as it was and no color above it."""
+    disk = np.zeros((21, 21, 4), np.uint8)
+    y, x = np.mgrid[-10:11, -10:11]
+    disk[x * x + y * y <= 100] = (200, 30, 30, 255)
+    disk[10, 0] = (60, 9, 9, 77)  # on the edge, premultiplied
+    colors = []
+    for seed in range(200):
+        changed = augmentation.color(np.random.default_rng(seed), disk)
+        assert np.array_equal(changed[..., 3], disk[..., 3]) and (changed[..., :3] <= changed[..., 3:]).all()
+        colors.append(changed[10, 10, :3].astype(int))
+    colors = np.array(colors)
+    assert (colors.argmax(1) != 0).mean() > 0.05  # no longer red
+    assert colors.max(1).std() > 10 and (colors.max(1) - colors.min(1)).std() > 20
+    assert (colors.argmax(1) == 0).mean() > 0.5
+
+
+def test_outlines_are_dark_and_inside_the_object():
+    disk = np.zeros((31, 31, 4), np.uint8)
+    disk[5:26, 5:26] = 255
+    for seed in range(20):
+        drawn = augmentation.outline(np.random.default_rng(seed), disk)
+        assert np.array_equal(drawn[..., 3], disk[..., 3])
+        assert drawn[5, 15, :3].max() < 60 and drawn[15, 15, :3].min() == 255 and drawn[0].max() == 0
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seed": 0, "split": "test"}, "split must be one of train, validation, pairs, artist, not 'test'"),
+        (
+            {"seed": 0, "split": "test"},
+            "split must be one of train, validation, pairs, artist, development, not 'test'",
+        ),
         ({"seed": -1}, "seed must be an integer, 0 or more, not -1"),
         ({"seed": True}, "seed must be an integer, 0 or more, not True"),
         ({"seed": 0, "size": 8}, "size must be an integer from 48 to 896 pixels, not 8"),
+        (
+            {"seed": 0, "augment": ("glow",)},
+            "augment must be among stretch, strokes, color, outline, blur, noise, not 'glow'",
+        ),
         ({"seed": 0, "size": 10_000}, "size must be an integer from 48 to 896 pixels, not 10000"),
     ],
 )

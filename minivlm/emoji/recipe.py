@@ -109,7 +109,7 @@ class TrainConfig:
 
     @property
     def augmentations(self) -> tuple[str, ...]:
-        return {"all": AUGMENTATIONS, "none": ()}.get(self.augment) or tuple(filter(None, self.augment.split(",")))
+        return {"all": AUGMENTATIONS, "none": ()}.get(self.augment, tuple(self.augment.split(",")))
 
 
 # Ten minutes on two cores: a fifth of the objects, one or two in a scene.

@@ -9,6 +9,7 @@ from minivlm.training.files import (
     save_state,
 )
 from minivlm.training.fit import (
+    OPTIMIZERS,
     DistributedContext,
     FitConfig,
     ParameterGroup,
@@ -22,6 +23,7 @@ from minivlm.training.fit import (
 )
 
 __all__ = [
+    "OPTIMIZERS",
     "DistributedContext",
     "FitConfig",
     "MetricsLog",

@@ -259,7 +259,7 @@ def as_file(image, **options):
 
 # %%
 warnings.filterwarnings("ignore", message="Palette images")  # PIL only warns; we look at the result below
-sprite = Image.fromarray(emoji.draw_sprite("cat", emoji.TRAIN_ARTISTS[0], 96), "RGBA").convert("RGBA")
+sprite = Image.fromarray(emoji.draw_sprite("cat", "noto", 96), "RGBA").convert("RGBA")
 exif = Image.Exif()
 exif[0x0112] = 6  # the tag "orientation": rotate by 90° clockwise
 ramp = Image.fromarray(np.linspace(0, 65535, 96 * 96).reshape(96, 96).astype(np.uint16))
