@@ -73,11 +73,11 @@ def check_equal(answers: dict[str, object]) -> None:
 
 
 def training_step(rounds: int) -> Row:
-    """One update of the recipe's last stage that trains everything: 16 images, 64 rows of text."""
+    """One update of the recipe's last stage: 16 images, 64 rows of text."""
     torch.set_num_threads(2)
     config, processor = recipe.TrainConfig(), minivlm.Processor.from_pretrained()
-    options = {"mixture": recipe.SEGMENT_MIXTURE, "examples": config.examples, "vae": MaskVQVAE.from_pretrained()}
-    batches = SuffixBatches(processor, config.answer_batch, first_seed=1_096_000, crowded=True, **options)
+    options = {"mixture": recipe.MIXTURE, "examples": config.finish_examples, "vae": MaskVQVAE.from_pretrained()}
+    batches = SuffixBatches(processor, config.finish_batch, first_seed=1_096_000, crowded=True, **options)
     batches = [batches[i] for i in range(rounds + 1)]
     modules = {
         "minivlm": SuffixObjective(minivlm.PaliGemma.from_pretrained()),
@@ -89,15 +89,15 @@ def training_step(rounds: int) -> Row:
         raise AssertionError(f"the losses differ: {one} and {other}")
     contestants = {}
     for name, module in modules.items():
-        optimizer, left = training.make_optimizer(module.train(), config.weight_decay), iter(batches)
-        contestants[name] = partial(one_update, module, optimizer, left, config)
+        optimizers, left = training.make_optimizers(module.train(), config.weight_decay), iter(batches)
+        contestants[name] = partial(one_update, module, optimizers, left, config)
     return speed_row(
-        "training step, embedded recipe, CPU", contestants, config.answer_batch, "images/s", rounds, "≥ 1.3"
+        "training step, embedded recipe, CPU", contestants, config.finish_batch, "images/s", rounds, "≥ 1.3"
     )
 
 
-def one_update(module, optimizer, batches, config) -> None:
-    training.train_step(module, next(batches), optimizer, config.precision)
+def one_update(module, optimizers, batches, config) -> None:
+    training.train_step(module, next(batches), optimizers, config.precision)
 
 
 OUR_START = """

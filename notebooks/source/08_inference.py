@@ -285,8 +285,8 @@ assert sum(hits) / len(hits) > 0.3
 
 # %% [markdown]
 # That is far above chance, and for a reason. The training of this model began by pulling each patch toward the name of
-# the object it shows, with the sigmoid loss of chapter 02 (`minivlm/emoji/recipe.py`, stage 1), and the later stages
-# have left much of that in place. In PaliGemma's own training ("PaliGemma", arXiv:2407.07726, section 3.2) nothing ties
+# the object it shows, with the sigmoid loss of chapter 02 (`minivlm/emoji/recipe.py`, stage `align`), and the later
+# stages have left much of that in place. In PaliGemma's own training ("PaliGemma", arXiv:2407.07726, section 3.2) nothing ties
 # a patch to a token of the decoder. Its patches only have to be useful, not close to a name.
 #
 # ## Answers
