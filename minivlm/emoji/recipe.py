@@ -116,10 +116,10 @@ class TrainConfig:
 SMALL = TrainConfig(
     objects=20,
     most_objects=2,
-    masks_scenes=6_400,
-    align_scenes=64_000,
-    answer_scenes=24_000,
-    finish_scenes=8_000,
+    masks_scenes=3_840,
+    align_scenes=38_400,
+    answer_scenes=11_200,
+    finish_scenes=2_400,
 )
 RECIPES = {"full": TrainConfig(), "small": SMALL}
 
