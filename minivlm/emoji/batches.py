@@ -37,6 +37,12 @@ def names_in_patches(scene: emoji.Scene, patch_size: int) -> Bool[np.ndarray, "P
     return shows
 
 
+def patch_owners(scene: emoji.Scene, patch_size: int) -> Int[np.ndarray, " P"]:
+    """The index of the object that covers most of each patch, -1 where the patch shows none."""
+    coverage = patch_coverage(scene, patch_size)
+    return np.where(coverage.max(0) >= COVERS, coverage.argmax(0), -1)
+
+
 def sample_examples(
     scene: emoji.Scene, count: int, rng: np.random.Generator, mixture: dict[str, float]
 ) -> list[emoji.Example]:
@@ -129,15 +135,24 @@ class MaskBatches(SceneBatches):
 
 
 class AlignmentBatches(SceneBatches):
-    """For ``AlignmentObjective``: images, names as "cat", " cat" and " cats", and which patch shows which of them."""
+    """For ``AlignmentObjective``: images, names as "cat", " cat" and " cats", which patch shows which of them, which
+    object each patch shows, and the boxes and poses of all objects.
+    """
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        scenes = self.scenes(step)
+        scenes, owners, poses = self.scenes(step), [], []
         shows = np.stack([names_in_patches(scene, self.patch_size) for scene in scenes])
+        for scene in scenes:
+            of_scene = patch_owners(scene, self.patch_size)
+            owners.append(np.where(of_scene >= 0, of_scene + len(poses), -1))
+            for o in scene.objects:
+                poses.append([v / scene.size for v in o.box] + [o.angle / emoji.TILT, float(o.mirrored)])
         return {
             "pixel_values": self.pixel_values(scenes),
             "name_ids": self.name_ids(),
             "shows": torch.from_numpy(shows).repeat(1, 1, 3),
+            "owners": torch.from_numpy(np.stack(owners)),
+            "poses": torch.tensor(poses),
         }
 
     def name_ids(self) -> Int[Tensor, "M L"]:

@@ -3,13 +3,15 @@
 ``masks`` trains the mask VQ-VAE, apart from the model, so that there are codes to write when `segment` is asked for.
 
 ``align`` trains the vision tower, the projector and the decoder's token embeddings with the sigmoid loss. Each pair of
-that loss is scored on its own, so a pair can be one *patch* and one name: true if the patch shows the object.
+that loss is scored on its own, so a pair can be one *patch* and one name: true if the patch shows the object. From each
+patch, a linear layer also reads the object's box and pose, so that these are there when boxes and masks are asked for.
 
-``answer`` trains everything on captions, questions, boxes and masks. All that is asked about an image is packed into
-one row, behind one copy of the image tokens. The tower learns slowly at first (a long linear warm-up), or what
-``align`` taught it is lost.
+``answer`` trains everything on captions, questions and boxes. All that is asked about an image is packed into one row,
+behind one copy of the image tokens. The tower learns slowly at first (a long linear warm-up), or what ``align`` taught
+it is lost.
 
-``finish`` trains everything on the same tasks as PaliGemma runs: one prompt per row, to which the image tokens attend.
+``finish`` trains everything as PaliGemma runs: one prompt per row, to which the image tokens attend. Now there are
+masks too, whose answers are long.
 
 Each stage has one objective (training/objectives.py), and a folder of its own in the run's (training/files.py).
 Everything is trained by Muon and AdamW with the same schedule: a short linear warm-up, then half a cosine to zero.
@@ -136,6 +138,7 @@ MIXTURE = {
     "detect": 3.0,
     "segment": 3.0,
 }
+ANSWER_MIXTURE = {kind: weight for kind, weight in MIXTURE.items() if kind != "segment"}
 
 
 def make_processor(config: TrainConfig) -> Processor:
@@ -220,12 +223,16 @@ def stages(
         context.barrier()
         vae.load_state_dict(MaskVQVAE.from_pretrained(out / "checkpoint").state_dict())
 
-    suffixes = {"mixture": MIXTURE, "vae": vae, "crowded": True} | shared
+    suffixes = {"vae": vae, "crowded": True} | shared
     mask_batches = data.MaskBatches(p, c.masks_batch, misread=c.misread, **shared)
     align_batches = data.AlignmentBatches(p, c.align_batch, crowded=True, **shared)
-    answer_batches = data.SuffixBatches(p, c.answer_batch, examples=c.answer_examples, **suffixes)
+    answer_batches = data.SuffixBatches(
+        p, c.answer_batch, mixture=ANSWER_MIXTURE, examples=c.answer_examples, **suffixes
+    )
     new = 2 * c.answer_scenes  # crowded batches use half of the seeds
-    finish_batches = data.SuffixBatches(p, c.finish_batch, examples=c.finish_examples, first_seed=new, **suffixes)
+    finish_batches = data.SuffixBatches(
+        p, c.finish_batch, mixture=MIXTURE, examples=c.finish_examples, first_seed=new, **suffixes
+    )
     tower = ParameterGroup("vision_tower", c.tower_lr)
     slow_tower = replace(tower, warmup=c.tower_warmup)
     return [

@@ -94,16 +94,22 @@ class MaskVQVAEObjective(Objective):
 
 
 class AlignmentObjective(Objective):
-    """Scores every patch against every name with the sigmoid loss: true if the patch shows what the name says.
+    """Teaches each patch what it shows, and where and how.
 
+    What: every patch is scored against every name with the sigmoid loss: true if the patch shows what the name says.
     The text encoder is a bag of words, the mean of the decoder's own embeddings, so what a patch learns to say is the
-    token that the decoder will write.
+    token that the decoder will write. Where and how: a linear layer reads the box of the object from the patch, its
+    tilt, and whether it is mirrored. That layer is thrown away; what it can read, the decoder can read too.
     """
+
+    box_weight = 4.0  # of the absolute error of the box, as a fraction of the image's side
+    pose_weight = 0.25  # of the squared error of the tilt plus the cross-entropy of the mirroring
 
     trained = (
         "model.vision_tower",
         "model.multi_modal_projector",
         "model.language_model.model.embed_tokens",
+        "reader",
         "log_temperature",
         "bias",
     )
@@ -111,6 +117,7 @@ class AlignmentObjective(Objective):
     def __init__(self, model: PaliGemma):
         super().__init__()
         self.model = model
+        self.reader = nn.Linear(model.config.text_config.hidden_size, 6)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
@@ -121,11 +128,29 @@ class AlignmentObjective(Objective):
         return (embeddings * is_token).sum(1) / is_token.sum(1)
 
     def forward(
-        self, pixel_values: Float[Tensor, "I 3 H W"], name_ids: Int[Tensor, "M L"], shows: Bool[Tensor, "I P M"]
+        self,
+        pixel_values: Float[Tensor, "I 3 H W"],
+        name_ids: Int[Tensor, "M L"],
+        shows: Bool[Tensor, "I P M"],
+        owners: Int[Tensor, "I P"],
+        poses: Float[Tensor, "O 6"],
     ) -> Float[Tensor, ""]:
-        patches, names = self.model.encode_image(pixel_values).flatten(0, 1), self.embed_names(name_ids)
+        """The sigmoid loss plus the errors of what is read, a mean over all patches; 0 where a patch shows nothing.
+
+        Args:
+            owners: Which object each patch shows most of, -1 for none.
+            poses: (x0, y0, x1, y1 as fractions of the image's side, angle as a fraction of the largest, mirrored or
+                not) of each object.
+        """
+        patches, names = self.model.encode_image(pixel_values), self.embed_names(name_ids)
+        owned = owners >= 0
+        read, pose = self.reader(patches[owned]).float(), poses[owners[owned]]
+        error = self.box_weight * F.l1_loss(read[:, :4], pose[:, :4])
+        mirroring = F.binary_cross_entropy_with_logits(read[:, 5], pose[:, 5])
+        error = error + self.pose_weight * (F.mse_loss(read[:, 4], pose[:, 4]) + mirroring)
         with torch.autocast(patches.device.type, enabled=False):  # the scores in float32
-            return losses.sigmoid_loss(patches, names, self.log_temperature, self.bias, shows.flatten(0, 1))
+            scores = patches.flatten(0, 1), names, self.log_temperature, self.bias, shows.flatten(0, 1)
+            return losses.sigmoid_loss(*scores) + error * owned.float().mean()
 
 
 class SuffixObjective(Objective):
