@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from minivlm import emoji, locations, training
+from minivlm import emoji, locations, losses, training
 from minivlm.__main__ import main
 from minivlm.emoji import batches, recipe
 from minivlm.hub import EMBEDDED
@@ -408,7 +408,7 @@ def test_an_objective_trains_what_it_says_and_all_of_it(plan, number):
     of_model = {"vision_tower", "multi_modal_projector", "language_model"}
     assert parts == {
         "masks": {"vae"},
-        "align": of_model | {"log_temperature", "bias"},
+        "align": of_model | {"reader", "log_temperature", "bias"},
     }.get(STAGES[number], of_model)
 
 
@@ -516,9 +516,9 @@ def test_training_spreads_the_codebook(processor):
     for group in optimizers[0].param_groups:
         group["lr"] = 1e-3
     batch = batches.MaskBatches(processor, 8, misread=0.15)[0]
-    losses = [training.train_step(objective, batch, optimizers) for _ in range(40)]
+    course = [training.train_step(objective, batch, optimizers) for _ in range(40)]
     assert len(objective.vae.encode(batch["masks"]).unique()) > 10
-    assert losses[-1] < 0.6 * losses[0]
+    assert course[-1] < 0.6 * course[0]
 
 
 def test_embedding_of_a_name_is_the_mean_of_its_tokens(model):
@@ -528,6 +528,27 @@ def test_embedding_of_a_name_is_the_mean_of_its_tokens(model):
     names = alignment.embed_names(ids)
     torch.testing.assert_close(names[0], (table[10] + table[11] + table[12]) / 3)
     torch.testing.assert_close(names[1], table[20])
+
+
+def test_loss_of_alignment_by_hand(processor, model):
+    """The sigmoid loss plus a mean over all patches: of the errors where a patch shows an object, 0 elsewhere."""
+    objective = objectives.AlignmentObjective(model)
+    batch = batches.AlignmentBatches(processor, 4)[0]
+    with torch.no_grad():
+        features, loss = model.encode_image(batch["pixel_values"]), objective(**batch).double()
+        names = objective.embed_names(batch["name_ids"])
+        pairs = features.flatten(0, 1), names, objective.log_temperature, objective.bias, batch["shows"].flatten(0, 1)
+        expected, read = losses.sigmoid_loss(*pairs).double(), objective.reader(features).double()
+    owners = batch["owners"]
+    assert (owners < 0).any() and (owners >= 0).any()
+    for image, patch in (owners >= 0).nonzero().tolist():
+        *box, angle, mirrored = read[image, patch]
+        pose = batch["poses"][owners[image, patch]].double()
+        error = 4.0 * sum((v - w).abs() for v, w in zip(box, pose[:4], strict=True)) / 4
+        p = mirrored.sigmoid()  # that it is mirrored
+        error += 0.25 * ((angle - pose[4]) ** 2 - (p if pose[5] else 1 - p).log())
+        expected += error / owners.numel()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 def test_halves_have_the_loss_and_gradient_of_the_whole(processor):
@@ -626,6 +647,19 @@ def test_patches_show_what_covers_a_quarter_of_them():
             assert {emoji.OBJECTS[i] for i in np.flatnonzero(shows[patch])} == expected
 
 
+def test_a_patch_belongs_to_the_object_that_covers_most_of_it():
+    shared = 0
+    for seed in range(60):
+        scene = emoji.make_scene(seed)
+        owners = batches.patch_owners(scene, 16)
+        for patch in range(49):
+            y, x = patch // 7 * 16, patch % 7 * 16
+            pixels = [int(o.mask[y : y + 16, x : x + 16].sum()) for o in scene.objects]
+            assert owners[patch] == (pixels.index(max(pixels)) if max(pixels) >= 64 else -1)
+            shared += sum(n >= 64 for n in pixels) > 1
+    assert shared > 3  # or there was nothing to decide
+
+
 def test_alignment_batch_says_which_patch_shows_which_name(processor):
     alignment = batches.AlignmentBatches(processor, 4)
     batch, scenes = alignment[1], alignment.scenes(1)
@@ -637,6 +671,13 @@ def test_alignment_batch_says_which_patch_shows_which_name(processor):
     assert texts[:n] == list(emoji.OBJECTS)
     assert texts[n : 2 * n] == [f" {name}" for name in emoji.OBJECTS]
     assert texts[2 * n :] == [f" {emoji.plural(name)}" for name in emoji.OBJECTS]
+    poses = [[*(v / 64 for v in o.box), o.angle / 15, o.mirrored] for scene in scenes for o in scene.objects]
+    assert batch["poses"].dtype == torch.float32 and torch.equal(batch["poses"], torch.tensor(poses))
+    first = 0
+    for scene, owners in zip(scenes, batch["owners"], strict=True):
+        of_scene = batches.patch_owners(scene, 16)
+        assert owners.tolist() == [first + index if index >= 0 else -1 for index in of_scene]
+        first += len(scene.objects)
 
 
 def test_suffix_batch_has_the_answers_of_its_scenes(processor):
@@ -748,6 +789,8 @@ def test_the_stages(plan, model):
         assert stage.config.lr == getattr(TINY, f"{stage.name}_lr") and stage.config.horizon is None
         assert stage.config.optimizer == "muon" and stage.config.precision == "bfloat16"
         assert stage.batches.augment == emoji.AUGMENTATIONS and stage.batches.world == emoji.WORLD
+    assert answer.batches.mixture is recipe.ANSWER_MIXTURE and finish.batches.mixture is recipe.MIXTURE
+    assert set(recipe.ANSWER_MIXTURE) == set(recipe.MIXTURE) - {"segment"}
     assert align.config.groups == ()
     assert answer.config.groups == (training.ParameterGroup("vision_tower", TINY.tower_lr, TINY.tower_warmup),)
     assert finish.config.groups == (training.ParameterGroup("vision_tower", TINY.tower_lr),)

@@ -30,6 +30,7 @@ from minivlm.emoji.objects import (
     SceneObject,
     artists_of,
     draw_sprite,
+    has_drawn,
     plural,
     with_article,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "count_phrase",
     "detect_target",
     "draw_sprite",
+    "has_drawn",
     "join_phrases",
     "make_scene",
     "parse_caption",

@@ -32,7 +32,7 @@ OBJECTS: tuple[str, ...] = tuple(_ENTRY)
 TRAIN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "train")
 DEVELOPMENT_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "development")
 UNSEEN_ARTISTS = tuple(a["name"] for a in _INDEX["artists"] if a["role"] == "unseen")
-ARTISTS = TRAIN_ARTISTS + DEVELOPMENT_ARTISTS + UNSEEN_ARTISTS
+ARTISTS = tuple(a["name"] for a in _INDEX["artists"])
 _MISSING = {a["name"]: frozenset(a["missing"]) for a in _INDEX["artists"]}
 
 
@@ -59,11 +59,16 @@ def can_be_mirrored(name: str) -> bool:
     return _entry(name)["mirror"]
 
 
+def has_drawn(artist: str, name: str) -> bool:
+    """Whether an artist has drawn an object. Some sets of emoji are older than some objects."""
+    return name not in _MISSING[artist]
+
+
 @cache
 def artists_of(name: str, split: str) -> tuple[str, ...]:
-    """The artists of a split who drew an object. Some sets of emoji are older than some objects."""
+    """The artists of a split who drew an object."""
     artists = {"artist": UNSEEN_ARTISTS, "development": DEVELOPMENT_ARTISTS}.get(split, TRAIN_ARTISTS)
-    return tuple(artist for artist in artists if name not in _MISSING[artist])
+    return tuple(artist for artist in artists if has_drawn(artist, name))
 
 
 def _entry(name: str) -> dict:
@@ -134,7 +139,7 @@ def draw_sprite(
     _entry(name)
     if artist not in ARTISTS:
         raise ValueError(f"artist must be one of {', '.join(ARTISTS)}, not {artist!r}.")
-    if name in _MISSING[artist]:
+    if not has_drawn(artist, name):
         raise ValueError(f"The artist {artist!r} has not drawn {with_article(name)}. Choose another artist.")
     if side < 1:
         raise ValueError(f"side must be at least 1 pixel, not {side}.")
