@@ -835,8 +835,8 @@ viz.attention_on_image(scene.image, by_layer, titles, f"What patch {query} atten
 
 # %% [markdown]
 # And the four heads, one at a time. The cross marks the patch that attends, 0 at the top left to 48 at the bottom
-# right. Predict first: does a patch of plain background attend to the objects? Then move *patch* until a head looks
-# mostly at a single place.
+# right. Predict first: does a patch of plain background attend to the objects? Then move *layer* and *patch* until you
+# have found the head that gives the most to a single patch.
 
 
 # %%

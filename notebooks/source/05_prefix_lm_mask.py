@@ -425,7 +425,7 @@ queries = {f"{i} {names[i].text!r}": i for i in range(processor.num_image_tokens
 
 # %% [markdown]
 # The frame marks one query. Predict first: how much of its attention does the newline, token 52, give to the image?
-# Then go through layers, heads and tokens until you find a head that mostly looks at one single token.
+# Then go through layers and heads until you have found the one that looks at the image least.
 
 
 # %%

@@ -347,7 +347,7 @@ viz.cache_growth({name: cache_bytes(config, 1) for name, config in models.items(
 
 
 # %%
-def your_cache(tokens=4096, key_heads=1, layers=18, dtype="bfloat16"):
+def your_cache(tokens=4096, key_heads=4, layers=18, dtype="bfloat16"):
     config = replace(paligemma, num_key_value_heads=key_heads, num_hidden_layers=layers)
     per_token = {"yours": cache_bytes(config, 1, dtype=getattr(torch, dtype))}
     marks = {f"{tokens:,} tokens": tokens}

@@ -12,7 +12,7 @@ from minivlm.course.viz.drawing import arrow, rectangle, sheet, styled, write
 from minivlm.course.viz.figure import Figure, from_figure
 from minivlm.course.viz.inputs import Numbers, check_array
 from minivlm.course.viz.style import BLUE, BODY, GRAY, INK, KINDS, LIGHT, SMALL, VERMILION, WIDTH, tint
-from minivlm.course.viz.text import count, fit, fixed, listed, visible
+from minivlm.course.viz.text import count, fit, fixed, listed, text_width, visible
 from minivlm.course.viz.tokens import Run, Token, runs
 
 MOST_PAIRS, MOST_BOXES = 5, 24
@@ -104,11 +104,12 @@ def decode_step(tokens: Sequence[Token], prompt: Integral, step: Integral) -> Fi
     start, stop = (0, prompt) if step == 0 else (prompt + step - 1, prompt + step)  # what this step computes
     predicted = visible(tokens[stop].text)
     figure, axes, top = sheet(236, f"step {step}: {'prefill' if step == 0 else 'decode'}")
-    width = (WIDTH - LABELS - 12) / len(found)
+    edges = slots(found)
     for y, name in ((top + 22, "goes in"), (top + 92, "cache after it"), (top + 162, "comes out")):
         write(axes, 12, y, name, BODY, ha="left", fontweight="bold")
     for j, run in enumerate(found):
-        x, is_new, is_stored = LABELS + j * width, start <= run.start < stop, run.start < stop
+        x, width = edges[j], edges[j + 1] - edges[j]
+        is_new, is_stored = start <= run.start < stop, run.start < stop
         if is_new:
             draw_slot(axes, x, top + 4, width, run, new=True)
             arrow(axes, (x + width / 2, top + 44), (x + width / 2, top + 70))
@@ -122,10 +123,21 @@ def decode_step(tokens: Sequence[Token], prompt: Integral, step: Integral) -> Fi
         f"Without a cache: computed for {stop}."
     )
     write(axes, 12, top + 208, text, BODY, ha="left")
-    taken = listed([visible(r.token.text) + (f" × {r.length}" if r.length > 1 else "") for r in found if r.start < stop])
+    taken = listed([run.text for run in found if run.start < stop])
     return from_figure(
         figure, f"Step {step} of generation. The cache then holds {taken}. {text} The next token is “{predicted}”."
     )
+
+
+def slots(found: Sequence[Run]) -> np.ndarray:
+    """The edges of the boxes: as wide as their texts need, then all stretched or squeezed to fill the line."""
+    widths = [max(30, text_width(slot_text(run), BODY) + 14) for run in found]
+    room = WIDTH - LABELS - 12
+    return LABELS + np.concatenate([[0], np.cumsum(widths)]) * min(1.4, room / sum(widths))
+
+
+def slot_text(run: Run) -> str:
+    return f"{run.token.kind} ×{run.length}" if run.length > 1 else run.text
 
 
 def draw_slot(axes, x: Real, y: Real, width: Real, run: Run | None, new: bool) -> None:
@@ -137,6 +149,5 @@ def draw_slot(axes, x: Real, y: Real, width: Real, run: Run | None, new: bool) -
     color, hatch = KINDS[run.token.kind]
     look = {"edge": VERMILION, "linewidth": 2.4} if new else {"edge": color}
     rectangle(axes, *area, tint(color, 0.6 if new else 0.25), radius=4, hatch=hatch, **look)
-    size = SMALL if width < 60 or run.length > 1 else BODY
-    text = f"{run.token.kind} ×{run.length}" if run.length > 1 else run.text
-    write(axes, x + width / 2, y + 18, fit(text, width - 8, size), size, INK)
+    size = BODY if text_width(slot_text(run), BODY) <= width - 8 else SMALL
+    write(axes, x + width / 2, y + 18, fit(slot_text(run), width - 8, size), size, INK)

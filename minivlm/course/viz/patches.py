@@ -105,7 +105,7 @@ def patch_grid(
     gap = 4 if max(columns, rows) <= 16 else 1
     side = max(3, min(72, (520 - gap * columns) / columns, (520 - gap * rows) / rows))
     wide, high = columns * (side + gap) - gap, rows * (side + gap) - gap
-    right, bottom = (size % patch_size * side / patch_size for size in image.size)  # of the dropped edge, drawn to scale
+    right, bottom = (size % patch_size * side / patch_size for size in image.size)  # the dropped edge
     right, bottom = right + gap * (right > 0), bottom + gap * (bottom > 0)
     figure, axes, top = sheet(high + bottom + 92, title)
     x0 = (WIDTH - wide - right) / 2

@@ -12,13 +12,13 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from minivlm.course.viz.figure import Figure
-from minivlm.course.viz.text import listed
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STEPS = 100  # of a slider over fractions or powers, if its range does not say how many
@@ -43,7 +43,9 @@ def sliders(draw: Callable[..., Figure], **controls: Any) -> "Sliders":
         raise ValueError("sliders needs at least one control, such as temperature=(0.1, 100).")
     for name, choices in controls.items():
         if name not in parameters or parameters[name].default is inspect.Parameter.empty:
-            raise ValueError(f"The figure function needs a parameter {name!r} with a default, where its control starts.")
+            raise ValueError(
+                f"The figure function needs a parameter {name!r} with a default: its control starts there."
+            )
         check_control(name, choices, parameters[name].default)
     return Sliders(draw, controls, {name: parameters[name].default for name in controls})
 
@@ -73,7 +75,7 @@ class Sliders:
         def redraw(_change=None):
             try:
                 values = {name: value_of(given, self.controls[name]) for name, given in inputs.items()}
-                picture.value, problem.value = as_html(check_figure(self.draw(**values))), ""
+                problem.value, picture.value = "", as_html(check_figure(self.draw(**values)))
             except Exception as error:  # of the learner's own function too: the last good figure stays
                 problem.value = f'<p role="alert"><b>{html.escape(sentence(error))}</b></p>'
 
@@ -96,7 +98,7 @@ def as_html(figure: Figure) -> str:
     return data.get("text/html", image)
 
 
-def check_figure(figure: Figure) -> Figure:
+def check_figure(figure: Any) -> Figure:
     """What the figure function returned, if it is a figure with alt text."""
     if not isinstance(figure, Figure):
         name = type(figure).__name__
@@ -117,7 +119,7 @@ def check_control(name: str, choices: Any, start: Any) -> None:
     """Checks that a control is one of those that ``sliders`` describes, and that it can start at this value."""
     if isinstance(choices, tuple):
         numbers = choices[:-1] if choices[-1:] == ("log",) else choices
-        is_range = len(choices) in (2, 3) and len(numbers) >= 2 and all(isinstance(n, int | float) for n in numbers)
+        is_range = len(choices) in (2, 3) and len(numbers) >= 2 and all(isinstance(n, Real) for n in numbers)
         if not is_range or not choices[0] < choices[1] or (numbers != choices and choices[0] <= 0):
             raise ValueError(f'{name} must be (low, high), with a step or "log" if you like, not {choices!r}.')
         if not choices[0] <= start <= choices[1]:
@@ -125,7 +127,7 @@ def check_control(name: str, choices: Any, start: Any) -> None:
     elif isinstance(choices, list | dict):
         known = list(choices.values()) if isinstance(choices, dict) else choices
         if start not in known:
-            raise ValueError(f"{name} starts at {start!r}, which is not among {listed(map(repr, known)) or 'nothing'}.")
+            raise ValueError(f"{name} starts at {start!r}, which is not among its choices, {known}.")
     elif choices not in TYPES:
         raise ValueError(f"{name} must be a range, a list, bool, str or PIL.Image.Image, not {choices!r}.")
 
@@ -134,19 +136,20 @@ def new_input(name: str, choices: Any, start: Any):
     """The widget for one control. It reports a value when it is released, not at every pixel on the way."""
     import ipywidgets
 
-    how = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
+    how = {"description": name.replace("_", " ")}
+    if choices is Image.Image:
+        return ipywidgets.FileUpload(accept="image/*", layout={"width": "auto"}, **how)
+    how["style"] = {"description_width": "initial"}
     if isinstance(choices, tuple):
         return new_slider(choices, start, how)
     if isinstance(choices, list | dict):
         return ipywidgets.Dropdown(options=choices, value=start, **how)
     if choices is bool:
         return ipywidgets.Checkbox(value=start, indent=False, **how)
-    if choices is str:
-        return ipywidgets.Text(value=start, continuous_update=False, layout={"width": "360px"}, **how)
-    return ipywidgets.FileUpload(accept="image/*", **how, layout={"width": "auto"})
+    return ipywidgets.Text(value=start, continuous_update=False, layout={"width": "360px"}, **how)
 
 
-def new_slider(choices: tuple, start: float, how: dict):
+def new_slider(choices: tuple, start: Real, how: dict):
     """A slider over integers, fractions or powers of ten."""
     import ipywidgets
 
@@ -155,7 +158,7 @@ def new_slider(choices: tuple, start: float, how: dict):
     if rest == ["log"]:
         low, high = math.log10(low), math.log10(high)
         return ipywidgets.FloatLogSlider(min=low, max=high, step=(high - low) / STEPS, readout_format=".3g", **how)
-    if all(isinstance(n, int) for n in (*choices, start)):
+    if all(isinstance(n, Integral) for n in (*choices, start)):
         return ipywidgets.IntSlider(min=low, max=high, step=rest[0] if rest else 1, **how)
     step = rest[0] if rest else (high - low) / STEPS
     return ipywidgets.FloatSlider(min=low, max=high, step=step, readout_format=".3g", **how)

@@ -160,7 +160,7 @@ viz.image_row([scene.image[y0:y1, x0:x1], cropped, decoded, decoded > 0], titles
 # The overall shape is there. Thin parts and sharp corners are more than sixteen tokens can hold.
 #
 # Now change one of the sixteen codes. Cells are numbered row by row, from 0 at the top left to 15. Predict first: how
-# much of the mask changes? Then move *cell* and *code* until the mask has lost a quarter of its IoU.
+# much of the mask changes? Then move *cell* and *code* until the IoU is as low as you can get it.
 
 
 # %%
