@@ -91,6 +91,20 @@ for prompt in ("caption en", "answer en how many objects are there?", "detect pa
 print(*minivlm.generation.stream_generate(model, processor, images[0], "caption en"), sep=" | ")
 
 # %% [markdown]
+# ### Ask it yourself
+#
+# This figure has controls above it. They work while the notebook's kernel is running; where none is, you see the figure
+# as it starts. Click a slider or reach it with Tab, then use the mouse or the arrow keys. Prompts to try: `caption en`,
+# `answer en how many objects are there?`, `detect cat ; dog`, `segment octopus`.
+#
+# Predict first: does the model make more errors on new scenes or on those of an unseen artist? Then move *seed* until
+# the caption is wrong, choose the other *split*, and count. Below, under "Break it", is a photo: you can also upload
+# one of your own.
+
+# %%
+viz.playground(model, processor)
+
+# %% [markdown]
 # ## Four families
 #
 # How do you get an image into a language model? Lilian Weng's well-known survey ("Generalized Visual Language Models",

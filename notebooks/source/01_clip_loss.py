@@ -514,6 +514,29 @@ print(f"images that are closest to their own name: {own} of 12")
 assert own > 8
 
 # %% [markdown]
+# What does the temperature make of these cosines? Each row below is a softmax over the twelve names. Predict first: at
+# temperature 1, how likely is the right name? Then move the slider until the loss is lowest. Is that as hot as it gets?
+
+
+# %%
+def choices(temperature=1.0):
+    probabilities = (temperature * after).softmax(1)
+    loss = F.cross_entropy(temperature * after, torch.arange(12))
+    title = f"exp(t) = {temperature:.3g}: probability of each name, loss {loss:.2f} nats"
+    return viz.similarity_matrix(probabilities, thumbnails, words, title=title)
+
+
+viz.sliders(choices, temperature=(0.1, 100, "log"))
+
+# %%
+losses_at = {10**k: F.cross_entropy(10**k * after, torch.arange(12)).item() for k in (-1, 0, 1, 2)}
+print({t: round(loss, 2) for t, loss in losses_at.items()}, "  guessing:", round(np.log(12), 2))
+assert abs(losses_at[0.1] - np.log(12)) < 0.2 and min(losses_at, key=losses_at.get) == 10
+
+# %% [markdown]
+# Too cold, and every name is equally likely, as if the model were guessing. Too hot, and one wrong name that is a
+# little closer takes all the probability, which costs a lot.
+#
 # Nearly every image is closest to its own name. Before you celebrate: each of them chose among twelve names only, and
 # this is just one set of twelve. The next section lets the images choose among all 100.
 

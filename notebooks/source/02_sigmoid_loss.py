@@ -419,6 +419,35 @@ print(f"derivative at bias 0: {slope_in_bias(32_768, 0.0):,.0f}, at −10: {slop
 assert slope_in_bias(32_768, 0.0) == 32_767 / 2 - 1 / 2
 
 # %% [markdown]
+# Now be the optimizer, for the four pairs from "What a softmax needs". Predict first: which of the four tables does the
+# bias change? Then move both sliders until the loss is lowest.
+
+
+# %%
+def with_both(temperature=10.0, bias=-10.0):
+    scaled = temperature * cosines
+    loss = -F.logsigmoid((2 * torch.eye(4) - 1) * (scaled + bias)).sum() / 4
+    title = f"temperature {temperature:.3g}, bias {bias:.3g}: loss {loss:.2f}"
+    return viz.softmax_and_sigmoid(scaled, bias, title=title)
+
+
+viz.sliders(with_both, temperature=(1, 100, "log"), bias=(-40, 0, 0.5))
+
+# %%
+assert torch.allclose((table - 10).softmax(1), table.softmax(1), rtol=1e-5)  # the bias cancels in a softmax
+for temperature in (2, 5, 10, 20, 50):
+    tried = torch.arange(-50, 0.5, 0.5)
+    logits = (2 * torch.eye(4) - 1) * (temperature * cosines + tried[:, None, None])
+    by_bias = -F.logsigmoid(logits).sum((1, 2)) / 4
+    print(f"temperature {temperature:2}: lowest loss {by_bias.min():.2f} at bias {tried[by_bias.argmin()]:.1f}")
+
+# %% [markdown]
+# The bias changes the sigmoids alone. The best bias follows the temperature: about −0.75 times as large, so that a pair
+# with a cosine of 0.75 gets a "maybe". And the best temperature is near 10, not as hot as possible. The third image has
+# a cosine of 0.8 with the wrong text, the second only 0.6 with the right one. No bias can say no to the first and yes to
+# the second, and the hotter it is, the more that costs.
+
+# %% [markdown]
 # ## A sum can be split anywhere
 #
 # Since the pairs are independent, you can split the table into parts and sum them in any order. Here are columns 0 to 2

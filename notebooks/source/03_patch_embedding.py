@@ -210,6 +210,30 @@ for side, patch_size in ((112, 16), (224, 14), (448, 14), (896, 14)):
     print(f"{side} pixels, patches of {patch_size}: {tokens:5} tokens, {tokens**2:11,} pairs in attention")
 
 # %% [markdown]
+# What if the patch size does not divide the image? A convolution moves in whole steps, so it drops what is left at the
+# right and at the bottom. Predict first: which patch size from 14 to 56 wastes the most of an image of 112 pixels? Then
+# move the sliders until more than half of the image is dropped.
+
+# %%
+from PIL import Image
+
+
+def cut(image_size=112, patch_size=16):
+    image = Image.fromarray(scene.image).resize((image_size, image_size))
+    side = image_size // patch_size
+    used = (side * patch_size / image_size) ** 2
+    title = f"{side**2} tokens, {side**4:,} pairs, {1 - used:.0%} of the pixels dropped"
+    return viz.patch_grid(image, patch_size, title=title, drop_edge=True)
+
+
+viz.sliders(cut, image_size=(64, 224, 16), patch_size=(14, 56))
+
+# %%
+dropped = {size: 1 - (112 // size * size / 112) ** 2 for size in range(14, 57)}
+assert not any(dropped[size] for size in (14, 16, 28, 56)) and max(dropped, key=dropped.get) == 38
+assert 1 - (80 // 56 * 56 / 80) ** 2 > 0.5  # one patch of 56 pixels in an image of 80
+
+# %% [markdown]
 # ## Break it: a reshape that fits and is wrong
 #
 # A convolution returns `[B, D, rows, columns]`, but the sequence has to be `[B, P, D]`. Both of these have the right
@@ -810,12 +834,19 @@ titles = [f"layer {number}" for number in range(len(weights))]
 viz.attention_on_image(scene.image, by_layer, titles, f"What patch {query} attends to ({scene.objects[0].name})")
 
 # %% [markdown]
-# And the four heads of the last layer, one at a time:
+# And the four heads, one at a time. The cross marks the patch that attends, 0 at the top left to 48 at the bottom
+# right. Predict first: does a patch of plain background attend to the objects? Then move *layer* and *patch* until you
+# have found the head that gives the most to a single patch.
+
 
 # %%
-viz.attention_on_image(
-    scene.image, weights[-1][0, :, query], [f"head {h}" for h in range(4)], "The last layer, head by head"
-)
+def heads_of(layer=3, patch=24):
+    titles = [f"head {head}" for head in range(4)]
+    title = f"What patch {patch} attends to in layer {layer}, head by head"
+    return viz.attention_on_image(scene.image, weights[layer][0, :, patch], titles, title, query=patch)
+
+
+viz.sliders(heads_of, layer=(0, 3), patch=(0, 48))
 
 # %% [markdown]
 # In both figures, each map has its own color scale, so compare the percentages, not the colors. The weights show where

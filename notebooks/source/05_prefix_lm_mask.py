@@ -413,14 +413,29 @@ viz.compare_masks({"layers 1, 3, 5 …": full[0], "layers 0, 2, 4 …, window 3"
 # ## Attention weights over the mask
 #
 # A mask says which tokens a query *can* attend to. The attention weights say which ones it does attend to. There is one
-# table of weights per layer and head. Here we average over the heads of the last layer. Blocked cells are exactly 0.
+# table of weights per layer and head. Blocked cells are exactly 0.
 
 # %%
 weights = viz.decoder_attention(model, **inputs)
 mask = masks.prefix_lm_mask(inputs["token_type_ids"])[0]
 assert all(w[0, :, ~mask].abs().max() == 0 for w in weights)
 assert all(torch.allclose(w.sum(-1), torch.ones_like(w.sum(-1))) for w in weights)
-viz.attention_over_mask(weights[-1][0].mean(0), mask, viz.read_tokens(inputs, processor))
+names = viz.read_tokens(inputs, processor)
+queries = {f"{i} {names[i].text!r}": i for i in range(processor.num_image_tokens, len(names))}
+
+# %% [markdown]
+# The frame marks one query. Predict first: how much of its attention does the newline, token 52, give to the image?
+# Then go through layers and heads until you have found the one that looks at the image least.
+
+
+# %%
+def look(layer=3, head="mean", token=52):
+    table = weights[layer][0].mean(0) if head == "mean" else weights[layer][0, head]
+    title = f"Layer {layer}, {'mean of the heads' if head == 'mean' else f'head {head}'}"
+    return viz.attention_over_mask(table, mask, names, title, query=token)
+
+
+viz.sliders(look, layer=(0, 3), head=["mean", 0, 1, 2, 3], token=queries)
 
 # %% [markdown]
 # And over the image: what each position attends to when it predicts the next token, in the layer that attends to the

@@ -314,6 +314,25 @@ assert change < 1e-3 * scores.abs().max()
 assert torch.tensor(257.0).bfloat16() == torch.tensor(256.0).bfloat16()
 
 # %% [markdown]
+# Here are the dials themselves, for a query and a key with d = 8, so four pairs. The pale hands are the pairs before
+# they were turned. Predict first: you shift both tokens by 100 positions. Which hands turn, and what happens to q·k?
+# Then move the key alone until q·k is negative. Which pair made the difference?
+
+# %%
+q8, k8 = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+
+
+def dials(query_position=5, key_position=3, shift_both=0):
+    return viz.rotated_pairs(q8, k8, query_position + shift_both, key_position + shift_both, theta)
+
+
+viz.sliders(dials, query_position=(0, 50), key_position=(0, 50), shift_both=(0, 100))
+
+# %%
+near, far = (scores_at(q8, k8, torch.arange(105))[pair] for pair in ((5, 3), (104, 102)))
+assert torch.isclose(near, far, rtol=1e-4)
+
+# %% [markdown]
 # ### Is pairing neighbors wrong?
 #
 # Not in itself. A head that pairs neighbors returns the same scores if you reorder its numbers accordingly. But
@@ -415,6 +434,25 @@ for cap in (50.0, 5.0, 1.0):
 assert leaked[0] < 1e-12 and leaked == sorted(leaked)
 
 # %% [markdown]
+# The same for six tokens under a causal mask. Predict first: at which cap can you *see* the leak if the mask comes
+# first? Then choose that order, and lower the cap until a tenth of the attention is where it must not be.
+
+# %%
+six_scores = 4 * torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+
+
+def capped(cap=5.0, order="cap, then mask"):
+    scores = six_scores if order == "cap, then mask" else six_scores.masked_fill(hidden, -torch.inf)
+    capped_scores = gemma.soft_cap(scores, cap)
+    p = (capped_scores.masked_fill(hidden, -torch.inf) if order == "cap, then mask" else capped_scores).softmax(-1)
+    title = f"{order}, cap {cap:.3g}: {p[hidden].sum() / 6:.1%} of the attention leaks"
+    return viz.similarity_matrix(p, [f"query {i}" for i in range(6)], [f"key {i}" for i in range(6)], [], title)
+
+
+viz.sliders(capped, cap=(0.5, 50, "log"), order=["cap, then mask", "mask, then cap"])
+
+# %% [markdown]
 # ## Exercise 6.3 · Grouped-query attention
 #
 # `q` is `[B, H, T, d]`. `k` and `v` are `[B, K, S, d]`, with S keys. `mask` is a boolean `[B, T, S]` (its first axis
@@ -471,18 +509,27 @@ print("numbers stored: multi-head", sum(x.numel() for x in repeated), " grouped"
 # ### See it
 #
 # The small model has four query heads and one set of keys and values. The queries still differ, so the heads can attend
-# to different patches. The figure shows what each head attends to from the last token of the prompt, in the layer that
-# attends to the image most:
+# to different patches. The figure starts with the last token of the prompt, the newline. Above each head is how much of
+# its attention goes to the image. Predict first: which token of the prompt needs the image most, and in which layer?
+# Then move the controls until the four heads look at four different places.
 
 # %%
 model, processor = minivlm.PaliGemma.from_pretrained(), minivlm.Processor.from_pretrained()
 scene = emoji.make_scene(0, "validation")
 prompt = processor(text=["caption en"], images=[scene.image])
 weights = torch.stack(viz.decoder_attention(model, **prompt))[:, 0]  # [layers, H, T, T]
-to_image = weights[:, :, -1, : processor.num_image_tokens]
-layer = int(to_image.sum(-1).mean(1).argmax())
-titles = [f"head {head}: {share:.0%}" for head, share in enumerate(to_image[layer].sum(-1))]  # share of its attention
-viz.attention_on_image(scene.image, to_image[layer], titles, title=f"Layer {layer}: four query heads, one key head")
+P = processor.num_image_tokens
+prompt_tokens = {f"{i} {t.text!r}": i for i, t in enumerate(viz.read_tokens(prompt, processor)) if i >= P}
+
+
+def heads_of(layer=3, token=52):
+    to_image = weights[layer, :, token, :P]
+    titles = [f"head {head}: {share:.0%}" for head, share in enumerate(to_image.sum(-1))]
+    return viz.attention_on_image(scene.image, to_image, titles, f"Layer {layer}: four query heads, one key head")
+
+
+# %%
+viz.sliders(heads_of, layer=(0, 3), token=prompt_tokens)
 
 # %% [markdown]
 # ## GeGLU: an MLP with a gate

@@ -139,6 +139,22 @@ with torch.no_grad():
 assert processor.decode(caption_ids) == caption
 
 # %% [markdown]
+# Step through it. Predict first: how many tokens go in at step 3, and how many keys does it read? Then move *step* until
+# `<eos>` comes out. Which slot stays empty?
+
+# %%
+complete = processor(text=["caption en"], images=[scene.image], suffix=[caption])
+sequence = viz.read_tokens(complete, processor)
+assert [token.id for token in sequence[prompt_length:]] == caption_ids
+
+
+def one_step(step=0):
+    return viz.decode_step(sequence, prompt_length, step)
+
+
+viz.sliders(one_step, step=(0, len(caption_ids) - 1))
+
+# %% [markdown]
 # ## Exercise 7.1 · Grow
 #
 # The simplest cache: `old` holds the keys (or values) so far, `[B, K, S, d]`, and `new` those of the newest tokens,
@@ -324,6 +340,27 @@ assert 75e6 < cache_bytes(paligemma, 4096) < 76e6  # the answer to the third que
 
 # %%
 viz.cache_growth({name: cache_bytes(config, 1) for name, config in models.items()})
+
+# %% [markdown]
+# Now build your own. Predict first: which halves the cache, half the layers or half the *query* heads? Then find a
+# setting in which the cache of a single row is larger than PaliGemma's weights, 5.8 GB.
+
+
+# %%
+def your_cache(tokens=4096, key_heads=4, layers=18, dtype="bfloat16"):
+    config = replace(paligemma, num_key_value_heads=key_heads, num_hidden_layers=layers)
+    per_token = {"yours": cache_bytes(config, 1, dtype=getattr(torch, dtype))}
+    marks = {f"{tokens:,} tokens": tokens}
+    return viz.cache_growth(per_token | {"PaliGemma 3B": cache_bytes(paligemma, 1)}, 16_384, marks)
+
+
+dtypes = ["float32", "bfloat16", "float8_e4m3fn"]
+viz.sliders(your_cache, tokens=(256, 16_384, 256), key_heads=[1, 2, 4, 8], layers=(1, 64), dtype=dtypes)
+
+# %%
+largest = replace(paligemma, num_key_value_heads=8, num_hidden_layers=64)
+assert cache_bytes(largest, 16_384, dtype=torch.float32) > 5.8e9 > cache_bytes(paligemma, 16_384)
+assert cache_bytes(replace(paligemma, num_attention_heads=4), 1) == cache_bytes(paligemma, 1)  # queries are not stored
 
 # %% [markdown]
 # (1 KB = 1,000 bytes.) And all of this is **per row**: a server with 64 conversations keeps 64 caches. At 896 pixels

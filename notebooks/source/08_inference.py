@@ -178,12 +178,12 @@ scenes = [emoji.make_scene(seed, "validation") for seed in range(12)]
 package_merge = paligemma.merge_image_features
 
 
-def captions_with(factor: float) -> list[str]:
+def captions_with(factor: float, number: int = 12) -> list[str]:
     def merge_scaled(x, is_image, features):
         return package_merge(x, is_image, features * factor)
 
     with patch.object(paligemma, "merge_image_features", merge_scaled):
-        return minivlm.generate(model, processor, [s.image for s in scenes], "caption en")
+        return minivlm.generate(model, processor, [s.image for s in scenes[:number]], "caption en")
 
 
 # %%
@@ -193,6 +193,19 @@ for name, factor in {"as trained": 1.0, "times √D": D**0.5, "divided by √D":
     correct[name] = sum(emoji.same_caption(c, s.captions["caption"][0]) for c, s in zip(captions, scenes, strict=True))
     print(f"{name:14} {correct[name]:2} of {len(scenes)} correct; the first three: {captions[:3]}")
 assert correct["times √D"] < correct["as trained"] and correct["divided by √D"] < correct["as trained"]
+
+# %% [markdown]
+# And in between? Predict first: does it hurt more if the features are twice as long or half as long? Then move the
+# slider in both directions until no caption is left as it was.
+
+
+# %%
+def captions_at(scale=1.0):
+    captions = captions_with(scale, number=4)
+    return viz.image_row([s.image for s in scenes[:4]], captions, title=f"Image features × {scale:.2g}")
+
+
+viz.sliders(captions_at, scale=(0.05, 20, "log"))
 
 # %% [markdown]
 # With features √D times too long, some names are still right, but the captions are not. With features √D times too
@@ -460,6 +473,13 @@ codes = [d.codes for d in locations.parse_detections(segmented, width, height).d
 assert codes and all(len(sixteen) == 16 for sixteen in codes)
 
 # %% [markdown]
+# Here is everything so far in one place: the answer, its boxes, and its masks. Predict first: what happens if you ask
+# for an object that is not there? Then move *seed* until a mask is wrong, or upload an image of your own.
+
+# %%
+viz.playground(model, processor, prompt=prompt_for_all("segment", scene))
+
+# %% [markdown]
 # *This is the middle of the chapter and a good place to take a break. When you come back, run the cells above again: in
 # JupyterLab, Run → Run All Above Selected Cell.*
 #
@@ -559,7 +579,24 @@ exercises.score(top_p_filter, points=2, seed=1)
 
 # %%
 top_p_filter = exercises.piece("top_p_filter")
-viz.sampling_distribution(logits[0], processor, kept=top_p_filter(logits, 0.8)[0], title="Top-p, p = 0.8")
+
+
+def next_token(T=1.0, k=50, p=0.8):
+    tempered = generation.apply_temperature(logits, T)
+    kept = top_p_filter(generation.top_k_filter(tempered, k), p)
+    return viz.sampling_distribution(tempered[0], processor, kept[0], title=f"T = {T:.2g}, top-k {k}, top-p {p:.2g}")
+
+
+viz.sliders(next_token, T=(0.1, 10, "log"), k=(1, 50), p=(0.05, 1.0, 0.05))
+
+# %% [markdown]
+# Temperature first, then top-k, then top-p, as `generate` applies them. Predict first: at a high temperature, does
+# top-p keep more tokens or fewer? Then set T = 1 and move *p* until one token is left. Which *k* does the same?
+
+# %%
+few, many = (int((top_p_filter(generation.apply_temperature(logits, T), 0.8) > -torch.inf).sum()) for T in (0.2, 5.0))
+print(f"top-p with p = 0.8 keeps {few} at T = 0.2 and {many} at T = 5")
+assert few < many
 
 # %% [markdown]
 # Now the same p where the model is sure, at the end of its caption of our scene:

@@ -5,6 +5,7 @@ from importlib import import_module
 from minivlm.course.viz.attention import attention_mask, attention_over_mask, compare_masks
 from minivlm.course.viz.boxes import draw_boxes, draw_sheet
 from minivlm.course.viz.charts import cache_growth, lines, sampling_distribution
+from minivlm.course.viz.decoder import decode_step, rotated_pairs
 from minivlm.course.viz.diagrams import blocks, families, you_are_here
 from minivlm.course.viz.figure import Figure, from_figure
 from minivlm.course.viz.matrices import similarity_matrix, softmax_and_sigmoid
@@ -17,6 +18,7 @@ from minivlm.course.viz.patches import (
     position_similarity,
 )
 from minivlm.course.viz.tokens import Token, read_tokens, token_strip
+from minivlm.course.viz.widgets import sliders
 
 __all__ = [
     "Figure",
@@ -29,6 +31,7 @@ __all__ = [
     "cache_growth",
     "codebook",
     "compare_masks",
+    "decode_step",
     "decoder_attention",
     "draw_boxes",
     "draw_sheet",
@@ -39,10 +42,13 @@ __all__ = [
     "mask_explorer",
     "nearest_words",
     "patch_grid",
+    "playground",
     "position_similarity",
     "read_tokens",
+    "rotated_pairs",
     "sampling_distribution",
     "similarity_matrix",
+    "sliders",
     "softmax_and_sigmoid",
     "token_strip",
     "tower_attention",
@@ -54,6 +60,7 @@ _NEED_TORCH = {
     "Trace": "tracing",
     "decoder_attention": "weights",
     "mask_explorer": "explorer",
+    "playground": "play",
     "tower_attention": "weights",
     "trace": "tracing",
 }

@@ -98,7 +98,11 @@ def compare_masks(masks: Mapping[str, Numbers], tokens: Tokens | None = None, ti
 
 @styled
 def attention_over_mask(
-    weights: Numbers, mask: Numbers, tokens: Tokens | None = None, title: str | None = None
+    weights: Numbers,
+    mask: Numbers,
+    tokens: Tokens | None = None,
+    title: str | None = None,
+    query: Integral | None = None,
 ) -> Figure:
     """Attention weights over the mask: brighter cells have more weight, crossed cells are blocked.
 
@@ -109,9 +113,10 @@ def attention_over_mask(
         mask: [T, S], as for ``attention_mask``.
         tokens: As for ``attention_mask``.
         title: A line above.
+        query: A row to frame and to describe, from 0 to T − 1. Default: the last is described.
 
     Raises:
-        ValueError: If weights and mask differ in shape, or a weight is negative.
+        ValueError: If weights and mask differ in shape, a weight is negative, or there is no such row.
     """
     mask, weights = check_mask("mask", mask), check_array("weights", weights, 2)
     if weights.shape != mask.shape:
@@ -121,12 +126,17 @@ def attention_over_mask(
     if weights.min() < 0:
         raise ValueError("A weight is negative. Pass the attention weights after the softmax.")
     tokens = as_tokens(tokens, mask.shape[1])
+    if query is not None and not 0 <= query < len(mask):
+        raise ValueError(f"query must be a row from 0 to {len(mask) - 1}, not {query}.")
     figure, axes, grid = new_grid(mask.shape, tokens, title, foot=50)
     together = means(weights, grid) * [run.length for run in grid.keys]
     draw_weights(axes, grid, together, means(mask, grid))
+    if query is not None:
+        row = next(i for i, run in enumerate(grid.queries) if query < run.stop)  # runs start at the first query
+        rectangle(axes, grid.x[0], grid.y[row], grid.x[-1], grid.y[row + 1], "none", VERMILION, linewidth=2.4)
     note = "attention, in % of the row     × blocked by the mask"
     scale_bar(axes, grid.y[-1] + 28, "0%", f"{together.max():.0%}", note)
-    return from_figure(figure, describe_weights(weights, mask, tokens))
+    return from_figure(figure, describe_weights(weights, mask, tokens, query))
 
 
 # --- checks of the input -------------------------------------------------------------------------------------------
@@ -344,16 +354,17 @@ def describe_difference(tables: dict[str, np.ndarray], tokens: list[Token]) -> s
     return text
 
 
-def describe_weights(weights: np.ndarray, mask: np.ndarray, tokens: list[Token]) -> str:
-    """Alt text: what the last query attends to, and whether blocked cells really have no weight."""
+def describe_weights(weights: np.ndarray, mask: np.ndarray, tokens: list[Token], query: Integral | None) -> str:
+    """Alt text: what a query, or else the last, attends to, and whether blocked cells really have no weight."""
     T, S = weights.shape
-    total = weights[-1].sum() or 1
-    parts = [f"{name} {weights[-1, start:stop].sum() / total:.0%}" for name, start, stop in parts_of(tokens)]
-    best = int(weights[-1].argmax())
+    which, row = ("last query", T - 1) if query is None else (f"query in row {query + 1}", query)
+    total = weights[row].sum() or 1
+    parts = [f"{name} {weights[row, start:stop].sum() / total:.0%}" for name, start, stop in parts_of(tokens)]
+    best = int(weights[row].argmax())
     leak = np.where(mask, 0, weights).max()
     blocked = "Blocked cells have no weight." if leak < 1e-6 else f"A blocked cell has the weight {number(leak)}."
     return (
-        f"Attention of {count(T, 'query row')} over {count(S, 'key column')}, drawn over the mask. The last query, "
-        f"“{visible(tokens[-1].text)}”, attends to {listed(parts)}, most to token {best}, "
+        f"Attention of {count(T, 'query row')} over {count(S, 'key column')}, drawn over the mask. The {which}, "
+        f"“{visible(tokens[S - T + row].text)}”, attends to {listed(parts)}, most to token {best}, "
         f"“{visible(tokens[best].text)}”. {blocked}"
     )

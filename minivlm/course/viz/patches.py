@@ -79,20 +79,24 @@ def image_row(
 
 
 @styled
-def patch_grid(image: Pixels, patch_size: int, numbers: bool = True, title: str | None = None) -> Figure:
+def patch_grid(
+    image: Pixels, patch_size: int, numbers: bool = True, title: str | None = None, drop_edge: bool = False
+) -> Figure:
     """The image cut into patches, numbered in reading order, and below it the sequence that they become.
 
     Args:
-        image: Its width and height are multiples of ``patch_size``.
+        image: Its width and height are multiples of ``patch_size``, unless ``drop_edge``.
         patch_size: Side of a patch in pixels.
         numbers: Whether to write each patch's position in the sequence on it, if it is large enough.
         title: A line above.
+        drop_edge: Leave out what is too narrow for another patch, as a convolution does. It is drawn pale and crossed.
 
     Raises:
-        ValueError: If the image does not divide into such patches.
+        ValueError: If the image does not divide into such patches, or is smaller than one.
     """
     image = to_image(image)
-    if not isinstance(patch_size, int) or patch_size < 1 or image.width % patch_size or image.height % patch_size:
+    fits = isinstance(patch_size, int) and 1 <= patch_size <= min(image.size)
+    if not fits or not (drop_edge or image.width % patch_size == image.height % patch_size == 0):
         raise ValueError(
             f"An image of {image.width}×{image.height} pixels cannot be cut into patches of {patch_size}×{patch_size}. "
             "Resize it first, as the processor does."
@@ -101,9 +105,13 @@ def patch_grid(image: Pixels, patch_size: int, numbers: bool = True, title: str 
     gap = 4 if max(columns, rows) <= 16 else 1
     side = max(3, min(72, (520 - gap * columns) / columns, (520 - gap * rows) / rows))
     wide, high = columns * (side + gap) - gap, rows * (side + gap) - gap
-    figure, axes, top = sheet(high + 92, title)
-    x0 = (WIDTH - wide) / 2
+    right, bottom = (size % patch_size * side / patch_size for size in image.size)  # the dropped edge
+    right, bottom = right + gap * (right > 0), bottom + gap * (bottom > 0)
+    figure, axes, top = sheet(high + bottom + 92, title)
+    x0 = (WIDTH - wide - right) / 2
     patches = cut(image, patch_size)
+    if right or bottom:
+        draw_edge(axes, image, patch_size, (x0, top, x0 + wide, top + high), (right, bottom), gap)
     for k, patch in enumerate(patches):
         x, y = x0 + k % columns * (side + gap), top + k // columns * (side + gap)
         paste(axes, patch, x, y, x + side, y + side)
@@ -111,19 +119,42 @@ def patch_grid(image: Pixels, patch_size: int, numbers: bool = True, title: str 
             label = text_width(str(k), SMALL) + 6
             rectangle(axes, x, y, x + label, y + 15, "white", "none", alpha=0.85, linewidth=0)
             write(axes, x + 3, y + 8, str(k), SMALL, ha="left")
-    draw_sequence(axes, patches, columns, top + high + 22)
+    draw_sequence(axes, patches, columns, top + high + bottom + 22)
     shape = f"{rows} rows of {columns}" if rows != columns else f"{rows}×{columns}"
     alt = (
         f"An image of {image.width}×{image.height} pixels cut into {shape} patches of {patch_size}×{patch_size} "
         f"pixels, numbered 0 to {len(patches) - 1} row by row from the top left. Below, the same patches in one line."
     )
+    if right or bottom:
+        alt += f" Dropped: {dropped_edge(image.size, patch_size)}."
     return from_figure(figure, alt)
 
 
+def draw_edge(axes, image: Image.Image, patch_size: int, grid: tuple, beyond: tuple[Real, Real], gap: Real) -> None:
+    """The dropped strips right of the grid and below it, pale and hatched."""
+    (x0, y0, x1, y1), (right, bottom) = grid, beyond
+    width, height = image.width // patch_size * patch_size, image.height // patch_size * patch_size
+    strips = [
+        ((width, 0, image.width, height), (x1 + gap, y0, x1 + right, y1)),
+        ((0, height, image.width, image.height), (x0, y1 + gap, x1 + right, y1 + bottom)),
+    ]
+    for pixels, area in strips:
+        if pixels[0] < pixels[2] and pixels[1] < pixels[3]:
+            paste(axes, image.crop(pixels), *area)
+            rectangle(axes, *area, "white", "none", alpha=0.6, linewidth=0)
+            rectangle(axes, *area, "none", VERMILION, hatch="////", linewidth=0.8)
+
+
+def dropped_edge(size: tuple[int, int], patch_size: int) -> str:
+    """``2 pixels on the right and 2 pixels at the bottom``."""
+    sides = [(size[0] % patch_size, "on the right"), (size[1] % patch_size, "at the bottom")]
+    return listed([f"{count(pixels, 'pixel')} {where}" for pixels, where in sides if pixels])
+
+
 def cut(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """The patches in reading order."""
-    lines = range(0, image.height, patch_size), range(0, image.width, patch_size)
-    return [image.crop((x, y, x + patch_size, y + patch_size)) for y in lines[0] for x in lines[1]]
+    """The whole patches in reading order."""
+    rows, columns = (range(0, length - patch_size + 1, patch_size) for length in (image.height, image.width))
+    return [image.crop((x, y, x + patch_size, y + patch_size)) for y in rows for x in columns]
 
 
 def draw_sequence(axes, patches: list[Image.Image], columns: int, y: Real) -> None:
@@ -208,7 +239,11 @@ def describe_positions(similarity: np.ndarray, grid: int, shown: int) -> str:
 
 @styled
 def attention_on_image(
-    image: Pixels, weights: Numbers, titles: Sequence[str] | None = None, title: str | None = None
+    image: Pixels,
+    weights: Numbers,
+    titles: Sequence[str] | None = None,
+    title: str | None = None,
+    query: int | None = None,
 ) -> Figure:
     """Attention as a heat map over the image: brighter where the weight is larger. The strongest patch has a frame.
 
@@ -217,9 +252,10 @@ def attention_on_image(
         weights: [P] or, for N panels, [N, P], at least 0, with P a square number.
         titles: N texts, such as the tokens that attend.
         title: A line above.
+        query: The patch that attends, if it is one. It is marked by a cross.
 
     Raises:
-        ValueError: If P is not a square number, a weight is negative, or there are not N titles.
+        ValueError: If P is not a square number, a weight is negative, there are not N titles, or no such patch.
     """
     image = to_image(image)
     panels = check_array("weights", weights, 1)[None] if np.ndim(weights) == 1 else check_array("weights", weights, 2)
@@ -228,6 +264,8 @@ def attention_on_image(
     if panels.min() < 0:
         raise ValueError("A weight is negative. Pass the attention weights after the softmax.")
     titles = check_strings("titles", [""] * N if titles is None else titles, N)
+    if query is not None and not 0 <= query < P:
+        raise ValueError(f"query must be a patch from 0 to {P - 1}, not {query}.")
     columns = {1: 1, 2: 2, 4: 4}.get(N, min(N, 4))
     side = min(380, (WIDTH - 12) / columns - 12)
     lines = -(-N // columns)
@@ -237,13 +275,21 @@ def attention_on_image(
     for k, (weight, name) in enumerate(zip(panels, titles, strict=True)):
         x, y = x0 + k % columns * (side + 12), top + k // columns * height
         draw_heat(axes, image, weight.reshape(grid, grid), x, y, side)
+        if query is not None:
+            at = x + (query % grid + 0.5) * side / grid, y + (query // grid + 0.5) * side / grid
+            for color, width in (("black", 5), ("white", 2.4)):  # seen on every color
+                axes.plot(*at, "x", color=color, markersize=side / grid / 3.2, markeredgewidth=width)
         share = f"strongest patch {weight.max() / (weight.sum() or 1):.0%}"
         label = fit(readable(name), side, BODY) if name else share
         write(axes, x + side / 2, y + side + 12, label, BODY)
         if name:
             write(axes, x + side / 2, y + side + 28, share, SMALL, GRAY)
-    scale_bar(axes, top + lines * height + 8, "0", "most", "attention, each image on its own scale")
-    return from_figure(figure, describe_heat(panels, titles, grid))
+    note = "attention, each image on its own scale" + ("     × the patch that attends" if query is not None else "")
+    scale_bar(axes, top + lines * height + 8, "0", "most", note)
+    text = describe_heat(panels, titles, grid)
+    if query is not None:
+        text += f" The patch that attends is in row {query // grid + 1}, column {query % grid + 1}."
+    return from_figure(figure, text)
 
 
 def draw_heat(axes, image: Image.Image, weight: np.ndarray, x: Real, y: Real, side: Real) -> None:

@@ -159,6 +159,22 @@ viz.image_row([scene.image[y0:y1, x0:x1], cropped, decoded, decoded > 0], titles
 # %% [markdown]
 # The overall shape is there. Thin parts and sharp corners are more than sixteen tokens can hold.
 #
+# Now change one of the sixteen codes. Cells are numbered row by row, from 0 at the top left to 15. Predict first: how
+# much of the mask changes? Then move *cell* and *code* until the IoU is as low as you can get it.
+
+
+# %%
+def with_code(cell=5, code=0):
+    changed = [code if i == cell else old for i, old in enumerate(codes)]
+    with torch.no_grad():
+        values = vae.decode(torch.tensor([changed]))[0]
+    title = f"Code {code:03d} in cell {cell}: IoU with the true mask {mask_iou(cropped > 0.5, values > 0):.2f}"
+    return viz.nearest_words(values, [f"{c:03d}" for c in changed], title=title)
+
+
+viz.sliders(with_code, cell=(0, 15), code=(0, 127))
+
+# %% [markdown]
 # ## A look at the codebook
 #
 # What does each of the 128 codes look like? We encode the masks of all objects in 150 scenes and decode them again. In
@@ -408,6 +424,26 @@ bugs = {"correct": {}, "column by column": {"column_by_column": True}, "above 1"
 unions = [np.any([m for _, m in masks_from_detections(predicted[0], **bug)], axis=0) for bug in bugs.values()]
 assert unions[2].sum() < 0.9 * unions[0].sum() and (unions[0] | ~unions[2]).all()  # smaller, and inside the right one
 viz.image_row(unions, list(bugs))
+
+# %% [markdown]
+# And every other threshold, for the mask that you decoded at the beginning. Predict first: is the best one above 0 or
+# below? Then move the slider until the IoU is highest.
+
+
+# %%
+def above(threshold=0.0):
+    inside, true = decoded > threshold, cropped > 0.5
+    titles = ["values", f"above {threshold:.2f}", "wrong pixels"]
+    title = f"Threshold {threshold:.2f}: IoU {mask_iou(inside, true):.2f}"
+    return viz.image_row([decoded, inside, inside != true], titles, title=title)
+
+
+viz.sliders(above, threshold=(-1.2, 1.2, 0.05))
+
+# %%
+ious = {round(t, 1): mask_iou(decoded > t, cropped > 0.5) for t in np.arange(-1.2, 1.3, 0.2)}
+print({t: round(iou, 2) for t, iou in ious.items()})
+assert max(ious.values()) - ious[0.0] < 0.05  # 0 is about as good as the best
 
 # %% [markdown]
 # ## It matches
