@@ -13,7 +13,7 @@ from minivlm.course.viz.drawing import rectangle, scale_bar, sheet, styled, writ
 from minivlm.course.viz.figure import Figure, from_figure
 from minivlm.course.viz.inputs import Numbers, check_array
 from minivlm.course.viz.style import BLUE, GRAY, INK, KINDS, LIGHT, SMALL, VERMILION, WIDTH, cividis, text_color
-from minivlm.course.viz.text import count, fit, listed, number, text_width, visible
+from minivlm.course.viz.text import count, fit, listed, number, text_width, titled, visible
 from minivlm.course.viz.tokens import Run, Token, runs, stretches
 
 ALLOWED, MOST_CELLS = BLUE, 1_000_000
@@ -136,7 +136,7 @@ def attention_over_mask(
         rectangle(axes, grid.x[0], grid.y[row], grid.x[-1], grid.y[row + 1], "none", VERMILION, linewidth=2.4)
     note = "attention, in % of the row     × blocked by the mask"
     scale_bar(axes, grid.y[-1] + 28, "0%", f"{together.max():.0%}", note)
-    return from_figure(figure, describe_weights(weights, mask, tokens, query))
+    return from_figure(figure, titled(title, describe_weights(weights, mask, tokens, query)))
 
 
 # --- checks of the input -------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from minivlm.course.viz.style import (
     WIDTH,
     tint,
 )
-from minivlm.course.viz.text import count, fit, listed, number, percent, readable, text_width, visible
+from minivlm.course.viz.text import count, fit, listed, number, percent, readable, text_width, titled, visible
 from minivlm.course.viz.tokens import token_text
 
 # Series differ in color, marker and dashes. Yellow is too faint for a line on white.
@@ -290,7 +290,9 @@ def sampling_distribution(
         share = percent(before[allowed].sum())
         foot = f"{count(int(allowed.sum()), 'token')} of {V:,} kept, with {share} of the probability"
     figure = draw_bars(bars, title, foot)
-    return from_figure(figure, describe_distribution(before, after, allowed, order, names, kept is not None))
+    return from_figure(
+        figure, titled(title, describe_distribution(before, after, allowed, order, names, kept is not None))
+    )
 
 
 def bar(name: str, before: Real, after: Real | None) -> tuple[str, Real, str, dict]:

@@ -12,7 +12,7 @@ from minivlm.course.viz.drawing import heat_map, paste, rectangle, scale_bar, sh
 from minivlm.course.viz.figure import Figure, from_figure
 from minivlm.course.viz.inputs import Numbers, Pixels, check_array, check_strings, softmax, to_image
 from minivlm.course.viz.style import GRAY, SMALL, VERMILION, WIDTH, cividis, text_color
-from minivlm.course.viz.text import count, fit, fixed, listed, number, text_width
+from minivlm.course.viz.text import count, fit, fixed, listed, number, text_width, titled
 
 
 @styled
@@ -65,7 +65,7 @@ def similarity_matrix(
     note = "framed: image and text that belong together" if truth else ""
     scale_bar(axes, y0 + N * side + 28, number(low), number(high), note)
     names = images if has_names else [f"image {i + 1}" for i in range(N)]
-    return from_figure(figure, describe_similarity(table, names, words, truth))
+    return from_figure(figure, titled(title, describe_similarity(table, names, words, truth)))
 
 
 def check_truth(truth: Numbers | None, N: int, M: int) -> list[int]:
@@ -170,7 +170,7 @@ def softmax_and_sigmoid(
         write(axes, x, y + 18, name, 14, ha="left", fontweight="bold")
         write(axes, x, y + 38, question, 12, GRAY, ha="left")
         draw_panel(axes, values, x + 84, y + 84, side, rows, columns, sums)
-    return from_figure(figure, describe_four(table, over_rows, over_columns, sigmoid, bias))
+    return from_figure(figure, titled(title, describe_four(table, over_rows, over_columns, sigmoid, bias)))
 
 
 def draw_panel(axes, values: np.ndarray, x0: Real, y0: Real, side: Real, rows, columns, sums: str | None) -> None:

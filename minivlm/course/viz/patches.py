@@ -14,7 +14,18 @@ from minivlm.course.viz.drawing import heat_map, paste, rectangle, scale_bar, sh
 from minivlm.course.viz.figure import Figure, from_figure
 from minivlm.course.viz.inputs import Numbers, Pixels, check_array, check_strings, to_image
 from minivlm.course.viz.style import BODY, GRAY, LIGHT, SMALL, VERMILION, WIDTH
-from minivlm.course.viz.text import break_lines, count, fit, fixed, listed, number, readable, text_width, visible
+from minivlm.course.viz.text import (
+    break_lines,
+    count,
+    fit,
+    fixed,
+    listed,
+    number,
+    readable,
+    text_width,
+    titled,
+    visible,
+)
 
 
 @styled
@@ -71,8 +82,7 @@ def image_row(
                 write(axes, middle, below + 8 + 16 * n, text, SMALL + 1)
     named = f": {'; '.join(t.replace(chr(10), ', ') for t in titles)}" if any(titles) else ""
     labels = (f" {axis}: {label.strip('←→ ')}." for axis, label in (("Columns", x_label), ("Rows", y_label)) if label)
-    alt = f"{title + '. ' if title else ''}{count(len(images), 'image')} in a row{named}.{''.join(labels)}"
-    return from_figure(figure, alt)
+    return from_figure(figure, titled(title, f"{count(len(images), 'image')} in a row{named}.{''.join(labels)}"))
 
 
 # --- cut into patches ----------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ def patch_grid(
     )
     if right or bottom:
         alt += f" Dropped: {dropped_edge(image.size, patch_size)}."
-    return from_figure(figure, alt)
+    return from_figure(figure, titled(title, alt))
 
 
 def draw_edge(axes, image: Image.Image, patch_size: int, grid: tuple, beyond: tuple[Real, Real], gap: Real) -> None:
@@ -289,7 +299,7 @@ def attention_on_image(
     text = describe_heat(panels, titles, grid)
     if query is not None:
         text += f" The patch that attends is in row {query // grid + 1}, column {query % grid + 1}."
-    return from_figure(figure, text)
+    return from_figure(figure, titled(title, text))
 
 
 def draw_heat(axes, image: Image.Image, weight: np.ndarray, x: Real, y: Real, side: Real) -> None:
@@ -355,7 +365,7 @@ def nearest_words(
         write(axes, middle, center - (size * 0.6 if with_scores else 0), text, size)
         if with_scores:
             write(axes, middle, center + size * 0.75, fixed(scores[k]), size - 2)
-    return from_figure(figure, describe_words(words, grid))
+    return from_figure(figure, titled(title, describe_words(words, grid)))
 
 
 def describe_words(words: list[str], grid: int) -> str:

@@ -70,6 +70,11 @@ def break_lines(text: str, width: Real, size: Real, indent: str = "") -> list[st
     return lines
 
 
+def titled(title: str | None, text: str) -> str:
+    """An alt text that begins with the figure's title, if it has one."""
+    return f"{title}. {text}" if title else text
+
+
 def number(value: Real) -> str:
     """At most three significant digits, with a true minus sign."""
     return f"{value:.3g}".replace("-", "−")

@@ -441,7 +441,7 @@ def above(threshold=0.0):
 viz.sliders(above, threshold=(-1.2, 1.2, 0.05))
 
 # %%
-ious = {round(t, 1): mask_iou(decoded > t, cropped > 0.5) for t in np.arange(-1.2, 1.3, 0.2)}
+ious = {round(t, 1): mask_iou(decoded > t, cropped > 0.5) for t in np.linspace(-1, 1, 11).tolist()}
 print({t: round(iou, 2) for t, iou in ious.items()})
 assert max(ious.values()) - ious[0.0] < 0.05  # 0 is about as good as the best
 
