@@ -18,8 +18,8 @@ help:  ## list these targets
 run: .venv/installed  ## install, then show all four tasks on a few images
 	@$(PY) -m minivlm demo
 
-lab: .venv/installed  ## open JupyterLab on the course
-	@$(PY) -m jupyterlab $(wildcard notebooks)
+lab: .venv/installed  ## open JupyterLab on your own copy of the course, in work/; ARGS="--ip=0.0.0.0 …"
+	@$(PY) -m minivlm lab -- $(ARGS)
 
 check: .venv/installed-dev  ## style and the fast tests, in at most three minutes
 	@$(PY) -m ruff check .

@@ -377,6 +377,28 @@ def run_doctor(args: argparse.Namespace) -> None:
     print(doctor.report())
 
 
+# --- lab ------------------------------------------------------------------------------------------------------------
+
+
+def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
+    work = Path("work")
+    parser.add_argument("--work", type=Path, default=work, metavar="W", help=f"folder of your copy; default: {work}")
+    parser.add_argument("--copy", action="store_true", help="copy the notebooks and open nothing, for another editor")
+    parser.add_argument("options", nargs="*", metavar="OPTION", help="after --: options of JupyterLab")
+
+
+def run_lab(args: argparse.Namespace) -> None:
+    """Copies the notebooks to the learner's own folder and opens JupyterLab there."""
+    from minivlm.course import lab
+
+    for sentence in lab.copy_notebooks(args.work):
+        note(sentence)
+    if args.copy:
+        print(f"Your notebooks are in {args.work}: begin with {args.work / lab.FIRST}.")
+    else:
+        lab.open_lab(args.work, args.options)
+
+
 # --- grade ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +424,7 @@ COMMANDS = {
     "generate": ("answer prompts about an image", add_generate_arguments, run_generate),
     "evaluate": ("measure a checkpoint on held-out scenes", add_evaluate_arguments, run_evaluate),
     "train": ("train a small PaliGemma from scratch", add_train_arguments, run_train),
+    "lab": ("open your own copy of the notebooks in JupyterLab", add_lab_arguments, run_lab),
     "grade": ("grade a folder of notebooks, with one row per student", add_grade_arguments, run_grade),
     "doctor": ("report what is installed and which checkpoints fit into memory", lambda parser: None, run_doctor),
 }

@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import jupytext
@@ -45,6 +46,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "https_proxy": "ht
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
 LOCAL_PATHS = {str(path) for path in (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir()))} - {"/"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+IMAGES = ("image/png", "image/jpeg", "image/gif", "image/svg+xml")
+ALTERNATIVES = {"img": "alt", "iframe": "title"}  # where a screen reader finds what is shown
+NO_ALT = re.compile(r"!\[\s*\]\(")  # an image in Markdown without alt text, attached or not
 CARD = "| | |\n|---|---|\n"
 HEADING = re.compile(r"^## Exercise (L?\d+)\.(\d+) · (.+)$", re.MULTILINE)
 HIDDEN_SEED = re.compile(r"(BEGIN HIDDEN TESTS.*?\bseed=)\d+", re.DOTALL)
@@ -276,6 +280,8 @@ def find_faults(notebook: NotebookNode) -> list[str]:
     """What a committed notebook must not contain: errors, memory addresses, local paths, images without alt text."""
     found = []
     for number, cell in enumerate(notebook.cells, start=1):
+        if cell.cell_type == "markdown" and (NO_ALT.search(cell.source) or unlabeled(cell.source)):
+            found.append(f"cell {number} contains an image without alt text")
         for output in cell.get("outputs", []):
             text = text_in(output)
             if output.output_type == "error":
@@ -283,8 +289,27 @@ def find_faults(notebook: NotebookNode) -> list[str]:
             if ADDRESS.search(text):
                 found.append(f"cell {number} shows a memory address, {ADDRESS.search(text)[0]}")
             found += [f"cell {number} shows a local path, {path}" for path in sorted(LOCAL_PATHS) if path in text]
-            if "image/png" in output.get("data", {}) and not output.metadata.get("image/png", {}).get("alt"):
-                found.append(f"cell {number} shows an image without alt text")
+            if shows_unlabeled(output.get("data", {})):
+                found.append(f"cell {number} shows an image without alt text: viz.from_figure adds one")
+    return found
+
+
+def shows_unlabeled(data: dict) -> bool:
+    """Whether an output shows an image without alt text. Only HTML carries one to the reader, in every renderer."""
+    html = data.get("text/html", "")
+    return bool(unlabeled(html)) or ("<img" not in html and any(kind in data for kind in IMAGES))
+
+
+def unlabeled(html: str) -> list[str]:
+    """The tags of images and frames in HTML or Markdown that no text describes."""
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag in ALTERNATIVES and not (dict(attributes).get(ALTERNATIVES[tag]) or "").strip():
+                found.append(tag)
+
+    Parser().feed(html)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -18,25 +19,27 @@ GRAY = Image.new("RGB", (112, 112), (128, 128, 128))
 
 def test_boxes_are_at_their_coordinates_in_an_enlarged_image():
     figure = draw_boxes(GRAY, [Detection("cat", (28, 56, 84, 84))])
-    assert figure.image.size == (448, 448)
+    assert figure.image.size == (896, 896) and figure.size == (448, 448)
     pixels = np.asarray(figure.image)
     colored = (pixels == rgb(PALETTE[0])).all(-1)
     rows, columns = colored.any(1).nonzero()[0], colored.any(0).nonzero()[0]
-    assert (columns.min(), columns.max()) == (112, 336)
-    assert rows.max() == 336 and colored[336, 112:337].all() and colored[240:337, 112].all()
-    assert (pixels[250:320, 130:320] == 128).all()  # nothing is drawn inside
+    assert (columns.min(), columns.max()) == (224, 672)
+    assert rows.max() == 672 and colored[672, 224:673].all() and colored[480:673, 224].all()
+    assert (pixels[500:640, 260:640] == 128).all()  # nothing is drawn inside
 
 
 def test_large_images_are_not_enlarged_and_the_original_is_unchanged():
     large = Image.new("RGB", (1000, 700))
-    assert draw_boxes(large, [Detection("cat", (0, 0, 1000, 700))]).image.size == (1000, 700)
+    figure = draw_boxes(large, [Detection("cat", (0, 0, 1000, 700))])
+    assert figure.image.size == (1000, 700) and figure.size == (500, 350)
+    assert draw_boxes(Image.new("RGB", (640, 320)), []).size == (448, 224)  # not sharp, but as large as the others
     assert not np.asarray(large).any()
 
 
 def test_each_name_has_its_own_color():
     boxes = [("cat", (10, 30, 30, 50)), ("dog", (40, 30, 60, 50)), ("cat", (70, 30, 90, 50))]
     pixels = np.asarray(draw_boxes(GRAY, [Detection(*box) for box in boxes]).image)
-    left_edges = [tuple(pixels[180, x0 * 4 + 1]) for x0 in (10, 40, 70)]
+    left_edges = [tuple(pixels[360, x0 * 8 + 2]) for x0 in (10, 40, 70)]
     assert left_edges == [rgb(PALETTE[0]), rgb(PALETTE[1]), rgb(PALETTE[0])]
 
 
@@ -58,7 +61,7 @@ def test_labels_stay_inside_and_do_not_overlap(monkeypatch):
     monkeypatch.setattr(module, "draw_label", record)
     same = (20, 20, 100, 100)
     draw_boxes(GRAY, [Detection(name, same) for name in ("cat", "dog", "owl")] + [Detection("fox", (0, 0, 5, 5))])
-    assert all(0 <= x0 < x1 < 448 and 0 <= y0 < y1 < 448 for x0, y0, x1, y1 in areas)
+    assert all(0 <= x0 < x1 < 896 and 0 <= y0 < y1 < 896 for x0, y0, x1, y1 in areas)
     assert all(overlap(a, b) == 0 for i, a in enumerate(areas) for b in areas[:i])
 
 
@@ -90,11 +93,11 @@ def test_a_mask_changes_only_what_it_covers():
     bare = np.asarray(draw_boxes(GRAY, [Detection("cat", box)]).image)
     drawn = np.asarray(draw_boxes(GRAY, [Detection("cat", box)], [mask]).image)
     changed = (bare != drawn).any(-1)
-    rows, columns = np.ogrid[:448, :448]
-    distance = np.hypot(columns + 0.5 - 4 * 60.5, rows + 0.5 - 4 * 50.5)
-    assert changed[distance < 4 * 19].all()
-    assert not changed[distance > 4 * 20 + 3].any()
-    middle = drawn[200, 240].astype(int)  # the image shows through
+    rows, columns = np.ogrid[:896, :896]
+    distance = np.hypot(columns + 0.5 - 8 * 60.5, rows + 0.5 - 8 * 50.5)
+    assert changed[distance < 8 * 19].all()
+    assert not changed[distance > 8 * 20 + 6].any()
+    middle = drawn[400, 480].astype(int)  # the image shows through
     assert (np.abs(middle - (128 + 0.45 * (np.array(rgb(PALETTE[0])) - 128))) <= 1).all()
 
 
@@ -102,7 +105,7 @@ def test_a_mask_is_at_its_coordinates_in_an_image_that_is_not_square():
     mask = disc(200, 20, 15, 300, 60)
     wide = Image.new("RGB", (300, 60))
     changed = np.asarray(draw_boxes(wide, [Detection("cat", (0, 0, 2, 2))], [mask]).image).any(-1)
-    assert changed[20, 200] and not changed[40, 100]
+    assert changed[60, 600] and not changed[120, 300]
 
 
 def test_an_outline_is_dark_color_dark_even_if_the_fill_has_the_same_color():
@@ -147,17 +150,17 @@ def test_each_name_has_its_own_hatching_and_boxes_without_masks_have_none():
     masks = [None, disc(30, 80, 12), None, disc(70, 80, 12)]
     gray = np.asarray(draw_boxes(GRAY, detections, masks).image.convert("L")).astype(int)
     for x in (30, 70):
-        assert np.ptp(gray[300:340, 4 * x - 20 : 4 * x + 20]) > 30
-    assert (gray[40:260, 200:] == 128).all()
+        assert np.ptp(gray[600:680, 8 * x - 40 : 8 * x + 40]) > 30
+    assert (gray[80:520, 400:] == 128).all()
 
 
 def test_boxes_and_labels_are_drawn_over_masks():
     everywhere = np.ones((112, 112), bool)
     detections = [Detection("cat", (28, 56, 84, 84)), Detection("dog", (40, 60, 110, 110))]
     pixels = np.asarray(draw_boxes(GRAY, detections, [everywhere] * 2).image)
-    assert (pixels[225, 112:158] == rgb(PALETTE[0])).all()  # the dog's label begins at 160
-    label = np.asarray(draw_boxes(GRAY, detections).image)[205:222, 114:140]
-    assert (pixels[205:222, 114:140] == label).all() and (label == 0).any()
+    assert (pixels[450, 224:316] == rgb(PALETTE[0])).all()  # the dog's label begins at 320
+    label = np.asarray(draw_boxes(GRAY, detections).image)[410:444, 228:280]
+    assert (pixels[410:444, 228:280] == label).all() and (label == 0).any()
 
 
 def test_alt_text_lists_masks_and_their_sizes():
@@ -195,10 +198,12 @@ def test_move_inside_does_not_shrink():
 
 
 def test_a_figure_carries_its_alt_text_in_notebooks_and_files(tmp_path):
-    figure = Figure(GRAY, "gray, and “nothing” else")
+    figure = Figure(GRAY, 'gray, and "nothing" else', 2)
     data, metadata = figure._repr_mimebundle_()
-    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as shown:
-        assert shown.size == (112, 112) and shown.info["Description"] == figure.alt
+    assert '<img alt="gray, and &quot;nothing&quot; else" width="56" height="56"' in data["text/html"]
+    assert as_shown(data["text/html"]).size == (112, 112)  # sharp on screens with two pixels per CSS pixel
+    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as small:
+        assert small.size == (56, 56) and small.info["Description"] == figure.alt
     assert data["text/plain"] == figure.alt == metadata["image/png"]["alt"]
     figure.save(tmp_path / "new" / "gray.png")
     assert (tmp_path / "new" / "gray.png").read_bytes() == figure.png()
@@ -206,11 +211,30 @@ def test_a_figure_carries_its_alt_text_in_notebooks_and_files(tmp_path):
         figure.save(tmp_path / "gray.jpg")
 
 
+def as_shown(html: str) -> Image.Image:
+    """The image in the HTML of a figure."""
+    return Image.open(io.BytesIO(base64.b64decode(re.search('base64,([^"]+)', html)[1])))
+
+
+def test_a_page_shows_charts_exactly_and_compresses_photos():
+    colors = np.zeros((64, 64, 3), np.uint8)
+    colors[..., 0], colors[..., 1] = np.mgrid[:64, :64]
+    chart = Figure(Image.fromarray(colors), "4,096 colors")
+    assert (np.asarray(as_shown(chart.html()).convert("RGB")) == colors).all()
+    photo = Image.effect_noise((200, 200), 90).convert("RGB")
+    photo = Image.merge("RGB", [photo.getchannel(0), photo.rotate(90).getchannel(0), photo.rotate(180).getchannel(0)])
+    figure = Figure(photo, "noise")
+    assert len(figure.html()) < len(figure.png())
+    assert (
+        np.abs(np.asarray(as_shown(figure.html()).convert("L"), int) - np.asarray(photo.convert("L"), int)).mean() < 9
+    )
+
+
 def test_a_sheet_contains_every_figure_and_its_text():
     figure = draw_boxes(GRAY, [])
     sheet = draw_sheet([(figure, "caption en: nothing")] * 3, columns=2)
-    assert sheet.image.width == 2 * 448 + 3 * 16
-    assert sheet.image.height > 2 * 448
+    assert sheet.size[0] == 2 * 448 + 3 * 16
+    assert sheet.size[1] > 2 * 448
     assert sheet.alt.count("caption en: nothing") == 3
     with pytest.raises(ValueError, match="at least one figure"):
         draw_sheet([])

@@ -103,7 +103,8 @@ def area_of(figure: viz.Figure, color: str) -> int:
 def test_every_figure_has_alt_text_and_is_reproducible(name):
     figure, again = drawn(name), CALLS[name]()
     assert isinstance(figure, viz.Figure) and figure.image.mode == "RGB"
-    assert 400 <= figure.image.width <= 800 and 40 <= figure.image.height <= 800
+    assert 400 <= figure.size[0] <= 800 and 40 <= figure.size[1] <= 800
+    assert abs(figure.image.width - 2 * figure.size[0]) <= 1  # sharp on screens with two pixels per CSS pixel
     assert len(np.unique(pixels(figure).reshape(-1, 3), axis=0)) > 4
     assert re.search(ALT[name], figure.alt), figure.alt
     assert figure.png() == again.png()
@@ -138,7 +139,8 @@ def test_importing_viz_imports_neither_torch_nor_matplotlib():
 def test_from_figure_preserves_size_and_alt_text():
     orange = Figure(figsize=(3, 2), dpi=100, facecolor=PALETTE[0])
     figure = viz.from_figure(orange, "orange")
-    assert figure.image.size == (300, 200) and area_of(figure, PALETTE[0]) == 60000 and figure.alt == "orange"
+    assert figure.size == (300, 200) and figure.image.size == (600, 400) and orange.dpi == 100
+    assert area_of(figure, PALETTE[0]) == 600 * 400 and figure.alt == "orange"
     with pytest.raises(ValueError, match="alt text is empty"):
         viz.from_figure(orange, " ")
 
@@ -210,13 +212,13 @@ def test_long_runs_of_image_tokens_are_one_cell_that_shows_the_share_of_allowed_
     # the 256 image tokens of PaliGemma at 224 pixels
     many = [SEQUENCE[0]] * 256 + SEQUENCE[8:]
     types = torch.tensor([[0] * 259 + [1] * 3])
-    assert viz.attention_mask(masks.prefix_lm_mask(types)[0], many).image.height < 720
+    assert viz.attention_mask(masks.prefix_lm_mask(types)[0], many).size[1] < 720
 
 
 def test_a_cell_is_filled_to_the_share_of_its_allowed_pairs():
     def filled(mask, draw):
         """How many lines of pixels are filled."""
-        return int((pixels(draw(mask))[:-44] == rgb(ALLOWED)).all(-1).any(1).sum())  # without the legend
+        return int((pixels(draw(mask))[:-88] == rgb(ALLOWED)).all(-1).any(1).sum())  # without the legend
 
     def alone(mask):
         return viz.attention_mask(mask, SEQUENCE[:8])
@@ -233,7 +235,7 @@ def test_a_cell_is_filled_to_the_share_of_its_allowed_pairs():
         assert filled(np.eye(8), draw) / everything == pytest.approx(8 / 64, abs=0.02)
         assert 0 < filled(np.eye(8) * (np.arange(8) == 3), draw) < filled(np.eye(8), draw)
     with_note, without = viz.attention_mask(one_blocked, SEQUENCE[:8]), viz.attention_mask(MASK[:8, :8], SEQUENCE[:8])
-    assert (pixels(with_note)[-44:] != 255).sum() > (pixels(without)[-44:] != 255).sum()  # the legend explains it
+    assert (pixels(with_note)[-88:] != 255).sum() > (pixels(without)[-88:] != 255).sum()  # the legend explains it
 
 
 def test_a_decode_step_is_one_row():
@@ -340,7 +342,7 @@ def test_axis_labels_of_maps():
     assert labeled.alt == "2 images in a row: a; b. Columns: key. Rows: query."
     assert labeled.image.height > plain.image.height and plain.alt == "2 images in a row: a; b."
     image = pixels(labeled)
-    assert (image[:18, 32:] != 255).any() and (image[20:200, :30] != 255).any()
+    assert (image[:36, 64:] != 255).any() and (image[40:400, :60] != 255).any()
 
 
 def test_a_skip_passes_above_the_stages_between():
@@ -348,7 +350,7 @@ def test_a_skip_passes_above_the_stages_between():
     plain, skipping = viz.blocks(rows), viz.blocks(rows, skips=[("x", "+")])
     assert area_of(plain, style.VERMILION) == 0
     drawn_rows, columns = (pixels(skipping) == rgb(style.VERMILION)).all(-1).nonzero()
-    assert columns.max() - columns.min() > 400 and drawn_rows.max() < 40
+    assert columns.max() - columns.min() > 800 and drawn_rows.max() < 80
     assert "An arrow also leads from x to + directly" in skipping.alt
 
 
@@ -367,7 +369,7 @@ def test_attention_on_image_frames_the_strongest_patch():
     figure = viz.attention_on_image(SCENE, weights)
     assert "panel 1: strongest in row 4, column 4, with 16%" in figure.alt
     rows, columns = (pixels(figure) == rgb(style.VERMILION)).all(-1).nonzero()
-    assert abs(columns.mean() - 400) < 3 and abs(rows.mean() - (12 + 190)) < 3
+    assert abs(columns.mean() - 800) < 6 and abs(rows.mean() - 2 * (12 + 190)) < 6
 
 
 def test_a_codebook_shows_the_shape_of_every_used_code():

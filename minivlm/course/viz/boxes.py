@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from minivlm.course.viz.figure import Figure
+from minivlm.course.viz.figure import SHARP, Figure
 from minivlm.course.viz.style import PALETTE, font, text_color
 from minivlm.course.viz.text import break_lines, count, fit, printable
 from minivlm.locations import Detection
@@ -19,7 +19,7 @@ from minivlm.locations import Detection
 # Angles in degrees of the lines over the masks of each name, which tell them apart without color.
 HATCHINGS = ((), (45,), (135,), (0,), (90,), (45, 135))
 FILL, LINES = 0.45, 0.5  # opacity of a mask's color, and of its lines
-SIDE = 448  # pixels: a smaller image is enlarged by an integer until its longer side has about this many
+SIDE = 448  # CSS pixels: a smaller image is enlarged by an integer until its longer side has about this many
 Area = tuple[Real, Real, Real, Real]  # x0, y0, x1, y1 in pixels of the enlarged image
 
 
@@ -38,22 +38,23 @@ def draw_boxes(
     """
     masks = list(masks) or [None] * len(detections)
     check_masks(image.size, detections, masks)
-    scale = max(1, round(SIDE / max(image.size)))
+    scale = max(1, round(SIDE * SHARP / max(image.size)))
     canvas = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
     names = list(dict.fromkeys(d.label for d in detections))
     boxes = [tuple(v * scale for v in d.box) for d in detections]
     colors = [PALETTE[names.index(d.label) % len(PALETTE)] for d in detections]
-    width = max(3, max(canvas.size) // 110)
+    width = max(canvas.size) // 110
     for mask, color, detection in zip(masks, colors, detections, strict=True):
         if mask is not None:
             draw_mask(canvas, mask, color, HATCHINGS[names.index(detection.label) % len(HATCHINGS)], width)
     draw, taken = ImageDraw.Draw(canvas), []
     for box, color in zip(boxes, colors, strict=True):  # a dark rim keeps every color visible on any background
-        draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=width + 2)
+        around = (box[0] - SHARP, box[1] - SHARP, box[2] + SHARP, box[3] + SHARP)
+        draw.rectangle(around, outline="black", width=width + 2 * SHARP)
         draw.rectangle(box, outline=color, width=width)
     for box, color, detection in zip(boxes, colors, detections, strict=True):
         taken.append(draw_label(draw, box, detection.label, color, taken))
-    return Figure(canvas, describe(image.size, detections, masks))
+    return Figure(canvas, describe(image.size, detections, masks), min(SHARP, max(canvas.size) / SIDE))
 
 
 def check_masks(size: tuple[int, int], detections: Sequence[Detection], masks: Sequence[np.ndarray | None]) -> None:
@@ -78,8 +79,8 @@ def draw_mask(
     inside = enlarge(mask, canvas.size)
     canvas.paste(color, mask=inside.point(lambda v: round(v * FILL)))
     canvas.paste(text_color(color), mask=ImageChops.multiply(inside, hatch_lines(canvas.size, hatching)))
-    grown = inside.filter(ImageFilter.MaxFilter(3))
-    canvas.paste("black", mask=ImageChops.multiply(grown, near_edge(inside, width + 1)))
+    grown = inside.filter(ImageFilter.MaxFilter(1 + 2 * SHARP))
+    canvas.paste("black", mask=ImageChops.multiply(grown, near_edge(inside, width + SHARP)))
     canvas.paste(color, mask=ImageChops.multiply(inside, near_edge(inside, width)))
 
 
@@ -111,16 +112,16 @@ def hatch_lines(size: tuple[int, int], angles: tuple[int, ...]) -> Image.Image:
 
 def draw_label(draw: ImageDraw.ImageDraw, box: Area, text: str, color: str, taken: Sequence[Area]) -> Area:
     """Writes a label at the corner of its box where it covers the least of earlier labels. Returns its area."""
-    size = max(12, max(draw.im.size) // 28)
+    size = max(draw.im.size) // 28
     text = printable(fit(text, 20 * size, size)).strip() or "?"
     _, _, right, bottom = draw.textbbox((0, 0), text, font(size))
-    width, height = right + 6, bottom + 4
+    width, height = right + 6 * SHARP, bottom + 4 * SHARP
     x0, y0, x1, y1 = box
     corners = [(x0, y0 - height), (x0, y0), (x1 - width, y0), (x0, y1), (x0, y1 - height), (x1 - width, y1 - height)]
     areas = [move_inside((x, y, x + width, y + height), draw.im.size) for x, y in corners]
     best = min(areas, key=lambda area: sum(overlap(area, other) for other in taken))
-    draw.rectangle(best, fill=color, outline="black")
-    draw.text((best[0] + 3, best[1] + 1), text, text_color(color), font(size))
+    draw.rectangle(best, fill=color, outline="black", width=SHARP)
+    draw.text((best[0] + 3 * SHARP, best[1] + SHARP), text, text_color(color), font(size))
     return best
 
 
@@ -167,7 +168,7 @@ def draw_sheet(panels: Sequence[tuple[Figure, str]], columns: int = 2) -> Figure
     """
     if not panels:
         raise ValueError("A sheet needs at least one figure.")
-    gap = 16
+    gap = 16 * SHARP
     width = max(figure.image.width for figure, _ in panels)
     tiles = [draw_tile(figure.image, text, width) for figure, text in panels]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
@@ -176,15 +177,15 @@ def draw_sheet(panels: Sequence[tuple[Figure, str]], columns: int = 2) -> Figure
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             sheet.paste(tile, (gap + j * (width + gap), gap + sum(heights[:i])))
-    return Figure(sheet, " ".join(f"{figure.alt} Below it: {text}" for figure, text in panels))
+    return Figure(sheet, " ".join(f"{figure.alt} Below it: {text}" for figure, text in panels), SHARP)
 
 
 def draw_tile(image: Image.Image, text: str, width: int) -> Image.Image:
     """One image above its text, on white."""
-    size = 16
+    size, gap = 16 * SHARP, 6 * SHARP
     lines = "\n".join(map(printable, break_lines(text, width, size, indent="    ")))
     _, _, _, bottom = ImageDraw.Draw(image).multiline_textbbox((0, 0), lines, font(size))
-    tile = Image.new("RGB", (width, image.height + 6 + round(bottom)), "white")
+    tile = Image.new("RGB", (width, image.height + gap + round(bottom)), "white")
     tile.paste(image)
-    ImageDraw.Draw(tile).multiline_text((0, image.height + 6), lines, "black", font(size))
+    ImageDraw.Draw(tile).multiline_text((0, image.height + gap), lines, "black", font(size))
     return tile

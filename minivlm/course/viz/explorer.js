@@ -509,7 +509,7 @@ function figure(view) {
   const w = Math.ceil(plan.width), h = Math.ceil(height);
   const words = view.round && !view.round.revealed ? "A row of an attention mask to predict." : describe(settings);
   return shape("svg", {
-    xmlns: "http://www.w3.org/2000/svg", viewBox: `0 0 ${w} ${h}`, width: w, height: h, role: "img",
+    xmlns: "http://www.w3.org/2000/svg", viewBox: `0 0 ${w} ${h}`, width: w, height: h, role: "img", "aria-label": words,
     "font-family": "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, 'DejaVu Sans', sans-serif",
   }, shape("desc", {}, escape(words)) + PATTERNS + rect(0, 0, w, h, { fill: "#FFFFFF" }) + axes + panels + out);
 }
@@ -696,6 +696,8 @@ export function mount(element, given, changed = () => {}) {
   root.addEventListener("click", ({ target }) => {
     if (target.dataset.do) actions[target.dataset.do]();
     if (target.dataset.unpin) { view.pins.splice(Number(target.dataset.unpin), 1); draw(); }
+    const next = { reveal: "[data-do=next]", end: "[data-do=predict]" }[target.dataset.do] ?? ".grid";
+    if (target.hidden || !target.isConnected) find(next).focus(); // the button has gone, and the focus with it
   });
   const under = (event) => {
     const svg = grid.firstChild, box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
