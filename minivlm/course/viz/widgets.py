@@ -70,19 +70,19 @@ class Sliders:
         import ipywidgets
 
         inputs = {name: new_input(name, choices, self.start[name]) for name, choices in self.controls.items()}
-        picture, problem = ipywidgets.HTML(as_html(self.figure)), ipywidgets.HTML()
+        shown, problem = ipywidgets.HTML(as_html(self.figure)), ipywidgets.HTML()
 
         def redraw(_change=None):
             try:
                 values = {name: value_of(given, self.controls[name]) for name, given in inputs.items()}
-                problem.value, picture.value = "", as_html(check_figure(self.draw(**values)))
+                problem.value, shown.value = "", as_html(check_figure(self.draw(**values)))
             except Exception as error:  # of the learner's own function too: the last good figure stays
                 problem.value = f'<p role="alert"><b>{html.escape(sentence(error))}</b></p>'
 
         for given in inputs.values():
             given.observe(redraw, "value")
         wrapped = ipywidgets.Layout(display="flex", flex_flow="row wrap", overflow="visible")
-        return ipywidgets.VBox([ipywidgets.Box(list(inputs.values()), layout=wrapped), picture, problem])
+        return ipywidgets.VBox([ipywidgets.Box(list(inputs.values()), layout=wrapped), shown, problem])
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         data, metadata = self.figure._repr_mimebundle_()
