@@ -21,10 +21,10 @@ from minivlm.course.viz.widgets import WIDGET
 SCENE = emoji.make_scene(5, "validation").image
 
 
-def bars(height=10, temperature=1.0, color="blue", mirrored=False, title="Bars", photo=None):
+def bars(height=10, temperature=1.0, color="blue", mirrored=False, title="Bars", own=None):
     """A figure whose alt text has all the values. At height 3 it fails."""
     values = [1.0, 2.0, 3.0 / (height - 3)]
-    size = "none" if photo is None else photo.size
+    size = "none" if own is None else own.size
     name = f"{title} {height} {temperature:.3g} {color} {mirrored} {size}"
     return viz.lines({"bars": (values, values)}, name, "x", "y")
 
@@ -118,8 +118,8 @@ def test_html_in_an_error_is_text():
 
 
 def test_an_upload_is_an_image_and_a_bad_file_one_sentence():
-    sliders = viz.sliders(bars, photo=Image.Image)
-    upload = controls_of(sliders)["photo"]
+    sliders = viz.sliders(bars, own=Image.Image)
+    upload = controls_of(sliders)["own"]
     first = alt(sliders)
     upload.value = [file("broken.png", b"not an image")]
     assert alt(sliders) == first
