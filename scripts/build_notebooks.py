@@ -51,7 +51,10 @@ ALTERNATIVES = {"img": "alt", "iframe": "title"}  # where a screen reader finds 
 NO_ALT = re.compile(r"!\[\s*\]\(")  # an image in Markdown without alt text, attached or not
 CARD = "| | |\n|---|---|\n"
 HEADING = re.compile(r"^## Exercise (L?\d+)\.(\d+) · (.+)$", re.MULTILINE)
-HIDDEN_SEED = re.compile(r"(BEGIN HIDDEN TESTS.*?\bseed=)\d+", re.DOTALL)
+HIDDEN_SEED = re.compile(r"(BEGIN HIDDEN TESTS.*?), seed=\d+", re.DOTALL)
+LINK = re.compile(r"\]\((?:\.\./|labs/)?(\w+)\.ipynb")  # from one chapter to another
+COURSE_SEED = re.compile(r'^os\.environ\["MINIVLM_SEED"\] = "(\d+)"', re.MULTILINE)
+PUBLIC_SEED = 1  # of the hidden tests in notebooks/source
 CLASS_CONFIG = f'''"""nbgrader's settings for this course, written by `make class`."""
 
 import os
@@ -60,6 +63,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 os.environ.setdefault("MINIVLM_HOME", str(HERE / "saved"))  # not the teacher's own solutions
+os.environ["MINIVLM_SEED"] = "SEED"  # of the hidden tests. Feedback shows their cells, so it is not in them.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]  # nbgrader calls alembic
 
@@ -68,6 +72,9 @@ c.CourseDirectory.root = str(HERE)
 c.CourseDirectory.course_id = "minivlm"
 c.ClearSolutions.code_stub = {{"python": {STUB!r}}}
 c.Execute.timeout = 300  # seconds per cell; some train a model
+# A cell that was stopped, or a busy machine, is late with its last output. That must not cost the whole notebook.
+c.Execute.iopub_timeout = 30
+c.Execute.raise_on_iopub_timeout = False
 '''
 
 
@@ -399,13 +406,14 @@ WRITTEN = "written.json"  # in a course: digest of every notebook in source/ as 
 def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
     """Write an nbgrader course: settings, source/ for the teacher, release/ for the students, and the gradebook.
 
-    A notebook in source/ that the teacher has edited stays as it is, and so do the seeds of its hidden tests.
+    A notebook in source/ that the teacher has edited stays as it is. Without a seed, the course keeps the one it has.
     """
     from nbgrader.apps import NbGraderAPI
     from nbgrader.coursedir import CourseDirectory
     from traitlets.config import PyFileConfigLoader
 
-    write(course / "nbgrader_config.py", CLASS_CONFIG)
+    seed = seed_of(course) if seed is None else seed
+    write(course / "nbgrader_config.py", CLASS_CONFIG.replace('SEED"', f'{seed}"', 1))
     config = PyFileConfigLoader("nbgrader_config.py", path=str(course.resolve())).load_config()
     api = NbGraderAPI(CourseDirectory(config=config), config=config)
     digests = json.loads((course / WRITTEN).read_text()) if (course / WRITTEN).is_file() else {}
@@ -415,7 +423,7 @@ def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
         if old and digest(old) != digests.get(source.stem):
             print(f"Kept {path}, which you have edited. Delete it to get the current chapter.")
         else:
-            text = to_text(with_seed(read(source), seed if seed is not None else seed_of(old)))
+            text = to_text(for_class(read(source)))
             write(path, text)
             digests[source.stem] = digest(text)
             write(course / WRITTEN, json.dumps(digests, indent=2))
@@ -423,28 +431,29 @@ def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
         if not made["success"]:
             raise ValueError(f"nbgrader could not release {source.name}:\n{made.get('log', '')}{made['error']}")
     print(f"Wrote {course}: release/ for the students, source/ with solutions and hidden tests for you.")
-    if seed is None and any(
-        seed_of(path.read_text(encoding="utf-8")) is None for path in course.glob("source/*/*.ipynb")
-    ):
-        print("Some hidden tests use the public seeds. Choose your own with SEED=….")
+    if seed == PUBLIC_SEED:
+        print("The hidden tests use the public seed. Choose your own with SEED=….")
 
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def with_seed(notebook: NotebookNode, seed: int | None) -> NotebookNode:
-    """The notebook with this seed in all hidden tests. None: the public seeds of the source."""
+def for_class(notebook: NotebookNode) -> NotebookNode:
+    """Let hidden tests take their seed from the course's settings, and links go to a folder for each chapter."""
     for cell in notebook.cells:
-        if seed is not None:
-            cell.source = HIDDEN_SEED.sub(rf"\g<1>{seed}", cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(r"](../\1/\1.ipynb", cell.source)
+        else:
+            cell.source = HIDDEN_SEED.sub(r"\1", cell.source)
     return notebook
 
 
-def seed_of(text: str) -> int | None:
-    """The private seed of a notebook that ``make_class`` has written: the one of all its hidden tests, if above 1."""
-    seeds = {int(seed) for seed in re.findall(r"BEGIN HIDDEN TESTS.*?\bseed=(\d+)", text, re.DOTALL)}
-    return seeds.pop() if len(seeds) == 1 and seeds != {1} else None
+def seed_of(course: Path) -> int:
+    """The seed in the settings of a course, or the public one if there is none yet."""
+    settings = course / "nbgrader_config.py"
+    found = COURSE_SEED.search(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    return int(found[1]) if found else PUBLIC_SEED
 
 
 def main(argv: list[str] | None = None) -> int:

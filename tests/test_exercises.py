@@ -263,6 +263,19 @@ def test_partial_credit():
     assert exercises.score(half, 5.0, "sliding_window_mask") == pytest.approx(5 * right / len(lengths), abs=1e-4)
 
 
+def test_score_prints_the_diagnosis_and_takes_the_seed_of_the_class(monkeypatch, capsys):
+    def swapped(mask_ar):
+        block = mask_ar.cumsum(-1)
+        return block[..., None, :] >= block[..., :, None]
+
+    want = examine(EXERCISES["block_mask"], swapped, seed=77)
+    monkeypatch.setenv("MINIVLM_SEED", "77")
+    assert exercises.score(swapped, 2, "block_mask") == pytest.approx(2 * want.score, abs=1e-4)
+    assert capsys.readouterr().out == f"{want}\n" and "swaps queries and keys" in str(want)
+    exercises.score(swapped, 2, "block_mask", seed=5)
+    assert capsys.readouterr().out == f"{examine(EXERCISES['block_mask'], swapped, seed=5)}\n"
+
+
 # --- cases, outputs, defaults ---------------------------------------------------------------------------------------
 
 

@@ -282,6 +282,11 @@ def test_what_differs_from_run_to_run_is_removed():
 # --- for a class ----------------------------------------------------------------------------------------------------
 
 
+SEED = 271828
+HANGS = "\nwhile True:\n    pass\n"
+SLEEPS = "__import__('time').sleep(1e6)\n"
+
+
 def solved(release, solutions: dict, edit=lambda text: text):
     """A student's copy of the release with these cells filled in."""
     notebook = copy.deepcopy(release)
@@ -293,7 +298,7 @@ def solved(release, solutions: dict, edit=lambda text: text):
 
 @pytest.fixture(scope="module")
 def classroom(tmp_path_factory):
-    """The release of chapter 05 with a private seed, and three students, graded by nbgrader."""
+    """The release of chapter 05 with a private seed, and five students, graded by nbgrader."""
     from nbgrader.api import Gradebook
     from nbgrader.apps import NbGraderAPI
     from nbgrader.coursedir import CourseDirectory
@@ -303,18 +308,24 @@ def classroom(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIVLM_HOME", str(folder / "saved"))
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("MINIVLM_SEED", "")
         patch.setenv("PATH", os.environ["PATH"])  # the course's settings change it
-        assert main(["05", "--class", str(folder), "--seed", "77"]) == 0
+        assert main(["05", "--class", str(folder), "--seed", str(SEED)]) == 0
         release = nbformat.read(folder / "release" / name / f"{name}.ipynb", as_version=4)
         right = exercise_cells(build(SOURCES[name], "solution"))
         students = {
             "ada": solved(release, right),
             "bob": release,
             "cy": solved(release, right, lambda text: text.replace(" <= ", " >= ")),  # swaps queries and keys
+            "dot": solved(release, right, lambda text: text + HANGS * ("def block_mask" in text)),
+            "eve": solved(
+                release, right, lambda text: text.replace("    block = mask_ar", f"    {SLEEPS}    block = mask_ar")
+            ),
         }
         config = PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config()
+        config.Execute.timeout = 30
         api = NbGraderAPI(CourseDirectory(config=config), config=config)
-        grades = {}
+        grades, feedback = {}, {}
         for student, notebook in students.items():
             path = folder / "submitted" / student / name / f"{name}.ipynb"
             path.parent.mkdir(parents=True)
@@ -324,25 +335,48 @@ def classroom(tmp_path_factory):
             with Gradebook(api.coursedir.db_url, api.coursedir.course_id) as gradebook:
                 found = gradebook.find_submission_notebook(name, name, student).grades
                 grades[student] = {grade.name.removeprefix("check_"): grade.auto_score for grade in found}
-    return {"grades": grades, "release": release, "folder": folder, "name": name}
+            assert api.generate_feedback(name, student)["success"]
+            feedback[student] = (folder / "feedback" / student / name / f"{name}.html").read_text(encoding="utf-8")
+    return {"feedback": feedback, "grades": grades, "release": release, "folder": folder, "name": name}
 
 
 @pytest.mark.slow
 @pytest.mark.notebook
 def test_the_release_contains_no_solution_and_no_hidden_test(classroom):
     text = to_text(classroom["release"])
-    assert not re.search("SOLUTION|HIDDEN|exercises.score|seed=77", text)
+    assert not re.search("SOLUTION|HIDDEN|exercises.score", text)
     stubs = [c for c in exercise_cells(classroom["release"]).values() if c.metadata.nbgrader.solution]
     assert stubs and all(build_notebooks.STUB in cell.source for cell in stubs)
 
 
 @pytest.mark.slow
 @pytest.mark.notebook
-def test_the_teachers_source_contains_both_with_the_private_seed(classroom):
+def test_the_teachers_source_contains_both_and_the_settings_the_private_seed(classroom):
     name = classroom["name"]
     text = (classroom["folder"] / "source" / name / f"{name}.ipynb").read_text(encoding="utf-8")
     count = len(exercises.in_chapter("05"))
-    assert text.count("BEGIN SOLUTION") == text.count("BEGIN HIDDEN TESTS") == text.count("seed=77") == count
+    assert text.count("BEGIN SOLUTION") == text.count("BEGIN HIDDEN TESTS") == text.count("exercises.score") == count
+    assert "score(block_mask, points=2)" in text and build_notebooks.seed_of(classroom["folder"]) == SEED
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_feedback_shows_the_diagnosis_but_not_the_seed(classroom):
+    for student, page in classroom["feedback"].items():
+        assert str(SEED) not in page, student
+    assert "05.1 block_mask: passed all" in classroom["feedback"]["ada"]
+    assert "05.1 block_mask: not attempted yet." in classroom["feedback"]["bob"]
+    assert "05.1 block_mask: not yet: it swaps queries and keys." in classroom["feedback"]["cy"]
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.parametrize("student", ["dot", "eve"])
+def test_what_hangs_only_costs_its_own_marks_in_nbgrader(classroom, student):
+    """Dot's cell never ends after it has defined the function. Eve's function sleeps."""
+    most = {e.name: float(e.points) for e in exercises.in_chapter("05")}
+    lost = {"block_mask": 0.0} if student == "eve" else {}
+    assert classroom["grades"][student] == most | lost
 
 
 @pytest.mark.slow
@@ -356,7 +390,7 @@ def test_nbgrader_gives_the_same_marks_as_the_checks(classroom):
         block = mask_ar.cumsum(-1)
         return block[..., None, :] >= block[..., :, None]
 
-    wrong = exercises.score(swapped, points=most["block_mask"], name="block_mask", seed=77)
+    wrong = exercises.score(swapped, points=most["block_mask"], name="block_mask", seed=SEED)
     assert classroom["grades"]["cy"] == most | {"block_mask": wrong} and wrong < most["block_mask"]
 
 
@@ -367,15 +401,24 @@ def test_a_class_made_again_keeps_the_seed_and_the_teachers_edits(tmp_path, caps
     name, other = "05_prefix_lm_mask", "07_kv_cache"
     path = tmp_path / "source" / name / f"{name}.ipynb"
     main(["05", "07", "--class", str(tmp_path)])
-    assert "public seeds" in capsys.readouterr().out
+    assert "public seed" in capsys.readouterr().out and build_notebooks.seed_of(tmp_path) == 1
     main(["05", "07", "--class", str(tmp_path), "--seed", "77"])
     first = path.read_text()
     main(["05", "07", "--class", str(tmp_path)])
-    assert path.read_text() == first and "seed=77" in first and "public seeds" not in capsys.readouterr().out
+    assert path.read_text() == first and "public seed" not in capsys.readouterr().out
+    assert build_notebooks.seed_of(tmp_path) == 77
     path.write_text(first.replace("Predict first", "Guess first"))
     main(["05", "07", "--class", str(tmp_path), "--seed", "88"])
-    assert "Guess first" in path.read_text() and "seed=77" in path.read_text() and "Kept" in capsys.readouterr().out
-    assert "seed=88" in (tmp_path / "source" / other / f"{other}.ipynb").read_text()
+    assert "Guess first" in path.read_text() and "Kept" in capsys.readouterr().out
+    assert build_notebooks.seed_of(tmp_path) == 88 and (tmp_path / "source" / other / f"{other}.ipynb").exists()
+
+
+@pytest.mark.parametrize("stem", SOURCES)
+def test_links_between_chapters_work_in_the_release_for_a_class(stem):
+    text = "\n".join(cell.source for cell in build_notebooks.for_class(read(SOURCES[stem])).cells)
+    targets = re.findall(r"\]\(([^)#]+\.ipynb)", text)
+    assert len(targets) >= 1
+    assert all(target in {f"../{name}/{name}.ipynb" for name in SOURCES} for target in targets)
 
 
 def test_a_seed_needs_a_class():

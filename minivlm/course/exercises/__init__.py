@@ -10,6 +10,7 @@ Each exercise is declared once, in the module of its chapter (ch00.py …).
 """
 
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,11 +123,21 @@ def load_own(exercise: Exercise) -> tuple[Callable | None, str]:
     )
 
 
-def score(answer: Any, points: Real, name: str = "", seed: int = 0) -> float:
-    """Points × the fraction of the cases that are right: what a hidden test returns. Never more than ``points``."""
+def score(answer: Any, points: Real, name: str = "", seed: int | None = None) -> float:
+    """What a hidden test returns: points × the fraction of the cases that are right, never more than ``points``.
+
+    It prints the diagnosis, which nbgrader shows in its feedback together with the cell. So the seed of a class is not
+    in the cell: it comes from the environment variable MINIVLM_SEED, which the course's settings define.
+
+    Args:
+        points: Of the exercise.
+        seed: Seed of the random cases. Default: that of the class, or 1.
+    """
     name = name or getattr(answer, "__name__", "")
-    right = examine(find(name), answer, seed).score
-    return round(points * min(max(right, 0.0), 1.0), 4)
+    seed = int(os.environ.get("MINIVLM_SEED", "1")) if seed is None else seed
+    result = examine(find(name), answer, seed)
+    print(result)
+    return round(points * min(max(result.score, 0.0), 1.0), 4)
 
 
 def piece(name: str) -> Callable:
