@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
 
 from minivlm import __version__
@@ -410,13 +411,16 @@ def add_grade_arguments(parser: argparse.ArgumentParser) -> None:
     limit = "seconds per notebook; a cell or an exercise can take up to a quarter of it; default: 120"
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help=limit)
     parser.add_argument("--chapter", metavar="NN", help="grade only this chapter, such as 05; default: all submitted")
+    due = "list notebooks that changed later, such as 2026-09-30T23:59; the time is local unless it has a zone"
+    parser.add_argument("--due", type=datetime.fromisoformat, metavar="TIME", help=due)
 
 
 def run_grade(args: argparse.Namespace) -> None:
     from minivlm.course.grading import grader
 
-    grader.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter)
+    grader.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter, args.due)
     note(f"Wrote {args.out}, and {grader.messages_path(args.out)} with the reason for every lost point.")
+    note(f"Open {grader.pages_path(args.out) / 'index.html'} for the class. Next to it is a page for each student.")
 
 
 COMMANDS = {

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from html import escape
 from pathlib import Path
 
 import nbformat
@@ -24,10 +25,11 @@ import torch
 from minivlm.__main__ import main
 from minivlm.course.exercises import EXERCISES, score
 from minivlm.course.exercises.exercise import call, compare_outcomes, locate
-from minivlm.course.grading import grader, remote
+from minivlm.course.grading import grader, pages, remote
 from minivlm.course.grading.encoding import Opaque, copy_into, decode, encode, tensors_in
-from minivlm.course.grading.grader import Mark, Report, escape_formula, grade_notebook, points_of
+from minivlm.course.grading.grader import escape_formula, grade_notebook
 from minivlm.course.grading.remote import Clock, Lost, Malformed, Remote, to_error, to_signature
+from minivlm.course.grading.report import Mark, Report, points_of
 from minivlm.course.grading.submissions import Cell, find_submissions, read_cells
 from minivlm.course.grading.worker import essentials, refusing
 
@@ -619,6 +621,59 @@ def test_what_is_not_graded_is_on_stderr_and_in_the_messages(submitted, capsys):
     sentence = "dan.zip was not graded: unpack it first."
     assert sentence in capsys.readouterr().err
     assert [row["message"] for row in table(submitted / "grades.messages.csv") if not row["student"]] == [sentence]
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_tell_each_student_and_the_teacher_what_was_found():
+    declared = EXERCISES["block_mask"]
+    mistake = declared.mistakes[0]
+    wrong = Mark(0.25, f"not yet: it {mistake.name}.", mistake.name, (mistake.hint, "The values <b>differ</b>."))
+    reports = {
+        "ada": Report({"05"}, {"block_mask": Mark(1.0, "passed all 9 random cases.")}),
+        "<i>bob": Report({"05"}, {"block_mask": wrong}, ["cell 3 fails"], {"05"}, ["05.ipynb changed too late."]),
+        "cy": Report({"05"}, {"block_mask": wrong}),
+    }
+    files = pages.file_names(reports)
+    hers = pages.student_page("ada", reports["ada"], [declared])
+    assert "2 of 2 points" in hers and "passed all 9" in hers and "bob" not in hers
+    his = pages.student_page("<i>bob", reports["<i>bob"], [declared])
+    assert "<i>" not in his and "<b>" not in his and "0.5 of 2 points" in his and "cell 3 fails" in his
+    assert escape(mistake.name) in his and escape(mistake.hint) in his
+    whole = pages.class_page(reports, [declared], files, ["dan.zip was not graded"])
+    for sentence in (">2: <a", mistake.name, mistake.hint, "dan.zip was not graded", "changed too late", "chapter 05"):
+        assert sentence in whole or escape(sentence) in whole
+    assert "<i>" not in whole and "http" not in whole
+
+
+def test_pages_have_different_names_that_every_system_accepts():
+    names = pages.file_names(["../etc", "a b", "a/b", "=1", "", "…", "Zoë", "x" * 300, "\udcff"])
+    assert len(set(names.values())) == len(names)
+    assert all(re.fullmatch(r"[\w-]{3,70}\.html", name) for name in names.values())
+
+
+def test_late_and_repeated_notebooks_are_listed_and_old_pages_removed(submitted):
+    (submitted / "bob").mkdir()
+    for name in ("05.ipynb", "05-again.ipynb"):
+        (submitted / "bob" / name).write_text(name)
+    os.utime(submitted / "ada.ipynb", (0, 0))
+    out, folder = submitted / "grades.csv", submitted / "grades.pages"
+    folder.mkdir()
+    (folder / "009-old.html").touch()
+    assert main(["grade", str(submitted), "--out", str(out), "--due", "2001-01-01T00:00"]) == 0
+    whole = (folder / "index.html").read_text(encoding="utf-8")
+    late = whole.partition("Handed in late")[2].partition("<h2>")[0]
+    assert "bob" in late and "cy.ipynb changed on" in late and "ada" not in late
+    assert ">bob</a>: chapter 05" in whole.partition("Handed in more than once")[2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "001-ada.html",
+        "002-bob.html",
+        "003-cy.html",
+        "index.html",
+    ]
+    assert main(["grade", str(submitted), "--out", str(out)]) == 0
+    assert "Handed in late" not in (folder / "index.html").read_text(encoding="utf-8")
 
 
 # --- values between processes ---------------------------------------------------------------------------------------

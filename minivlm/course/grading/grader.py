@@ -14,45 +14,21 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import EXERCISES, Exercise
 from minivlm.course.exercises.exercise import examine
+from minivlm.course.grading import pages
 from minivlm.course.grading.remote import MISSING, Clock, Lost, Remote, UsesPackage, one_line
+from minivlm.course.grading.report import Mark, Report, points_of, printable
 from minivlm.course.grading.submissions import Cell, Submissions, defines, exercises_in, find_submissions, read_cells
 
 STEP_SHARE = 0.25  # of the notebook's time limit, for one cell or one exercise
 MAX_PROCESSES = 8  # for one notebook
 MAX_PARALLEL = 4  # notebooks
-MAX_MESSAGE = 500  # characters
 EXAMINING = threading.Lock()  # a check seeds torch and sets a time limit, so one at a time
-
-
-@dataclass(frozen=True)
-class Mark:
-    """The grade of one exercise. ``score`` is the fraction of its points, 0 to 1."""
-
-    score: float = 0.0
-    message: str = "not submitted, or not readable."
-
-
-@dataclass
-class Report:
-    """The result of one notebook, or of all notebooks of one student."""
-
-    chapters: set[str] = field(default_factory=set)
-    marks: dict[str, Mark] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, other: "Report") -> None:
-        """Merge another report. The better mark of each exercise wins."""
-        self.chapters |= other.chapters
-        self.problems += other.problems
-        for name, mark in other.marks.items():
-            if name not in self.marks or mark.score > self.marks[name].score:
-                self.marks[name] = mark
 
 
 def warn(text: str) -> None:
@@ -66,20 +42,23 @@ def grade(
     seed: int,
     time_limit: int | float,
     chapter: str | None = None,
+    due: datetime | None = None,
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = warn,
 ) -> None:
-    """Grade every notebook in a folder and write two tables.
+    """Grade every notebook in a folder and write two tables, and a page for every student and one for the teacher.
 
-    The tables are written again whenever all notebooks of a student are graded. So if you stop the grading, they
+    They are written again whenever all notebooks of a student are graded. So if you stop the grading, they
     contain everybody who was graded until then.
 
     Args:
         submissions: One notebook per student, or one folder per student with notebooks anywhere in it.
-        out: CSV file for the marks. The messages go next to it, grades.csv → grades.messages.csv.
+        out: CSV file for the marks. The messages go next to it, grades.csv → grades.messages.csv, and
+            so does the folder grades.pages, with index.html for the teacher.
         seed: Seed of the random cases. With a private one, students do not know the cases.
         time_limit: Seconds per notebook. One cell or exercise can take a quarter of it.
         chapter: Grade only this one ("05"). Default: all chapters that were submitted.
+        due: Notebooks that changed after this moment are listed as late. They keep their points.
         say: Called with one line per notebook.
         warn: Called with one line per file that is not graded.
 
@@ -90,10 +69,10 @@ def grade(
     check_arguments(seed, time_limit, chapter)
     check_target(out)
     check_target(messages_path(out))
-    found = find_submissions(submissions, ignored=(out, messages_path(out)))
+    found = find_submissions(submissions, ignored=(out, messages_path(out), pages_path(out)))
     for sentence in (sentence for sentences in found.remarks.values() for sentence in sentences):
         warn(printable(sentence))
-    table = Table(out, chapter, found)
+    table = Table(out, chapter, found, due)
     stopping = threading.Event()
     with ThreadPoolExecutor(min(MAX_PARALLEL, os.cpu_count() or 1)) as pool:
         jobs = {
@@ -141,11 +120,6 @@ def check_target(path: Path) -> None:
 def summarize(report: Report) -> str:
     right = sum(mark.score == 1 for mark in report.marks.values())
     return " ".join((f"{right} of {len(report.marks)} exercises right.", *report.problems))
-
-
-def printable(text: str) -> str:
-    """Escape bytes in file names that are not valid text."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # --- one notebook ---------------------------------------------------------------------------------------------------
@@ -236,7 +210,7 @@ class Run:
             return Mark(0.0, str(refused))
         except Exception as error:  # an answer that was not foreseen
             return Mark(0.0, f"its answers cannot be compared with the right ones ({one_line(error)}).")
-        return Mark(float(result.score), " ".join((result.message, *result.notes))[:MAX_MESSAGE])
+        return Mark(float(result.score), result.message, result.mistake, result.notes, result.attempted)
 
     def why_missing(self, name: str, errors: dict[str, str]) -> str:
         for cell in self.cells:
@@ -251,12 +225,13 @@ class Run:
 class Table:
     """The marks and messages of the students who are graded so far."""
 
-    def __init__(self, out: Path, chapter: str | None, found: Submissions):
-        self.out, self.chapter, self.found = out, chapter, found
+    def __init__(self, out: Path, chapter: str | None, found: Submissions, due: datetime | None):
+        self.out, self.chapter, self.found, self.due = out, chapter, found, due
         self.notebooks: dict[str, dict[Path, Report]] = {student: {} for student in found.students}
 
     def add(self, student: str, path: Path, report: Report) -> bool:
         """Add the report of one notebook. Returns whether the student has no others left."""
+        report.late += late_sentences(path, self.due)
         self.notebooks[student][path] = report
         return student in self.reports
 
@@ -282,16 +257,31 @@ class Table:
         ]
 
     def write(self) -> None:
-        """Write both files, if there is an exercise."""
+        """Write tables and pages, if there is an exercise."""
         if self.exercises:
             write_table(self.out, mark_rows(self.reports, self.exercises))
             remarks = self.found.remarks.get("", ())
             write_table(messages_path(self.out), message_rows(self.reports, self.exercises, remarks))
+            write_pages(pages_path(self.out), self.reports, self.exercises, remarks)
+
+
+def late_sentences(path: Path, due: datetime | None) -> list[str]:
+    """A sentence if the notebook changed after it was due."""
+    with suppress(OSError):
+        changed = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        if due is not None and changed > due.astimezone():
+            return [f"{path.name} changed on {changed:%Y-%m-%d at %H:%M}, after it was due."]
+    return []
 
 
 def messages_path(out: Path) -> Path:
     """grades.csv → grades.messages.csv."""
     return out.with_name(f"{out.stem}.messages{out.suffix}")
+
+
+def pages_path(out: Path) -> Path:
+    """grades.csv → grades.pages."""
+    return out.with_name(f"{out.stem}.pages")
 
 
 def column(exercise: Exercise) -> str:
@@ -315,13 +305,7 @@ def message_rows(reports: dict[str, Report], exercises: list[Exercise], remarks:
         for exercise in exercises:
             mark = report.marks.get(exercise.name, Mark())
             if mark.score < 1:
-                yield [student, column(exercise), points_of(report, exercise), exercise.points, mark.message]
-
-
-def points_of(report: Report, exercise: Exercise) -> float:
-    """Never more than the exercise has, and never less than 0."""
-    score = report.marks.get(exercise.name, Mark()).score
-    return round(exercise.points * (score if 0 <= score <= 1 else 0.0), 2)
+                yield [student, column(exercise), points_of(report, exercise), exercise.points, mark.sentence]
 
 
 def write_table(path: Path, rows: Iterable[list]) -> None:
@@ -334,6 +318,21 @@ def write_table(path: Path, rows: Iterable[list]) -> None:
         with suppress(OSError):
             aside(path).unlink()
         raise OSError(f"Cannot write {str(path)!r} ({error.strerror}).") from None
+
+
+def write_pages(folder: Path, reports: dict[str, Report], exercises: list[Exercise], remarks: Iterable[str]) -> None:
+    """Write a page for each student, and index.html about the class."""
+    files = pages.file_names(reports)
+    texts = {file: pages.student_page(student, reports[student], exercises) for student, file in files.items()}
+    texts["index.html"] = pages.class_page(reports, exercises, files, list(remarks))
+    try:
+        folder.mkdir(exist_ok=True)
+        for old in set(folder.glob("*.html")) - {folder / file for file in texts}:
+            old.unlink()
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"Cannot write {str(folder)!r} ({error.strerror}).") from None
 
 
 def aside(path: Path) -> Path:
