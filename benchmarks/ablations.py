@@ -1,4 +1,4 @@
-"""``python -m benchmarks.ablations``: what augmentation and Muon give, in the small world of the ten-minute recipe.
+"""``python -m benchmarks.ablations``: what augmentation and Muon give, in the world of the small recipe.
 
 Each variant trains the tower from nothing on the same scenes, with the stage ``align``. Its measure is the share of
 patches whose nearest name is right, among the patches that an object covers by half or more: on new scenes by the

@@ -114,7 +114,7 @@ class TrainConfig:
         return {"all": AUGMENTATIONS, "none": ()}.get(self.augment, tuple(self.augment.split(",")))
 
 
-# Ten minutes on two cores: a fifth of the objects, one or two in a scene.
+# A fifth of the objects, one or two in a scene.
 SMALL = TrainConfig(
     objects=20,
     most_objects=2,
@@ -287,9 +287,7 @@ def train(config: TrainConfig, out: Path, context: DistributedContext, save_ever
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m minivlm train``."""
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default="full", help="small: 20 objects, two per scene, in ten minutes"
-    )
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="small: 20 objects, at most two per scene")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/emoji"), help="folder; an unfinished run there is resumed"
     )
