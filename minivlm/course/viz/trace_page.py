@@ -94,7 +94,9 @@ SCRIPT = """
   previous.onclick = () => show(current - 1);
   next.onclick = () => show(current + 1);
   const pane = make("div", "", root.querySelector(".columns"));
-  pane.className = "pane";
+  Object.assign(pane, { className: "pane", tabIndex: 0 });  // it scrolls, so the keyboard must reach it
+  pane.setAttribute("role", "region");
+  pane.setAttribute("aria-label", "Tensor");
 
   const mark = (elements, chosen, value) => elements.forEach((element) => {
     if (element === chosen) element.setAttribute("aria-current", value);
