@@ -413,7 +413,7 @@ def make_class(chapters: list[Path], course: Path, seed: int | None) -> None:
     from traitlets.config import PyFileConfigLoader
 
     seed = seed_of(course) if seed is None else seed
-    write(course / "nbgrader_config.py", CLASS_CONFIG.replace('SEED"', f'{seed}"', 1))
+    write(course / "nbgrader_config.py", CLASS_CONFIG.replace('"SEED"', f'"{seed}"'))
     config = PyFileConfigLoader("nbgrader_config.py", path=str(course.resolve())).load_config()
     api = NbGraderAPI(CourseDirectory(config=config), config=config)
     digests = json.loads((course / WRITTEN).read_text()) if (course / WRITTEN).is_file() else {}

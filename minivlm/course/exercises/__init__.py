@@ -134,7 +134,7 @@ def score(answer: Any, points: Real, name: str = "", seed: int | None = None) ->
         seed: Seed of the random cases. Default: that of the class, or 1.
     """
     name = name or getattr(answer, "__name__", "")
-    seed = int(os.environ.get("MINIVLM_SEED", "1")) if seed is None else seed
+    seed = int(os.environ.get("MINIVLM_SEED") or 1) if seed is None else seed
     result = examine(find(name), answer, seed)
     print(result)
     return round(points * min(max(result.score, 0.0), 1.0), 4)
