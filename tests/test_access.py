@@ -18,7 +18,8 @@ from minivlm.course.viz import draw_boxes, lines, mask_explorer
 from minivlm.locations import Detection
 
 TEMPLATES = ("lab", "classic")
-NOTHING = {f"{name}_url": "data:text/javascript," for name in ("require_js", "mathjax", "mermaid_js")}
+NOTHING = {f"{name}_url": "data:text/javascript," for name in ("jquery", "require_js", "mathjax")}
+NOTHING["mermaid_js_url"] = "data:text/javascript,export default { initialize() {} }"  # a module
 WIDTHS = {"a phone": 390, "a tablet": 800, "a desk": 1280}
 # nbconvert's own style sheets: the colors of prompts, code, and links in striped tables, and links without underlines.
 NOT_OURS = [".jp-InputPrompt", ".jp-OutputPrompt", ".prompt", ".highlight", ".rendered_html td a"]
