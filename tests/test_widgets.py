@@ -318,6 +318,6 @@ def test_in_jupyterlab_mouse_and_keys_move_the_figure(browser, tmp_path):
             track = page.locator(".widget-slider .noUi-target").bounding_box()
             page.mouse.click(track["x"] + track["width"] - 2, track["y"] + track["height"] / 2)
             page.locator(".widget-html img[alt^='up to 9, a line']").wait_for()
-            page.get_by_role("alert").wait_for(state="detached")
+            page.get_by_role("alert").get_by_text("Six is too many.").wait_for(state="detached")
             page.get_by_label("kind").select_option("curve")
             page.locator(".widget-html img[alt^='up to 9, a curve']").wait_for()
