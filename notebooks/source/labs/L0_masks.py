@@ -450,7 +450,8 @@ assert max(ious.values()) - ious[0.0] < 0.05  # 0 is about as good as the best
 #
 # transformers has no masks to compare with: it returns the text and leaves boxes and masks to you. So we compare your
 # grid and the decoder with bare `torch.nn.functional` layers, using the weights by their names in the file. They
-# are the same names as in Google's file (big_vision, `evaluators/proj/paligemma/transfers/segmentation.py`):
+# are the same names as in Google's file (big_vision, `evaluators/proj/paligemma`, there
+# `transfers/segmentation.py`):
 
 # %%
 import torch.nn.functional as F
