@@ -57,11 +57,11 @@ NOT_MIRRORED = {"clock", "telephone"}  # their faces have digits or hands
 ARTISTS = {
     "noto": ("train", "emoji-datasource-google"),
     "fluent": ("train", "fluentui-emoji"),
-    "fluent_flat": ("reserve", "fluentui-emoji"),
-    "noto_blob": ("reserve", "@iconify-json/noto-v1"),
-    "fxemoji": ("reserve", "@iconify-json/fxemoji"),
-    "emojione": ("reserve", "@iconify-json/emojione"),
-    "streamline": ("reserve", "@iconify-json/streamline-emojis"),
+    "fluent_flat": ("train", "fluentui-emoji"),
+    "noto_blob": ("train", "@iconify-json/noto-v1"),
+    "fxemoji": ("train", "@iconify-json/fxemoji"),
+    "emojione": ("train", "@iconify-json/emojione"),
+    "streamline": ("train", "@iconify-json/streamline-emojis"),
     "openmoji": ("development", "openmoji"),
     "twemoji": ("unseen", "@twemoji/svg"),
 }

@@ -42,23 +42,20 @@ def test_sheets_are_small_and_hold_every_object():
         path = DATA / "emoji" / f"{artist}.png"
         assert path.stat().st_size <= 500_000
         assert Image.open(path).mode == "RGBA"
-        drawn = [name for name in emoji.OBJECTS if emoji.has_drawn(artist, name)]
-        assert len(drawn) >= 64
+        drawn = [name for name in emoji.OBJECTS if any(artist in emoji.artists_of(name, s) for s in emoji.SPLITS)]
+        assert len(drawn) >= 64 and (len(drawn) == 100 or artist in emoji.TRAIN_ARTISTS)
         for name in drawn:
             assert (emoji.draw_sprite(name, artist, 40)[..., 3] > 127).sum() > 150, (artist, name)
 
 
 def test_several_artists_drew_every_object():
-    assert len(emoji.TRAIN_ARTISTS) >= 2 and len(emoji.DEVELOPMENT_ARTISTS) == len(emoji.UNSEEN_ARTISTS) == 1
-    assert len(set(emoji.ARTISTS)) == len(emoji.ARTISTS) == 9
-    assert min(len(emoji.artists_of(name, "train")) for name in emoji.OBJECTS) >= 2
-    assert min(sum(emoji.has_drawn(artist, name) for artist in emoji.ARTISTS) for name in emoji.OBJECTS) >= 5
-    for artist in emoji.TRAIN_ARTISTS + emoji.DEVELOPMENT_ARTISTS + emoji.UNSEEN_ARTISTS:
-        for split in emoji.SPLITS:
-            names = {name for name in emoji.OBJECTS if artist in emoji.artists_of(name, split)}
-            assert all(emoji.has_drawn(artist, name) for name in names)
-    with pytest.raises(ValueError, match="The artist 'noto_blob' has not drawn a zebra. Choose another artist"):
-        emoji.draw_sprite("zebra", "noto_blob", 40)
+    assert len(emoji.TRAIN_ARTISTS) >= 5 and len(emoji.DEVELOPMENT_ARTISTS) == len(emoji.UNSEEN_ARTISTS) == 1
+    assert len(set(emoji.ARTISTS)) == len(emoji.ARTISTS)
+    assert min(len(emoji.artists_of(name, "train")) for name in emoji.OBJECTS) >= 3
+    name = next(n for n in emoji.OBJECTS if len(emoji.artists_of(n, "train")) < len(emoji.TRAIN_ARTISTS))
+    (missing, *_) = set(emoji.TRAIN_ARTISTS) - set(emoji.artists_of(name, "train"))
+    with pytest.raises(ValueError, match=f"The artist '{missing}' has not drawn an? {name}. Choose another artist"):
+        emoji.draw_sprite(name, missing, 40)
 
 
 def test_every_data_file_has_its_origin():
@@ -96,7 +93,7 @@ def test_scenes_stay_what_they_were():
     """A change of the random stream would make old metrics incomparable. It must be a decision, not an accident."""
     said = [emoji.make_scene(0, split).captions["caption"][0] for split in emoji.SPLITS]
     assert said == [
-        *("two koalas and a pig", "a snake, a panda and a shoe", "an octopus and a balloon"),
+        *("two koalas and a pig", "a shoe, a snake and a panda", "an octopus and a balloon"),
         *("an octopus", "a heart, a pizza, a castle and a rabbit"),
     ]
     assert emoji.make_scene(2).objects[0].name == "cactus"
@@ -110,7 +107,7 @@ def test_examples_stay_what_they_were_before_there_were_masks():
             for e in emoji.make_scene(seed, split).examples:
                 if e.kind != "segment":
                     digest.update(repr((e.kind, e.prompt, e.answers)).encode())
-    assert digest.hexdigest() == "8ad7f395312297c19d081a7412663623f30e38e68f54137925eeb80ebb2bb4aa"
+    assert digest.hexdigest() == "bb7b6ffbbf9c82cc493152944865c03c9ebc1b7dbebb17ad9ebbe2f10a9564c9"
 
 
 def test_streams_are_disjoint(scenes_of):

@@ -68,11 +68,11 @@ class TrainConfig:
     align_scenes: int = 256_000
     align_batch: int = 64
     align_lr: float = 4e-3
-    answer_scenes: int = 192_000
+    answer_scenes: int = 224_000
     answer_batch: int = 16
     answer_examples: int = 6  # of each scene
     answer_lr: float = 2.5e-3
-    finish_scenes: int = 48_000
+    finish_scenes: int = 64_000
     finish_batch: int = 16
     finish_examples: int = 4
     finish_lr: float = 1e-3

@@ -358,8 +358,9 @@ print(f"{len(matched)} objects; {same:.0%} of their codes are the encoder's")
 assert same < 0.5
 
 # %% [markdown]
-# Most of them are not. The masks can be good all the same, as the figures below show. At the end of its training, this
-# decoder learned to draw the true masks from codes that the model had written.
+# Most of them are not. The masks can be good all the same, as the figures below show. While this VQ-VAE was trained, some
+# of its codes were replaced by those of another mask before the decoder saw them, so it learned not to trust a single
+# code too much (`minivlm/emoji/recipe.py`, `misread`).
 #
 # Now your two functions, with the decoder in between. Two options break it on purpose: one lays out the codes column by
 # column, the other uses a different threshold. (Subtracting 1 from all values is the same as comparing them with 1
