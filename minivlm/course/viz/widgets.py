@@ -70,12 +70,12 @@ class Sliders:
         import ipywidgets
 
         inputs = {name: new_input(name, choices, self.start[name]) for name, choices in self.controls.items()}
-        shown, problem = ipywidgets.HTML(as_html(self.figure)), ipywidgets.HTML()
+        shown, problem = ipywidgets.HTML(self.figure.html()), ipywidgets.HTML()
 
         def redraw(_change=None):
             try:
                 values = {name: value_of(given, self.controls[name]) for name, given in inputs.items()}
-                problem.value, shown.value = "", as_html(check_figure(self.draw(**values)))
+                problem.value, shown.value = "", check_figure(self.draw(**values)).html()
             except Exception as error:  # of the learner's own function too: the last good figure stays
                 problem.value = f'<p role="alert"><b>{html.escape(sentence(error))}</b></p>'
 
@@ -87,15 +87,7 @@ class Sliders:
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         data, metadata = self.figure._repr_mimebundle_()
         view = self.widget._repr_mimebundle_()
-        return data | {"text/html": as_html(self.figure), WIDGET: view[WIDGET]}, metadata
-
-
-def as_html(figure: Figure) -> str:
-    """The figure as an ``<img>`` whose alt text a screen reader finds."""
-    data, _ = figure._repr_mimebundle_()
-    alt, png = html.escape(figure.alt), data["image/png"]
-    image = f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">'
-    return data.get("text/html", image)
+        return data | {WIDGET: view[WIDGET]}, metadata
 
 
 def check_figure(figure: Any) -> Figure:
