@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -16,7 +17,9 @@ from minivlm import masks
 from minivlm.course import viz
 from minivlm.course.viz import trace_figures
 from minivlm.course.viz.style import VERMILION, rgb
-from minivlm.course.viz.tracing import Statistics, Trace, steps
+from minivlm.course.viz.trace_data import Statistics
+from minivlm.course.viz.trace_steps import MERGED, PARTS, steps
+from minivlm.course.viz.tracing import Trace
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 LAYERS = "language_model.model.layers."
@@ -76,6 +79,33 @@ def test_every_layer_adds_up(talker, traced):
         before = f"{LAYERS}{i}"
 
 
+@torch.no_grad()
+def test_attention_is_what_the_model_computes(talker, traced):
+    """Weights times values, through the output projection, is the output of the module."""
+    for step in steps(talker):
+        if step.label == "self_attn":
+            q, k, v, weights = (traced.tensor(f"{step.name}.{part}") for part in PARTS)
+            attention = talker.get_submodule(step.name)
+            mixed = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            project = attention.out_proj if step.stage == "Vision tower" else attention.o_proj
+            output = project(mixed.transpose(1, 2).flatten(2))
+            torch.testing.assert_close(output, traced.tensor(step.name), rtol=1e-5, atol=1e-5)
+            if step.stage == "Decoder":
+                window = talker.config.text_config.window(step.layer)
+                allowed = traced.tensor("mask" if window is None else "sliding_mask")
+                assert (weights[0] > 0).any(0).logical_and(~allowed[0]).sum() == 0
+                assert k.shape == v.shape == (1, attention.config.num_key_value_heads, q.shape[2], q.shape[3])
+
+
+def test_the_residual_stream_between_attention_and_mlp(talker, traced):
+    for step in steps(talker):
+        if step.layer is not None and step.label == "output":
+            tower = step.stage == "Vision tower"
+            mlp = "mlp" if tower or not talker.config.text_config.has_post_norms else "post_feedforward_layernorm"
+            total = traced.tensor(f"{step.name}.residual") + traced.tensor(f"{step.name}.{mlp}")
+            assert torch.equal(total, traced.tensor(step.name))
+
+
 def test_the_masks_equal_those_of_the_masks_module(talker, traced, batch):
     window = talker.config.text_config.sliding_window
     T = batch["input_ids"].shape[1]
@@ -100,12 +130,16 @@ def test_every_tensor_is_recorded_in_the_order_of_computation(talker, traced):
         ("language_model.model.embed_tokens", "language_model.model.embed"),
         ("language_model.model.embed", "inputs_embeds"),
         ("inputs_embeds", "mask"),
+        (f"{LAYERS}0.input_layernorm", f"{LAYERS}0.self_attn.q"),
+        (f"{LAYERS}0.self_attn.weights", f"{LAYERS}0.self_attn"),
+        (f"{LAYERS}0.self_attn", f"{LAYERS}0.residual"),
+        (f"{LAYERS}0.residual", f"{LAYERS}0.mlp"),
         ("language_model.model.norm", "logits"),
     ):
         assert traced.names.index(first) < traced.names.index(second)
     mask = 2 if "sliding_mask" in traced else 1
-    per_layer = 7 if talker.config.text_config.has_post_norms else 5
-    assert len(traced) == 1 + (2 + 3 * 5 + 1) + 1 + 3 + mask + (4 * per_layer + 1) + 1 == len(set(traced.names))
+    per_layer = 12 if talker.config.text_config.has_post_norms else 10
+    assert len(traced) == 1 + (2 + 3 * 10 + 1) + 1 + 3 + mask + (4 * per_layer + 1) + 1 == len(set(traced.names))
 
 
 def test_shapes_dtypes_and_statistics_match_the_tensors(traced):
@@ -118,9 +152,11 @@ def test_shapes_dtypes_and_statistics_match_the_tensors(traced):
         assert stats == pytest.approx([v.item() for v in expected], rel=1e-5, abs=1e-6)
         assert entry.stats.broken == 0 and not tensor.requires_grad
         for letter, size in zip(entry.step.letters.split(), entry.shape, strict=True):
-            letters.setdefault((letter, entry.step.stage == "Vision tower"), set()).add(size)
+            part = {"Image": "image", "Vision tower": "tower"}.get(entry.step.stage, "decoder")
+            letters.setdefault((letter, part), set()).add(size)
     assert all(len(sizes) == 1 for sizes in letters.values()), letters
-    assert letters["P", True] == {9} and letters["D", True] == {24} and letters["D", False] == {32}
+    assert letters["P", "tower"] == {9} and letters["D", "tower"] == {24} and letters["D", "decoder"] == {32}
+    assert letters["H", "decoder"] == {4} and letters["N", "tower"] == {2} and letters["d", "tower"] == {12}
 
 
 def test_titles_are_short(traced):
@@ -204,7 +240,7 @@ def test_the_next_tokens_follow_the_prompt(talker, traced, batch, tiny_processor
 def test_figures_are_small_and_have_alt_text(traced):
     for entry in traced:
         width, height = entry.figure.image.size
-        assert entry.name == "logits" or max(width, height) <= 96
+        assert entry.name == "logits" or (width <= 256 and height <= 64)
         assert len(entry.figure.alt) > 20 and entry.caption
     assert traced["mask"].figure.image.size == traced["mask"].shape[1:]
 
@@ -220,13 +256,45 @@ def test_a_mask_is_light_where_attention_is_allowed(traced):
 
 
 def test_heat_maps_sample_evenly_and_larger_numbers_are_lighter():
-    table = torch.arange(300.0)[None].repeat(200, 1)
-    figure, caption = trace_figures.heat_map("x", table, "tokens")
-    pixels = np.asarray(figure.image).astype(int).sum(-1)
-    assert pixels.shape == (96, 96) and (pixels == pixels[0]).all() and (np.diff(pixels[0]) >= 0).all()
-    assert "96 × 96 of them" in caption and "200 tokens by 300 dimensions" in figure.alt
-    flat, _ = trace_figures.heat_map("x", torch.zeros(3, 4), "tokens")
-    assert flat.image.size == (4, 3)
+    table = torch.arange(300.0)[None, None].repeat(1, 200, 1)
+    drawing = trace_figures.heat_map(MERGED, table)
+    pixels = np.asarray(drawing.figure.image).astype(int).sum(-1)
+    assert pixels.shape == (64, 64) and (pixels == pixels[0]).all() and (np.diff(pixels[0]) >= 0).all()
+    assert "64 × 64 of them" in drawing.caption and "200 tokens by 300 dimensions" in drawing.figure.alt
+    assert trace_figures.heat_map(MERGED, torch.zeros(1, 3, 4)).figure.image.size == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.linspace(-3, 5, 400),
+        torch.cat((torch.zeros(396), torch.tensor([0.2, 0.4, 0.8, 9.0]))),  # like attention weights
+        torch.cat((torch.linspace(-1, 1, 390), torch.linspace(-900, 900, 10))),  # massive activations
+        torch.full((400,), 2.5),
+    ],
+    ids=["even", "mostly 0", "a few huge", "constant"],
+)
+def test_the_numbers_can_be_read_back_from_the_colors(values):
+    """A color is right within 1/200 of the middle 96%, or 1/30 of the range beyond."""
+    drawing = trace_figures.heat_map(MERGED, values.view(1, 20, 20))
+    low, q02, q98, high = knots = drawing.cells["knots"]
+    colors = {tuple(color): level for level, color in enumerate(trace_figures.COLORS.tolist())}
+    assert len(colors) >= 255
+    levels = [colors[tuple(color)] for color in np.asarray(drawing.figure.image).reshape(-1, 3).tolist()]
+    read = np.interp(levels, trace_figures.LEVELS, knots)
+    errors = np.abs(read - values.numpy())
+    middle = (values.numpy() >= q02) & (values.numpy() <= q98)
+    assert (errors[middle] <= (q98 - q02) / 200 + 1e-4).all()
+    assert (errors <= max(q02 - low, high - q98, q98 - q02) / 30 + 1e-4).all()
+
+
+def test_a_page_has_the_exact_colors(traced):
+    html = traced.html(Path.cwd())
+    sources = re.findall(r'<figure[^>]*>.*?src="data:image/png;base64,([^"]+)"', html)
+    assert len(sources) == len(traced)
+    for entry, source in zip(traced, sources, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(source))) as image:
+            assert entry.name == "logits" or (np.asarray(image.convert("RGB")) == np.asarray(entry.figure.image)).all()
 
 
 # --- forms ---------------------------------------------------------------------------------------------------------
@@ -275,7 +343,7 @@ def page_url(traced, tmp_path_factory) -> str:
 def current(page) -> str:
     """The dotted name in the pane. Exactly one row of the tree is marked."""
     assert page.locator("summary[aria-current]").count() == 1
-    return page.locator(".pane code").inner_text()
+    return page.locator(".pane .line").get_attribute("data-line").split('"')[1]
 
 
 def test_buttons_keys_and_clicks_step_through_everything(browser, page_url, traced):
@@ -292,7 +360,7 @@ def test_buttons_keys_and_clicks_step_through_everything(browser, page_url, trac
             assert page.locator("summary[aria-current]").is_visible()
         page.keyboard.press("ArrowDown")  # the last one
         assert current(page) == names[-1] and page.get_by_text("Next →").is_disabled()
-        assert page.locator("output").inner_text() == f"{len(names)} of {len(names)}"
+        assert page.locator(".steps output").inner_text() == f"{len(names)} of {len(names)}"
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("ArrowUp")
         assert current(page) == names[-3]
@@ -320,22 +388,23 @@ def test_rows_can_be_selected_with_the_keyboard(browser, page_url, traced):
 def test_without_a_script_the_tree_unfolds_and_shows_figures(browser, page_url, traced):
     with quiet_page(browser, java_script_enabled=False) as page:
         page.goto(page_url)
-        overview = page.locator("img.overview")
+        overview = page.locator(".overview img")
         assert overview.is_visible() and overview.get_attribute("alt") == traced.overview.alt
         assert not page.locator("button").count()
         entry = page.locator(".entry").first
         assert entry.locator("table").is_hidden()
         entry.locator("summary").click()
         assert entry.locator("table").is_visible() and entry.locator("img").is_visible()
+        assert page.locator(".words table").is_visible()
 
 
 def test_sanitized_html_has_the_same_content(browser, traced, tmp_path):
     """JupyterLab removes scripts and styles from a notebook that it does not trust (JupyterLab 4.6, Sanitizer)."""
-    html = re.sub(r"<(script|style)>.*?</\1>", "", traced._repr_mimebundle_()[0]["text/html"], flags=re.DOTALL)
+    html = re.sub(r"<(script|style).*?</\1>", "", traced._repr_mimebundle_()[0]["text/html"], flags=re.DOTALL)
     (tmp_path / "left.html").write_text(f'<meta charset="utf-8">{html}', encoding="utf-8")
     with quiet_page(browser) as page:
         page.goto((tmp_path / "left.html").as_uri())
-        assert page.locator("img.overview").is_visible() and page.locator(".entry").count() == len(traced)
+        assert page.locator(".overview img").is_visible() and page.locator(".entry").count() == len(traced)
         assert not page.locator("button").count()
 
 
@@ -345,11 +414,11 @@ def test_two_traces_on_a_page_are_independent_and_prompts_are_escaped(browser, t
     (tmp_path / "two.html").write_text(f'<meta charset="utf-8"><div>{html}</div><div>{html}</div>', encoding="utf-8")
     with quiet_page(browser) as page:
         page.goto((tmp_path / "two.html").as_uri())
-        assert "<img src=x" in page.locator(".minivlm-trace > .muted").first.inner_text()
+        assert "<img src=x" in page.locator(".minivlm-trace > p > .muted").first.inner_text()
         page.get_by_text("Next →").last.focus()
         page.keyboard.press("ArrowRight")
-        shown = page.locator(".pane code").all_inner_texts()
-        assert shown == traced.names[:2]
+        shown = page.locator(".pane .line").all_inner_texts()
+        assert shown == [f'trace.tensor("{name}")' for name in traced.names[:2]]
 
 
 def test_the_trace_works_in_an_exported_notebook(browser, traced, tmp_path):
@@ -370,12 +439,12 @@ def test_the_trace_works_in_jupyterlab(browser, traced, tmp_path):
         with quiet_page(browser, allowed, viewport={"width": 1400, "height": 1100}) as page:
             page.set_default_timeout(3 * PATIENCE)
             page.goto(f"{url}/lab/tree/trace.ipynb?token={token}")
-            page.locator(".jp-OutputArea-output img.overview").wait_for()  # untrusted: no script
+            page.locator(".jp-OutputArea-output .overview img").wait_for()  # untrusted: no script
             assert page.get_by_text("Next →").count() == 0
             page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
             page.locator(".jp-Notebook .jp-InputArea-editor").first.click()
             page.locator(".jp-Notebook .cm-content:focus").press("Shift+Enter")
             page.get_by_text("Next →").click()
-            assert page.locator("output").inner_text().startswith("2 of ")
+            assert page.locator(".steps output").inner_text().startswith("2 of ")
             page.keyboard.press("ArrowRight")  # goes to the trace only, not to JupyterLab
-            assert page.locator("output").inner_text().startswith("3 of ")
+            assert page.locator(".steps output").inner_text().startswith("3 of ")
