@@ -62,7 +62,7 @@ export function mount(root) {
   const tree = root.querySelector(".tree"), entries = all(".entry"), stages = all(".stage"), layers = all(".layer");
   const rows = entries.map((entry) => entry.querySelector("summary"));
   const bodies = entries.map((entry) => entry.querySelector(".body"));
-  const texts = entries.map((entry, i) => `${entry.dataset.name} ${bodies[i].textContent}`.toLowerCase());
+  const texts = entries.map((entry) => entry.dataset.search.toLowerCase());
   let current = -1, found = entries.map((_, i) => i);
 
   // --- the numbers behind an image ---------------------------------------------------------------------------------

@@ -142,10 +142,11 @@ def html_branch(branch: Any, folder: Path, variable: str) -> str:
         return f'<details class="layer"><summary>{branch[0]}</summary>{inside}</details>'
     step, line = branch.step, escape(f'{variable}.tensor("{branch.step.name}")')
     drawings = "".join(html_drawing(heading, drawing) for heading, drawing in branch.drawings)
+    search = f"{step.name} {step.title} {step.module}"
     facts = {name: escape(value) for name, value in branch.facts.items()} | {"explained in": source(step, folder)}
     table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items())
     return (
-        f'<details class="entry" data-name="{step.name}"><summary><span>{step.label}</span> '
+        f'<details class="entry" data-search="{escape(search)}"><summary><span>{step.label}</span> '
         f'<span class="size">{branch.size}</span></summary>'
         f'<div class="body"><p class="title">{escape(step.title)}</p>'
         f'<p class="muted"><code class="line" data-line="{line}">{line}</code></p>'
