@@ -548,6 +548,9 @@ def test_the_numbers_behind_an_image_are_read_by_mouse_and_by_keys(browser, page
         colors = "({ color, backgroundColor }) => [color, backgroundColor].map((c) => Number(c.match(/\\d+/)[0]))"
         ink, paper = page.locator(".minivlm-trace").evaluate(f"(root) => ({colors})(getComputedStyle(root))")
         assert ink > 200 and paper < 60
+        page.evaluate("document.body.dataset.jpThemeLight = 'true'")  # JupyterLab is light, though the system is dark
+        ink, paper = page.locator(".minivlm-trace").evaluate(f"(root) => ({colors})(getComputedStyle(root))")
+        assert ink < 60 and paper > 200
         page.get_by_label("Search tensors").fill("weights of nothing")
         assert page.locator(".entry > summary:visible").count() == 0 == page.locator(".stage:visible").count()
         page.get_by_label("Search tensors").fill("layers.2 weights")

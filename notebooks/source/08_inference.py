@@ -702,8 +702,8 @@ trace
 
 # %% [markdown]
 # Two traces find a bug: the first tensor that differs between a right run and a broken one is where it begins. Here are
-# the image features that are √D times too long, once more. Predict first: which tensor differs first, and do the values
-# differ more or less after the last layer? (`viz.trace(…, decode=1)` traces a step with the cache of chapter 07.)
+# the image features that are √D times too long, once more. Predict first: which tensor differs first, and does the
+# attention of layer 0 notice? (`viz.trace(…, decode=1)` traces a step with the cache of chapter 07.)
 
 
 # %%
@@ -714,8 +714,12 @@ def merge_too_long(x, is_image, features):
 with patch.object(paligemma, "merge_image_features", merge_too_long):
     broken = viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
 diff = trace.diff(broken)
-assert diff.first == "inputs_embeds"
+assert diff.first == "inputs_embeds" and not diff["language_model.model.layers.0.self_attn"].differs
 diff
+
+# %% [markdown]
+# It does not: the norm hides the length from what a layer reads, so all of its attention is equal. The residual stream,
+# to which it adds its output, is not.
 
 # %% [markdown]
 # ## Your PaliGemma

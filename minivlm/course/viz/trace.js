@@ -209,7 +209,7 @@ export function mount(root) {
 
   rows.forEach((row, index) => {
     const thumb = document.createElement("img");
-    Object.assign(thumb, { src: bodies[index].querySelector("img").src, className: "thumb", alt: "" });
+    Object.assign(thumb, { src: bodies[index].querySelector("figure:last-child img").src, className: "thumb", alt: "" });
     row.prepend(thumb);
     row.onclick = (event) => { event.preventDefault(); show(index); };
   });

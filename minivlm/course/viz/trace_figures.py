@@ -22,7 +22,7 @@ from minivlm.course.viz.text import count, fit, number, percent, printable, text
 from minivlm.course.viz.trace_data import Drawing, Step, tree
 
 SIDE, ALL_HEADS = 64, 256  # maximum rows and columns of cells, and columns of all heads together
-CELL = 12  # maximum width and height of a cell, in CSS pixels
+CELL = 10  # maximum width and height of a cell, in CSS pixels
 THUMB = 96  # width and height of a tensor on the overview
 BARS = (336, 96)  # width and height of the next tokens' bars
 NO_TOKEN = "No token is likely: the logits are NaN"
