@@ -14,7 +14,7 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from PIL import Image
 from test_notebooks import SOURCES, committed
 
-from minivlm.course.viz import draw_boxes, lines, mask_explorer
+from minivlm.course.viz import draw_boxes, lines, mask_explorer, trace
 from minivlm.locations import Detection
 
 TEMPLATES = ("lab", "classic")
@@ -181,6 +181,22 @@ def test_axe_finds_nothing_serious(browser, axe, tmp_path, stem, template):
                 frame.wait_for_selector("svg")
             found = run_axe(page, axe)
             assert not found, f"at {width} px: {found}"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("talker", [1], indirect=True, ids=["PaliGemma 1"])
+def test_axe_finds_nothing_serious_in_a_dark_trace(browser, axe, talker, tiny_processor, tmp_path):
+    gray, white = (
+        trace(talker, tiny_processor, Image.new("RGB", (12, 12), c), "caption en") for c in ("gray", "white")
+    )
+    for shown in (gray, gray.diff(white)):
+        shown.save_html(tmp_path / "page.html")
+        with quiet_page(browser, viewport={"width": WIDTHS["a phone"], "height": 900}, color_scheme="dark") as page:
+            page.goto((tmp_path / "page.html").as_uri())
+            page.locator(".pane .cells").first.focus()
+            page.keyboard.press("ArrowRight")
+            assert not run_axe(page, axe)
+            assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS["a phone"]
 
 
 @pytest.mark.browser

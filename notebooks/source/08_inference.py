@@ -689,13 +689,37 @@ for ids, s in list(zip(new, scenes, strict=True))[:4]:
 # %% [markdown]
 # ## All of it, step by step
 #
-# The tensor trace records every named tensor of one forward pass, from the pixels to the logits, each with its shape,
-# its statistics and a thumbnail. Here the model reads the image, the prompt and its own answer, as in training. Step
+# The tensor trace records every tensor of one forward pass, from the pixels to the logits, each with its shape, its
+# statistics and a thumbnail. Here the model reads the image, the prompt and its own answer, as in training. Step
 # through it and find the parts you have built: the patches (03), the merged embeddings (this chapter), the mask (05),
-# the layers (06), the logits.
+# the layers with their queries, keys, values and attention weights (06), the logits. Point at a cell to read its
+# number, or copy the line of Python above it into a cell of your own. The table below the tensors shows what the model
+# would say if it ended after an earlier layer: in which layer does the answer appear?
 
 # %%
-viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
+trace = viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
+trace
+
+# %% [markdown]
+# Two traces find a bug: the first tensor that differs between a right run and a broken one is where it begins. Here are
+# the image features that are √D times too long, once more. Predict first: which tensor differs first, and does the
+# attention of layer 0 notice? (`viz.trace(…, decode=1)` traces a step with the cache of chapter 07.)
+
+
+# %%
+def merge_too_long(x, is_image, features):
+    return package_merge(x, is_image, features * D**0.5)
+
+
+with patch.object(paligemma, "merge_image_features", merge_too_long):
+    broken = viz.trace(model, processor, scene.image, "caption en", suffix=answers[0])
+diff = trace.diff(broken)
+assert diff.first == "inputs_embeds" and not diff["language_model.model.layers.0.self_attn"].differs
+diff
+
+# %% [markdown]
+# It does not: the norm hides the length from what a layer reads, so all of its attention is equal. The residual stream,
+# to which it adds its output, is not.
 
 # %% [markdown]
 # ## Your PaliGemma

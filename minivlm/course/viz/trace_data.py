@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,6 +35,12 @@ class Step:
     module: str = "minivlm.gemma"
     chapter: int = 6
 
+    @property
+    def label(self) -> str:
+        """The last part of the name, or "output" for the output of a layer. A tree shows the other parts."""
+        last = self.name.rsplit(".", 1)[-1]
+        return "output" if last.isdigit() else last
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -63,15 +70,28 @@ class Statistics:
         return cls(finite.min().item(), finite.max().item(), mean.item(), std.item(), broken)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a tensor.
+
+    Attributes:
+        caption: How to read it.
+        cells: What a page needs to read the numbers back from the figure, whose pixels are cells. None if they are not.
+    """
+
+    figure: Figure
+    caption: str
+    cells: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One recorded tensor, on the CPU and in its own dtype. ``caption`` says how to read its figure."""
+    """One recorded tensor, on the CPU and in its own dtype."""
 
     step: Step
     tensor: Tensor
     stats: Statistics
-    figure: Figure
-    caption: str
+    drawing: Drawing
 
     @property
     def name(self) -> str:
@@ -82,8 +102,26 @@ class Entry:
         return self.step.title
 
     @property
+    def figure(self) -> Figure:
+        return self.drawing.figure
+
+    @property
+    def caption(self) -> str:
+        return self.drawing.caption
+
+    @property
+    def drawings(self) -> list[tuple[str, Drawing]]:
+        """What a page shows, each with a heading."""
+        return [("", self.drawing)]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def size(self) -> str:
+        """``1 × 49 × 192``, which a tree shows beside the label."""
+        return " × ".join(map(str, self.shape))
 
     @property
     def dtype(self) -> str:
@@ -93,17 +131,29 @@ class Entry:
     @property
     def shape_text(self) -> str:
         """``B P D = 1 × 49 × 192``."""
-        return f"{self.step.letters} = {' × '.join(map(str, self.shape))}"
-
-    @property
-    def label(self) -> str:
-        """The last part of the name, or "output" for the output of a layer. A tree shows the other parts."""
-        last = self.name.rsplit(".", 1)[-1]
-        return "output" if last.isdigit() else last
+        return f"{self.step.letters} = {self.size}"
 
     @property
     def range(self) -> str:
         return f"{number(self.stats.min)} … {number(self.stats.max)}"
+
+    @property
+    def line(self) -> str:
+        """What a tree of plain text shows beside the label: shape, dtype, range."""
+        broken = f", {percent(self.stats.broken)} NaN or infinite" if self.stats.broken else ""
+        return f"{self.shape_text:<24} {self.dtype:<8} {self.range}{broken}"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The rows of a page's table."""
+        s = self.stats
+        return {
+            "shape": self.shape_text,
+            "dtype": self.dtype,
+            "range": self.range,
+            "mean ± std": f"{number(s.mean)} ± {number(s.std)}",
+            "NaN or infinite": percent(s.broken) if s.broken else "none",
+        }
 
     def __repr__(self) -> str:
         s = self.stats
@@ -115,18 +165,12 @@ class Entry:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         """The enlarged figure, and the line of text."""
-        image = self.figure.image
-        size = [n * magnification(image) for n in image.size]
-        data, metadata = Figure(image.resize(size, Image.Resampling.NEAREST), self.figure.alt)._repr_mimebundle_()
+        image = self.figure.image.resize(self.figure.size, Image.Resampling.NEAREST)
+        data, metadata = Figure(image, self.figure.alt)._repr_mimebundle_()
         return data | {"text/plain": repr(self)}, metadata
 
 
-def magnification(image: Image.Image) -> int:
-    """The factor, at most 12, that makes the longer side of a small image about 384 pixels."""
-    return max(1, min(12, 384 // max(image.size)))
-
-
-def tree(entries: Sequence[Entry]) -> list[tuple[str, list]]:
+def tree(entries: Sequence) -> list[tuple[str, list]]:
     """[(stage, [entry, …, (layer, [entry, …]), …]), …], with layers such as "layer 3"."""
     stages = []
     for stage, in_stage in groupby(entries, lambda entry: entry.step.stage):

@@ -1,164 +1,49 @@
 """A tensor trace as a tree: as plain text, as HTML to step through, and as a whole page.
 
 The HTML is a tree of <details>, which open and close without a script and pass through the sanitizers of notebooks.
-If scripts can run, buttons, arrow keys and a pane that shows one tensor at a time are added. Nothing is loaded.
+If scripts can run, trace.js adds buttons, keys, search, and a pane that shows one tensor at a time and its numbers.
+Nothing is loaded.
 """
 
 import base64
+import json
+import os
 from collections.abc import Sequence
+from functools import cache
 from html import escape
+from pathlib import Path
+from typing import Any
 
+from minivlm import hub
 from minivlm.course.viz.figure import Figure
-from minivlm.course.viz.text import number, percent
-from minivlm.course.viz.trace_data import Entry, magnification, tree
-from minivlm.course.viz.trace_figures import BARS, compact
+from minivlm.course.viz.text import percent
+from minivlm.course.viz.trace_data import Drawing, Step, tree
+from minivlm.course.viz.trace_figures import COLORS, compact
 
-STYLE = """
-.minivlm-trace { box-sizing: border-box; max-width: 62rem; padding: 1rem 1.25rem; border: 1px solid #ddd;
-  border-radius: 8px; background: #fff; color: #222; font: 14px/1.4 system-ui, sans-serif; color-scheme: light; }
-.minivlm-trace * { box-sizing: border-box; }
-.minivlm-trace:focus-visible, .minivlm-trace :focus-visible { outline: 2px solid #0072B2; outline-offset: 1px; }
-.minivlm-trace p { margin: 0 0 .6rem; }
-.minivlm-trace p code { padding: 0; background: none; color: inherit; font: 13px/1.4 ui-monospace, monospace; }
-.minivlm-trace .title { font-weight: 600; font-size: 16px; }
-.minivlm-trace .muted, .minivlm-trace .size, .minivlm-trace figcaption { color: #666; font-size: 12.5px; }
-.minivlm-trace .overview { max-width: 100%; height: auto; margin: .25rem 0 .75rem; }
-.minivlm-trace summary { padding: 2px 6px; border-radius: 5px; cursor: pointer; }
-.minivlm-trace summary:hover { background: #f3f3f3; }
-.minivlm-trace .stage > summary { font-weight: 600; }
-.minivlm-trace .stage details { margin-left: 1rem; }
-.minivlm-trace .size { float: right; margin-left: 1rem; font-variant-numeric: tabular-nums; }
-.minivlm-trace figure { margin: .75rem 0; }
-.minivlm-trace figure img { display: block; max-width: 100%; height: auto; margin: 0 0 .4rem;
-  image-rendering: pixelated; }
-.minivlm-trace table { margin: 0; border-collapse: collapse; font-size: 13px; }
-.minivlm-trace table tbody tr, .minivlm-trace table tbody tr:nth-child(odd) { background: none; }
-.minivlm-trace table tr th, .minivlm-trace table tr td { padding: 2px 1.25rem 2px 0; border: 0; text-align: left;
-  vertical-align: top; }
-.minivlm-trace table tr th { color: #666; font-weight: 400; white-space: nowrap; }
-.minivlm-trace .body { padding: .25rem 0 .75rem 1.25rem; }
-.minivlm-trace.live .overview { display: none; }
-.minivlm-trace.live .columns { display: grid; grid-template-columns: minmax(15rem, 23rem) minmax(0, 1fr); gap: 1.5rem; }
-.minivlm-trace.live .tree { height: 34rem; overflow: auto; padding: 2px; border-right: 1px solid #eee; }
-.minivlm-trace.live .pane { height: 34rem; overflow: auto; padding: 2px; }
-.minivlm-trace.live .pane .body { padding: 0; }
-.minivlm-trace.live .entry > summary { list-style: none; display: flex; align-items: center; gap: .5rem; }
-.minivlm-trace.live .entry > summary::-webkit-details-marker { display: none; }
-.minivlm-trace.live .entry .size { margin-left: auto; white-space: nowrap; }
-.minivlm-trace .thumb { flex: none; width: 18px; height: 18px; margin: 0; border-radius: 3px; object-fit: cover; }
-.minivlm-trace [aria-current], .minivlm-trace .steps [aria-current] { background: #0072B2; color: #fff; }
-.minivlm-trace [aria-current] .size { color: #fff; }
-.minivlm-trace .steps { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem; margin: .25rem 0 .9rem; }
-.minivlm-trace .steps button { padding: 3px 10px; border: 1px solid #ccc; border-radius: 999px; background: #fff;
-  color: #222; font: inherit; font-size: 13px; cursor: pointer; }
-.minivlm-trace .steps button:hover { border-color: #0072B2; }
-.minivlm-trace .steps button:disabled { color: #767676; border-color: #e5e5e5; cursor: default; }
-.minivlm-trace .steps .gap { flex: 1; }
-.minivlm-trace .steps output { min-width: 5.5em; padding: 0; text-align: center; font-variant-numeric: tabular-nums; }
-@media (max-width: 44rem) {
-  .minivlm-trace.live .columns { grid-template-columns: minmax(0, 1fr); }
-  .minivlm-trace.live .tree { order: 1; height: auto; max-height: 16rem; border-right: 0; border-top: 1px solid #eee; }
-  .minivlm-trace.live .pane { height: auto; }
+PACKAGE = Path(__file__).resolve().parents[2]
+NOTEBOOKS = hub.DATA.parent / "notebooks"  # in a clone; a wheel has none
+FILES = {
+    3: "03_patch_embedding.ipynb",
+    4: "04_processor.ipynb",
+    5: "05_prefix_lm_mask.ipynb",
+    6: "06_gemma_decoder.ipynb",
+    7: "07_kv_cache.ipynb",
+    8: "08_inference.ipynb",
 }
-@media print { .minivlm-trace.live .tree, .minivlm-trace.live .pane { height: auto; overflow: visible; } }
-"""
 
-SCRIPT = """
-(() => {
-  const root = document.currentScript.closest(".minivlm-trace");
-  if (!root || root.classList.contains("live")) return;
-  const make = (tag, text, parent) => {
-    const element = document.createElement(tag);
-    element.textContent = text;
-    return parent.appendChild(element);
-  };
-  const all = (selector) => [...root.querySelectorAll(selector)];
-  const tree = root.querySelector(".tree"), entries = all(".entry"), stages = all(".stage"), layers = all(".layer");
-  const rows = entries.map((entry) => entry.querySelector("summary"));
-  const bodies = entries.map((entry) => entry.querySelector(".body"));
-  let current = -1;
 
-  const steps = document.createElement("div");
-  steps.className = "steps";
-  root.querySelector(".columns").before(steps);
-  const jumps = stages.map((stage) => {
-    const jump = make("button", stage.querySelector("summary .name").textContent, steps);
-    jump.onclick = () => show(entries.findIndex((entry) => stage.contains(entry)));
-    return jump;
-  });
-  make("span", "", steps).className = "gap";
-  const previous = make("button", "← Previous", steps), counter = make("output", "", steps);
-  const next = make("button", "Next →", steps);
-  all(".steps button").forEach((button) => (button.type = "button"));
-  counter.setAttribute("aria-live", "polite");
-  previous.onclick = () => show(current - 1);
-  next.onclick = () => show(current + 1);
-  const pane = make("div", "", root.querySelector(".columns"));
-  Object.assign(pane, { className: "pane", tabIndex: 0 });  // it scrolls, so the keyboard must reach it
-  pane.setAttribute("role", "region");
-  pane.setAttribute("aria-label", "Tensor");
-
-  const mark = (elements, chosen, value) => elements.forEach((element) => {
-    if (element === chosen) element.setAttribute("aria-current", value);
-    else element.removeAttribute("aria-current");
-  });
-
-  function show(index) {
-    if (index < 0 || index >= entries.length || index === current) return;
-    const onRow = rows.includes(document.activeElement);
-    if (current >= 0) entries[current].append(bodies[current]);
-    current = index;
-    pane.replaceChildren(bodies[current]);
-    pane.scrollTop = 0;
-    const inside = (branch) => branch.contains(entries[current]);
-    stages.filter(inside).forEach((stage) => (stage.open = true));
-    layers.forEach((layer) => (layer.open = inside(layer)));
-    mark(rows, rows[current], "step");
-    mark(jumps, jumps[stages.findIndex(inside)], "true");
-    counter.value = `${current + 1} of ${entries.length}`;
-    previous.disabled = current === 0;
-    next.disabled = current === entries.length - 1;
-    if (onRow) rows[current].focus({ preventScroll: true });
-    const box = tree.getBoundingClientRect(), at = rows[current].getBoundingClientRect();
-    tree.scrollTop += Math.min(0, at.top - box.top - 8) + Math.max(0, at.bottom - box.bottom + 8);
-  }
-
-  rows.forEach((row, index) => {
-    const thumb = document.createElement("img");
-    thumb.src = bodies[index].querySelector("img").src;
-    thumb.className = "thumb";
-    thumb.alt = "";
-    row.prepend(thumb);
-    row.onclick = (event) => { event.preventDefault(); show(index); };
-  });
-  const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
-  const listener = root.parentElement === document.body ? document : root;
-  listener.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key.length === 1) event.stopPropagation(); // in JupyterLab, pressing d twice deletes the cell
-    if (event.key in moves) show(current + moves[event.key]);
-    else if (event.key === "Home") show(0);
-    else if (event.key === "End") show(entries.length - 1);
-    else return;
-    event.preventDefault();
-    event.stopPropagation();
-  });
-  entries.forEach((entry) => (entry.open = false));
-  root.tabIndex = 0;
-  root.setAttribute("role", "group");
-  root.setAttribute("aria-label", "Tensor trace. The arrow keys move from tensor to tensor.");
-  root.classList.add("live");
-  show(0);
-})();
-"""
+@cache
+def read(ending: str) -> str:
+    """The text of trace.css or trace.js."""
+    return Path(__file__).with_name(f"trace.{ending}").read_text(encoding="utf-8")
 
 
 # --- plain text ----------------------------------------------------------------------------------------------------
 
 
-def as_text(tokens: str, entries: Sequence[Entry]) -> str:
-    """The tree with one line per tensor: name, shape, dtype, range."""
-    lines = [f"{tokens} → {len(entries)} tensors"]
+def as_text(title: str, entries: Sequence) -> str:
+    """The tree with one line per tensor."""
+    lines = [title]
     add_branches(lines, "", tree(entries))
     return "\n".join(lines)
 
@@ -168,77 +53,134 @@ def add_branches(lines: list[str], indent: str, branches: list) -> None:
     for i, branch in enumerate(branches):
         is_last = i == len(branches) - 1
         start = f"{indent}{'└─' if is_last else '├─'} "
-        if isinstance(branch, Entry):
-            broken = f", {percent(branch.stats.broken)} NaN or infinite" if branch.stats.broken else ""
-            start += branch.label
-            lines.append(f"{start:<38} {branch.shape_text:<24} {branch.dtype:<8} {branch.range}{broken}")
-        else:
+        if isinstance(branch, tuple):
             lines.append(start + branch[0])
             add_branches(lines, indent + ("   " if is_last else "│  "), branch[1])
+        else:
+            lines.append(f"{start + branch.step.label:<38} {branch.line}")
 
 
 # --- HTML ----------------------------------------------------------------------------------------------------------
 
 
-def as_html(tokens: str, entries: Sequence[Entry], overview: Figure) -> str:
-    """The tree for a notebook's output: style, tree, script."""
+def as_html(
+    title: str,
+    notes: Sequence[str],
+    entries: Sequence,
+    overview: Figure,
+    settings: dict[str, Any],
+    folder: Path,
+    **more,
+) -> str:
+    """The tree for a notebook's output: style, tree, script.
+
+    Args:
+        title: The line at the top.
+        notes: HTML of the paragraphs below it.
+        entries: The tensors.
+        overview: What is shown where scripts cannot run.
+        settings: What trace.js needs besides the tree: the tokens, how many of them are in the cache, patches per row
+            of the image, and the index of the first tensor to show.
+        folder: Where the page or notebook is, for its links.
+        more: ``variable``, the name of the trace in lines of Python, and ``below``, HTML below the tree.
+    """
+    variable, below = more.get("variable", "trace"), more.get("below", "")
     stages = "".join(
         f'<details class="stage" open><summary><span class="name">{stage}</span></summary>'
-        f"{''.join(map(html_branch, branches))}</details>"
+        f"{''.join(html_branch(branch, folder, variable) for branch in branches)}</details>"
         for stage, branches in tree(entries)
     )
+    settings = settings | {"palette": COLORS.tobytes().hex()}
     return (
-        f'<div class="minivlm-trace"><style>{STYLE}</style>'
-        f'<p class="title">One forward pass of PaliGemma, {len(entries)} tensors</p>'
-        f'<p class="muted"><code>{escape(tokens)}</code></p>'
-        f"{img(overview, overview.image.width, 'overview')}"
-        f'<div class="columns"><div class="tree">{stages}</div></div>'
-        f"<script>{SCRIPT}</script></div>"
+        f'<div class="minivlm-trace" data-trace="{escape(json.dumps(settings))}"><style>{read("css")}</style>'
+        f'<p class="title">{escape(title)}</p>{"".join(f"<p>{note}</p>" for note in notes)}'
+        f'<div class="overview">{overview.html()}</div>'
+        f'<div class="columns"><div class="tree">{stages}</div></div>{below}'
+        f'<script type="module">{read("js")}</script></div>'
     )
 
 
-def as_page(prompt: str, html: str) -> str:
+def as_page(title: str, html: str) -> str:
     """A page around the HTML, with a policy that keeps the browser from loading anything."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Tensor trace: {escape(prompt)}</title></head><body>{html}</body></html>\n"
+        "<style>:root { color-scheme: light dark; }</style>"
+        f"<title>Tensor trace: {escape(title)}</title></head><body>{html}</body></html>\n"
     )
 
 
-def html_branch(branch: Entry | tuple[str, list[Entry]]) -> str:
-    """An entry, folded to its name and shape, or a layer with its entries."""
-    if not isinstance(branch, Entry):
-        return f'<details class="layer"><summary>{branch[0]}</summary>{"".join(map(html_branch, branch[1]))}</details>'
-    image = branch.figure.image
-    width = image.width * (1 if image.size == BARS else magnification(image))
-    size = " × ".join(map(str, branch.shape))
+def words_table(tokens: Sequence[str], rows: Sequence[Sequence[Sequence[tuple[str, float]]]]) -> str:
+    """A table of next words: one row per layer, one column per token, bold where the last layer says the same."""
+
+    def cell(likely: Sequence[tuple[str, float]], last: Sequence[tuple[str, float]]) -> str:
+        if not likely:
+            return "<td>NaN</td>"
+        (token, p), tag = likely[0], "b" if last and likely[0][0] == last[0][0] else "span"
+        return f"<td><{tag}>{escape(token)}</{tag}> {percent(p)}</td>"
+
+    head = "".join(f"<th>{escape(token)}</th>" for token in tokens)
+    body = "".join(
+        f"<tr><th>layer {i}</th>{''.join(map(cell, row, rows[-1]))}</tr>" for i, row in reversed(list(enumerate(rows)))
+    )
     return (
-        f'<details class="entry"><summary><span>{branch.label}</span> <span class="size">{size}</span></summary>'
-        f'<div class="body"><p class="title">{escape(branch.title)}</p><p class="muted"><code>{branch.name}</code></p>'
-        f"<figure>{img(branch.figure, width)}<figcaption>{escape(branch.caption)}</figcaption></figure>"
-        f"<table><tbody>{facts(branch)}</tbody></table></div></details>"
+        '<details class="words" open><summary>Next words at every layer</summary><div class="body">'
+        "<p>If the decoder ended after a layer, which token would most likely follow each token? The final norm and "
+        "the output head read the residual stream there. Bold: as after the last layer. "
+        "<code>trace.next_words(layer=0, position=0)</code> answers for any position, the image's too.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Next words"><table>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div></div></details>"
     )
 
 
-def facts(entry: Entry) -> str:
-    """The rows of an entry's table."""
-    s = entry.stats
-    lines = {
-        "shape": entry.shape_text,
-        "dtype": entry.dtype,
-        "range": entry.range,
-        "mean ± std": f"{number(s.mean)} ± {number(s.std)}",
-        "NaN or infinite": percent(s.broken) if s.broken else "none",
-        "explained in": f"chapter {entry.step.chapter:02d}, {entry.step.module}",
-    }
-    return "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in lines.items())
+def html_branch(branch: Any, folder: Path, variable: str) -> str:
+    """An entry, folded to its name and shape, or a layer with its entries."""
+    if isinstance(branch, tuple):
+        inside = "".join(html_branch(entry, folder, variable) for entry in branch[1])
+        return f'<details class="layer"><summary>{branch[0]}</summary>{inside}</details>'
+    step, line = branch.step, escape(f'{variable}.tensor("{branch.step.name}")')
+    drawings = "".join(html_drawing(heading, drawing) for heading, drawing in branch.drawings)
+    search = f"{step.name} {step.title} {step.module}"
+    facts = {name: escape(value) for name, value in branch.facts.items()} | {"explained in": source(step, folder)}
+    table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items())
+    return (
+        f'<details class="entry" data-search="{escape(search)}"><summary><span>{step.label}</span> '
+        f'<span class="size">{branch.size}</span></summary>'
+        f'<div class="body"><p class="title">{escape(step.title)}</p>'
+        f'<p class="muted"><code class="line" data-line="{line}">{line}</code></p>'
+        f'<div class="figures">{drawings}</div><table><tbody>{table}</tbody></table></div></details>'
+    )
 
 
-def img(figure: Figure, width: int, kind: str = "") -> str:
-    """The figure as an element of the page."""
+def html_drawing(heading: str, drawing: Drawing) -> str:
+    """The figure of an entry, with its caption, and what trace.js needs to read its numbers."""
+    figure, (width, _) = drawing.figure, drawing.figure.size
     data = base64.b64encode(compact(figure)).decode()
-    attributes = f'class="{kind}" ' if kind else ""
-    return f'<img {attributes}src="data:image/png;base64,{data}" alt="{escape(figure.alt)}" width="{width}">'
+    cells = f' data-cells="{escape(json.dumps(drawing.cells))}"' if drawing.cells else ""
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(figure.alt)}" width="{width}"{cells}>'
+    kind = ' class="cells"' if drawing.cells else ""
+    above = f"<b>{heading}</b>" if heading else ""
+    return (
+        f'<figure data-heading="{heading}" style="width: {width}px; max-width: 100%">{above}<div{kind}>{image}</div>'
+        f"<figcaption>{escape(drawing.caption)}</figcaption></figure>"
+    )
+
+
+def source(step: Step, folder: Path) -> str:
+    """The chapter and the module of a step, as links from the folder of a page where there are such files."""
+    name, module = FILES[step.chapter], PACKAGE.joinpath(*step.module.split(".")[1:]).with_suffix(".py")
+    chapter = folder / name if (folder / name).is_file() else NOTEBOOKS / name  # in a copy, the learner's own
+    links = ((f"chapter {step.chapter:02d}", chapter), (step.module, module))
+    return ", ".join(linked(text, path, folder) for text, path in links)
+
+
+def linked(text: str, path: Path, folder: Path) -> str:
+    """The text as a link to a file of the clone; just the text in an installed package."""
+    if not (NOTEBOOKS.is_dir() and path.is_file()):
+        return text
+    try:
+        return f'<a href="{escape(Path(os.path.relpath(path, folder)).as_posix())}">{text}</a>'
+    except ValueError:  # on another drive
+        return text
