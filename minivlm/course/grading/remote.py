@@ -347,6 +347,12 @@ class Server:
         """Whether the worker or the server itself has ended."""
         return bool(select.select([self.channel], [], [], timeout)[0])
 
+    def is_ready(self) -> bool:
+        """Wait until it has noticed that its worker has ended. False if it has ended itself, or hangs."""
+        with suppress(ConnectionError):
+            return self.has_news(PATIENCE) and bool(self.channel.recv(1))
+        return False
+
     def close(self) -> None:
         self.channel.close()  # it ends
         with suppress(subprocess.TimeoutExpired):
@@ -388,7 +394,7 @@ class Forked:
     def stop(self) -> None:
         """Kill the worker and everything it started, and keep the server if it is ready for another."""
         kill_family(self.server.process.pid, self.server.mark)
-        if self.server.has_news(PATIENCE) and self.server.channel.recv(1):
+        if self.server.is_ready():
             IDLE.append(self.server)
         else:
             self.server.close()
