@@ -24,7 +24,7 @@ import torch
 from minivlm.__main__ import main
 from minivlm.course.exercises import EXERCISES, score
 from minivlm.course.exercises.exercise import call, compare_outcomes, locate
-from minivlm.course.grading import grader, pages, remote, tables
+from minivlm.course.grading import discuss, grader, pages, remote, tables
 from minivlm.course.grading.encoding import Opaque, copy_into, decode, encode, tensors_in
 from minivlm.course.grading.grader import grade_notebook
 from minivlm.course.grading.remote import Clock, Lost, Malformed, Remote, to_error, to_signature
@@ -771,6 +771,23 @@ def test_pages_tell_each_student_and_the_teacher_what_was_found():
     for sentence in (">2: <a", mistake.name, mistake.hint, "dan.zip was not graded", "changed too late", "chapter 05"):
         assert sentence in whole or escape(sentence) in whole
     assert "<i>" not in whole and "http" not in whole
+
+
+def test_the_class_discusses_an_example_of_its_most_frequent_mistakes(monkeypatch):
+    monkeypatch.setattr(pages, "DISCUSSED", 2)
+    names = {n: EXERCISES[n].mistakes[0].name for n in ("block_mask", "rms_norm", "clip_loss")}
+    reports = {str(i): Report(marks={n: Mark(0.0, "", names[n])}) for i, n in enumerate(sorted(names) + ["rms_norm"])}
+    whole = pages.class_page(reports, [EXERCISES[n] for n in names], pages.file_names(reports), [])
+    shown = whole.partition("To discuss")[2].partition("<h2>")[0]
+    assert shown.count("<h3>") == 2 and shown.index(names["rms_norm"]) < shown.index(names["block_mask"])
+    assert '<img alt="' in shown and "<caption>with this mistake</caption>" in shown and "<mark>" in shown
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_mistake_has_an_example(name):
+    for mistake in EXERCISES[name].mistakes:
+        shown = discuss.show(name, mistake.name)
+        assert shown.startswith("<p>") and shown.count("<img") == shown.count("alt=")
 
 
 def test_pages_have_different_names_that_every_system_accepts():
