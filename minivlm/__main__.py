@@ -404,7 +404,8 @@ def run_lab(args: argparse.Namespace) -> None:
 
 
 def add_grade_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("submissions", type=Path, help="folder with NAME.ipynb files, or with one folder per student")
+    folder = "folder with NAME.ipynb files, or with one folder per student; with --merge, with the results of shards"
+    parser.add_argument("submissions", type=Path, help=folder)
     out = Path("grades.csv")
     parser.add_argument("--out", type=Path, default=out, metavar="OUT.csv", help=f"file for the grades; default: {out}")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the random cases; default: 1234")
@@ -413,12 +414,27 @@ def add_grade_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chapter", metavar="NN", help="grade only this chapter, such as 05; default: all submitted")
     due = "list notebooks that changed later, such as 2026-09-30T23:59; the time is local unless it has a zone"
     parser.add_argument("--due", type=datetime.fromisoformat, metavar="TIME", help=due)
+    layout = "layout of the grades that Moodle or Canvas imports; default: a column per exercise"
+    parser.add_argument("--csv", choices=("moodle", "canvas"), default="", help=layout)
+    parts = parser.add_mutually_exclusive_group()
+    shard = "grade only every N-th student from the I-th on, and write OUT.I-of-N.json for --merge"
+    parts.add_argument("--shard", metavar="I/N", help=shard)
+    parts.add_argument("--merge", action="store_true", help="grade nothing: put together the results of all shards")
 
 
 def run_grade(args: argparse.Namespace) -> None:
     from minivlm.course.grading import grader
+    from minivlm.course.grading.shards import Shard
 
-    grader.grade(args.submissions, args.out, args.seed, args.time_limit, args.chapter, args.due)
+    shard = Shard.parse(args.shard) if args.shard else None
+    if args.merge:
+        grader.merge(args.submissions, args.out, args.csv)
+    else:
+        seed, limit, chapter = args.seed, args.time_limit, args.chapter
+        grader.grade(args.submissions, args.out, seed, limit, chapter, args.due, shard, args.csv)
+    if shard:
+        note(f"Wrote {shard.path(args.out)}. When all {shard.count} are in one folder, grade that folder with --merge.")
+        return
     note(f"Wrote {args.out}, and {grader.messages_path(args.out)} with the reason for every lost point.")
     note(f"Open {grader.pages_path(args.out) / 'index.html'} for the class. Next to it is a page for each student.")
 

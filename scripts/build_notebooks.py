@@ -7,7 +7,7 @@
 
 A source is a percent-format script with nbgrader's markers. An exercise is three cells: a heading ``## Exercise 5.1 ·
 Title``, a function with its solution between BEGIN and END SOLUTION, and its check, with the points between BEGIN and
-END HIDDEN TESTS. Stars, minutes and points in headings, and the time in the first cell, come from the declarations in
+END HIDDEN TESTS. Stars, minutes, points and hints, and the time in the first cell, come from the declarations in
 ``minivlm.course``. Cell ids come from the text of the cell, so building twice produces the same bytes.
 """
 
@@ -30,7 +30,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from minivlm.course.chapters import CHAPTERS, Chapter
-from minivlm.course.exercises import EXERCISES, in_chapter
+from minivlm.course.exercises import EXERCISES, Exercise, in_chapter
 from minivlm.course.grading.worker import CHECKED, essentials, fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +145,8 @@ def has_solution(cell: NotebookNode) -> bool:
 
 
 def add_facts(notebook: NotebookNode, source: Path) -> None:
-    """Add what the declarations say: the chapter's time to the first cell, and stars, minutes and points to headings.
+    """Add what the declarations say: the chapter's time to the first cell, and to each exercise its stars, minutes,
+    points and hints.
 
     Titles, questions and the order of the exercises must agree with the declarations.
     """
@@ -167,11 +168,23 @@ def add_facts(notebook: NotebookNode, source: Path) -> None:
         if number == 1:
             cell.source = complete_card(cell.source, chapter, where)
         if cell.cell_type == "markdown":
-            cell.source = HEADING.sub(complete, cell.source)
+            cell.source, found = HEADING.subn(complete, cell.source)
+            require("<summary>Hint" not in cell.source, where, "remove the hints: they are generated")
+            require(found < 2, where, "each exercise needs a cell of its own")
+            if found:
+                cell.source += folded_hints(next(e for e in EXERCISES.values() if e.key == heading))
         elif has_solution(cell):
             exercise = EXERCISES.get(function_name(cell.source, where))
             is_expected = exercise is not None and exercise.key == heading
             require(is_expected, where, f"the solution does not belong to the last heading, exercise {heading}")
+
+
+def folded_hints(exercise: Exercise) -> str:
+    """The two hints, each of which opens with a click."""
+    idea, line = exercise.hints
+    more = f'Still stuck? `exercises.hint("{exercise.name}")` shows a solution after both hints.'
+    parts = (("Hint 1", idea), ("Hint 2", f"{line}\n\n{more}"))
+    return "".join(f"\n\n<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in parts)
 
 
 def complete_card(text: str, chapter: Chapter, where: str) -> str:

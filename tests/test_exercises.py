@@ -77,8 +77,25 @@ def test_declaration_is_complete(exercise):
     assert len(exercise.mistakes) >= 5
     assert len({m.name for m in exercise.mistakes}) == len(exercise.mistakes)
     assert exercise.difficulty in (1, 2, 3) and exercise.minutes > 0
+    assert len(set(exercise.hints)) == 2 and all(hint[-1] in ".?`" and len(hint) < 400 for hint in exercise.hints)
     for mistake in exercise.mistakes:
         assert mistake.hint[-1] in ".?`" and mistake.name[0].islower() and mistake.name[-1] != "."
+
+
+@EACH
+def test_hints_do_not_contain_the_solution(exercise):
+    body = inspect.getsource(inspect.unwrap(exercise.reference)).split('"""')[-1].split("\n")
+    lines = {line.strip().removeprefix("return ") for line in body}
+    assert not any(line in hint for hint in exercise.hints for line in lines if len(line) > 40)
+
+
+def test_two_hints_come_before_a_solution():
+    with pytest.raises(ValueError, match="did you mean 'geglu'"):
+        exercises.hint("geglo")
+    shown = [exercises.hint(name) for name in ("geglu", minivlm.gemma.geglu, "geglu", "geglu")]
+    for text, result in zip(EXERCISES["geglu"].hints, shown, strict=False):
+        assert text in str(result) and "def geglu" not in str(result)
+    assert "def geglu" in str(shown[2]) and str(shown[3]) == str(shown[2])
 
 
 def test_chapters_are_declared_with_time_for_their_exercises():
@@ -280,7 +297,7 @@ def test_score_prints_the_diagnosis_and_takes_the_seed_of_the_class(monkeypatch,
 
 
 def exercise_of(reference, *cases, mistakes=(), **fields):
-    return Exercise("00.9", reference, lambda rng: cases, mistakes, 1, 1, **fields)
+    return Exercise("00.9", reference, lambda rng: cases, mistakes, 1, 1, ("What?", "How?"), **fields)
 
 
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75], [-0.3, 0.8, 1.1], [0.9, -0.6, 0.2]])

@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -25,12 +24,13 @@ import torch
 from minivlm.__main__ import main
 from minivlm.course.exercises import EXERCISES, score
 from minivlm.course.exercises.exercise import call, compare_outcomes, locate
-from minivlm.course.grading import grader, pages, remote
+from minivlm.course.grading import discuss, grader, pages, remote, tables
 from minivlm.course.grading.encoding import Opaque, copy_into, decode, encode, tensors_in
-from minivlm.course.grading.grader import escape_formula, grade_notebook
+from minivlm.course.grading.grader import grade_notebook
 from minivlm.course.grading.remote import Clock, Lost, Malformed, Remote, to_error, to_signature
 from minivlm.course.grading.report import Mark, Report, points_of
 from minivlm.course.grading.submissions import Cell, find_submissions, read_cells
+from minivlm.course.grading.tables import escape_formula
 from minivlm.course.grading.worker import essentials, refusing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -600,7 +600,7 @@ def test_a_full_disk_leaves_the_old_table(submitted, monkeypatch, capsys):
         def writerows(self, rows):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(grader.csv, "writer", FullDisk)
+    monkeypatch.setattr(tables.csv, "writer", FullDisk)
     assert main(["grade", str(submitted), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error and error.count("\n") == 1
@@ -621,6 +621,132 @@ def test_what_is_not_graded_is_on_stderr_and_in_the_messages(submitted, capsys):
     sentence = "dan.zip was not graded: unpack it first."
     assert sentence in capsys.readouterr().err
     assert [row["message"] for row in table(submitted / "grades.messages.csv") if not row["student"]] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("layout", "students", "rows"),
+    [
+        (
+            "moodle",
+            ("Ada Lovelace_7_assignsubmission_file", "=cmd_8_assignsubmission_file_05"),
+            [
+                ["Participant 7", "Ada Lovelace", "2.0", "12", ""],
+                ["Participant 8", "'=cmd", "2.0", "12", ""],
+            ],
+        ),
+        (
+            "canvas",
+            ("adalovelace_LATE_7_99_05_prefix_lm_mask", "=cmd", "bob"),
+            [
+                ["    Points Possible", "", "", "", "12"],
+                ["'=cmd", "", "'=cmd", "", "2.0"],
+                ["adalovelace", "7", "", "", "2.0"],
+                ["bob", "", "bob", "", "2.0"],
+            ],
+        ),
+    ],
+)
+def test_learning_management_systems_get_their_own_columns(layout, students, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(grader, "grade_notebook", lambda *args: Report({"05"}, {"suffix_loss": Mark(2 / 3, "hello")}))
+    for student in students:
+        (tmp_path / f"{student}.ipynb").write_text(student)
+    assert main(["grade", str(tmp_path), "--out", str(tmp_path / "grades.csv"), "--csv", layout]) == 0
+    with open(tmp_path / "grades.csv", encoding="utf-8", newline="") as file:
+        head, *found = csv.reader(file)
+    assert {"moodle": "Last modified (grade)", "canvas": "Section"}[layout] in head
+    if layout == "moodle":
+        assert all("05.3 suffix_loss: hello" in row.pop() for row in found)
+    assert sorted(found) == sorted(rows)
+
+
+def test_moodle_needs_the_names_that_it_gave(submitted, capsys):
+    assert main(["grade", str(submitted), "--out", str(submitted / "grades.csv"), "--csv", "moodle"]) == 2
+    assert "such as 'Ada Lovelace_1234_assignsubmission_file', and not 'ada'" in capsys.readouterr().err
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch) -> Path:
+    """A folder of submissions with everything that a report can contain, each graded at once."""
+    (tmp_path / "in").mkdir()
+    for name in ("ada", "bob", "cy", "=1", "Zoë"):
+        nbformat.write(nbformat.v4.new_notebook(), tmp_path / "in" / f"{name}.ipynb")
+    (tmp_path / "in" / "dan.zip").touch()
+
+    def grade_one(path, *args):
+        mark = Mark(1 / 3, f"not yet: {path.stem}", "swaps queries and keys", ("a hint", "a note"))
+        return Report({"05", "06"}, {"block_mask": mark, "geglu": Mark(is_attempted=False)}, ["oh"], {"05"}, ["late"])
+
+    monkeypatch.setattr(grader, "grade_notebook", grade_one)
+    return tmp_path
+
+
+def written(folder: Path) -> dict[str, str]:
+    paths = (path for path in folder.rglob("*") if path.suffix in (".csv", ".html"))
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in paths}
+
+
+def grade_shard(folder: Path, shard: str, *more: str) -> int:
+    return main(["grade", str(folder / "in"), "--out", str(folder / "parts" / "grades.csv"), "--shard", shard, *more])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_merged_shards_equal_one_run(sharded, count, capsys):
+    for name in ("whole", "parts", "merged"):
+        (sharded / name).mkdir()
+    assert main(["grade", str(sharded / "in"), "--out", str(sharded / "whole" / "grades.csv")]) == 0
+    for number in range(count, 0, -1):
+        assert grade_shard(sharded, f"{number}/{count}") == 0
+    assert written(sharded / "parts") == {}
+    assert main(["grade", str(sharded / "parts"), "--merge", "--out", str(sharded / "merged" / "grades.csv")]) == 0
+    assert written(sharded / "merged") == written(sharded / "whole") and len(written(sharded / "whole")) == 8
+    assert "dan.zip was not graded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1/0", "1", "1/2/3", "a/b", "1.5/3"])
+def test_a_bad_shard_gets_one_sentence(sharded, shard, capsys):
+    assert grade_shard(sharded, shard) == 2
+    assert (
+        capsys.readouterr().err
+        == f"minivlm grade: --shard must be I/N with I from 1 to N, such as 2/5, not {shard!r}.\n"
+    )
+
+
+def test_shards_that_do_not_add_up_get_one_sentence(sharded, capsys):
+    parts = sharded / "parts"
+    parts.mkdir()
+
+    def merge() -> str:
+        capsys.readouterr()
+        assert main(["grade", str(parts), "--merge", "--out", str(sharded / "grades.csv")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not (sharded / "grades.csv").exists()
+        return error
+
+    assert "contains no results of shards" in merge()
+    grade_shard(sharded, "1/3")
+    assert "Shards 2, 3 are missing" in merge()
+    grade_shard(sharded, "3/3")
+    assert "Shard 2 is missing" in merge()
+    grade_shard(sharded, "2/3", "--seed", "7")
+    assert "grades.1-of-3.json with seed 1234, grades.2-of-3.json with seed 7" in merge()
+    (parts / "grades.2-of-3.json").rename(sharded / "kept")
+    grade_shard(sharded, "2/4")
+    assert "shards 3, grades.2-of-4.json with shards 4" in merge()
+    (parts / "grades.2-of-4.json").unlink()
+    again = (parts / "grades.1-of-3.json").read_text()
+    (parts / "again.1-of-3.json").write_text(again)
+    assert "Shard 1 of 3 is there more than once" in merge()
+    (parts / "again.1-of-3.json").unlink()
+    for broken in ("", "[]", "{}", again[:-9], json.dumps(json.loads(again) | {"reports": {}})):
+        (parts / "grades.1-of-3.json").write_text(broken)
+        assert "is not the complete result of a shard" in merge()
+    (parts / "grades.1-of-3.json").write_text(again)
+    (sharded / "in" / "eve.ipynb").write_text("{}")
+    grade_shard(sharded, "2/3")
+    assert "their folders of submissions differ" in merge()
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------
@@ -645,6 +771,23 @@ def test_pages_tell_each_student_and_the_teacher_what_was_found():
     for sentence in (">2: <a", mistake.name, mistake.hint, "dan.zip was not graded", "changed too late", "chapter 05"):
         assert sentence in whole or escape(sentence) in whole
     assert "<i>" not in whole and "http" not in whole
+
+
+def test_the_class_discusses_an_example_of_its_most_frequent_mistakes(monkeypatch):
+    monkeypatch.setattr(pages, "DISCUSSED", 2)
+    names = {n: EXERCISES[n].mistakes[0].name for n in ("block_mask", "rms_norm", "clip_loss")}
+    reports = {str(i): Report(marks={n: Mark(0.0, "", names[n])}) for i, n in enumerate(sorted(names) + ["rms_norm"])}
+    whole = pages.class_page(reports, [EXERCISES[n] for n in names], pages.file_names(reports), [])
+    shown = whole.partition("To discuss")[2].partition("<h2>")[0]
+    assert shown.count("<h3>") == 2 and shown.index(names["rms_norm"]) < shown.index(names["block_mask"])
+    assert '<img alt="' in shown and "<caption>with this mistake</caption>" in shown and "<mark>" in shown
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_mistake_has_an_example(name):
+    for mistake in EXERCISES[name].mistakes:
+        shown = discuss.show(name, mistake.name)
+        assert shown.startswith("<p>") and shown.count("<img") == shown.count("alt=")
 
 
 def test_pages_have_different_names_that_every_system_accepts():
@@ -937,13 +1080,15 @@ def test_a_process_that_does_not_reply_is_given_up(total, step, message):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
 def test_stopping_finds_processes_that_left_the_session(tmp_path):
     script = DAEMON.format(path=str(tmp_path / "pid")) + "time.sleep(999)"
-    started = subprocess.Popen(
-        [sys.executable, "-c", script], env=os.environ | {"MINIVLM_HOME": str(tmp_path)}, start_new_session=True
-    )
+    environment = os.environ | {remote.MARK: "of this test"}
+    started = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True)
     while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
         time.sleep(0.01)
-    remote.stop(started, str(tmp_path))
-    assert started.returncode == -signal.SIGKILL and not is_running(pid)
+    assert is_running(pid) and int(pid) in remote.find_family(started.pid, "of this test")
+    remote.kill_family(started.pid, "of this test")
+    assert not is_running(pid) and started.poll() is None
+    started.kill()
+    started.wait()
 
 
 @pytest.mark.parametrize(

@@ -140,19 +140,13 @@ exercises.check(lambda image_size, patch_size: image_size // patch_size, name="n
 #   the real model runs with **your** functions instead of the package's.
 # * `exercises.progress()` shows what you have done. `exercises.reset("num_image_tokens")` deletes one saved solution,
 #   and `exercises.reset()` deletes all of them.
-# * Each exercise has a hint that you can unfold. Stars show how hard it is.
+# * Each exercise has two hints that you can unfold: first the idea, then how to write it. Stars show how hard it is.
 #
 # ## Exercise 0.1 · How many image tokens?
 #
 # PaliGemma cuts a square image into square patches, and each patch becomes one token. Given the side of the image and
 # the side of a patch in pixels, how many whole patches are there? By hand: 7 patches of 16 pixels fit into 112 pixels,
 # so a row has 7 patches, and there are 7 rows. Leftover pixels at the edge, too few for another patch, are dropped.
-#
-# <details><summary>Hint</summary>
-#
-# How many whole patches fit along one side? Python has a division that rounds down. Then count rows and columns.
-#
-# </details>
 
 
 # %%
@@ -203,13 +197,6 @@ assert torch.equal(by_loop, torch.tensor([1.0, 0.5, 0.0]))
 #
 # Now do this for many images at once, without a loop. `images` is `[N, H, W, 3]`, with values from 0 to 1. Return the
 # mean color of each image, `[N, 3]`.
-#
-# <details><summary>Hint</summary>
-#
-# Compare the two shapes: which axes are gone? Those are the ones to average over. Axes are numbered from 0, and
-# `mean` also takes several of them at once.
-#
-# </details>
 
 
 # %%
@@ -264,13 +251,6 @@ assert torch.allclose(by_hand, scores.softmax(-1), rtol=1e-5)
 # `scores` is `[N, V]`: N rows, each with one score for every entry of the vocabulary. `words` is that vocabulary, a
 # list of V strings. Return a list with one pair per row: the most likely word and its probability. For N = 2 it could
 # be `[("cat", 0.7), ("owl", 0.4)]`.
-#
-# <details><summary>Hint</summary>
-#
-# `scores.softmax(-1)` works along the last axis, row by row. `p.max(-1)` has `.values` and `.indices`. `.tolist()`
-# turns either of them into plain Python numbers, and `words[i]` looks up the word.
-#
-# </details>
 
 
 # %%

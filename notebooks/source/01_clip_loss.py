@@ -127,13 +127,6 @@ viz.from_figure(
 # ## Exercise 1.1 · Directions
 #
 # Write `l2_normalize` in torch: divide each row of `x` by its L2 norm.
-#
-# <details><summary>Hint</summary>
-#
-# The numpy line above does it for the toy. You need one length per row, in the shape `[N, 1]`, so that the division
-# works row by row. torch can compute norms directly.
-#
-# </details>
 
 
 # %%
@@ -200,13 +193,6 @@ viz.lines(curves, "Loss when choosing among 100 captions", "temperature exp(t)",
 #
 # The inputs of a softmax are called *logits*. Compute a whole table of them: temperature × cosine, for every image with
 # every text. `log_temperature` is t, a scalar tensor. You can call `l2_normalize`.
-#
-# <details><summary>Hint</summary>
-#
-# You had a table of cosines for the toy: which product of which two tables was it? And remember that you get t, while
-# the factor is exp(t).
-#
-# </details>
 
 
 # %%
@@ -290,13 +276,6 @@ assert np.isclose(in_torch.item(), by_loop)
 # ## Exercise 1.3 · CLIP's loss
 #
 # Now write the whole path from embeddings to the loss. You can call `clip_logits` and `F.cross_entropy`.
-#
-# <details><summary>Hint</summary>
-#
-# Compute the cross-entropy of the logits and of the transposed logits, both with the targets
-# `torch.arange(len(logits))`. Then take the mean of the two.
-#
-# </details>
 
 
 # %%
@@ -554,13 +533,6 @@ assert losses_at[10] < losses_at[1] < losses_at[0.1] and abs(losses_at[0.1] - np
 #
 # You get the embeddings of N images and of C texts, one per class. Return the index of the predicted class for each
 # image.
-#
-# <details><summary>Hint</summary>
-#
-# Compute the table of cosines, then take the index of the largest value in each row with `argmax`. One of the two
-# normalizations would not change the answer. Which one?
-#
-# </details>
 
 
 # %%
@@ -667,13 +639,6 @@ print({name: classes[answer] for name, answer in zip(classes, answers, strict=Tr
 #
 # `similarity` is `[N, N]`, indexed [image, text], and image *j* belongs to text *j*. For each text, return the rank of
 # its own image among all images: 1 if no image is more similar, N if all others are. Do not use a loop.
-#
-# <details><summary>Hint</summary>
-#
-# The rank is 1 plus the number of images in the column that are more similar than the text's own image. The
-# similarities of the own images are `similarity.diagonal()`, one per column.
-#
-# </details>
 
 
 # %%

@@ -109,14 +109,6 @@ assert slow_softmax([1000.0, 999.0]) == slow_softmax([0.0, -1.0])  # the shift c
 # Write it for tensors, along any axis `dim`. There is one more case to handle. Masks (chapter 05) write −∞ where a
 # choice is forbidden. If *every* choice in a row is forbidden, the maximum is −∞, and −∞ − (−∞) is NaN. Return zeros
 # for such a row.
-#
-# <details><summary>Hint</summary>
-#
-# `x.amax(dim, keepdim=True)` keeps the axis with length 1, so the subtraction works row by row.
-# `torch.where(maximum.isfinite(), maximum, 0)` fixes the shift, and `torch.where(total == 0, 1, total)` fixes the
-# division.
-#
-# </details>
 
 
 # %%
@@ -162,12 +154,6 @@ assert safe_softmax(row).log()[0] == -torch.inf
 #
 # Write the second formula for tensors. The result no longer has the axis `dim`. For a row that contains only −∞, return
 # −∞, the logarithm of an empty sum.
-#
-# <details><summary>Hint</summary>
-#
-# Start as in 2.1. But the maximum that you add at the end no longer has the axis `dim`, so it is `x.amax(dim)`.
-#
-# </details>
 
 
 # %%
@@ -327,13 +313,6 @@ assert math.isclose(-F.logsigmoid(z * toy).sum().item() / 2, by_loop, rel_tol=1e
 #
 # Write the whole path from embeddings to the loss. `labels` is `[N, M]` and True where image and text belong together.
 # So an image can have two matching texts, or none. Without labels, image *i* belongs to text *i*.
-#
-# <details><summary>Hint</summary>
-#
-# `losses.l2_normalize` normalizes the embeddings. If no labels are passed, use `torch.eye(N, dtype=torch.bool)`.
-# `torch.where(labels, 1.0, -1.0)` is z.
-#
-# </details>
 
 
 # %%
@@ -466,14 +445,6 @@ assert torch.isclose(sum(parts), sigmoid_loss(x, y, log_t, bias), rtol=1e-5)
 # without ever computing more than N × `chunk_size` logits at a time: all images with one chunk of the texts, then all
 # images with the next chunk, and so on. (The check compares only the loss. Below we measure how much memory your
 # function needs, and the result may surprise you.)
-#
-# <details><summary>Hint</summary>
-#
-# Loop with `for first in range(0, N, chunk_size)`. Text *j* of the chunk belongs to image `first + j`. In the logits of
-# the chunk, `[N, C]`, these matches are `logits.diagonal(-first)`. Start with the sum of −log σ(−logit) over
-# everything, then correct the matches, which need the other sign.
-#
-# </details>
 
 
 # %%

@@ -88,13 +88,6 @@ viz.patch_grid(scene.image, 16)
 # ## Exercise 3.1 · Patchify
 #
 # Do the same without a loop. `H` and `W` are multiples of `patch_size`.
-#
-# <details><summary>Hint</summary>
-#
-# Split both sides: `reshape(B, C, H // p, p, W // p, p)` has the axes B, C, patch row, row, patch column, column.
-# `permute` them to B, patch row, patch column, C, row, column, then flatten two groups of axes.
-#
-# </details>
 
 
 # %%
@@ -165,13 +158,6 @@ assert (as_convolution[0, :5].flatten(1).T - by_hand).abs().max() < 1e-5 * by_ha
 #
 # A convolution is unfold plus one matrix product. Write it that way, with `patchify`, or use `F.conv2d`. The result is
 # `[B, P, D]`.
-#
-# <details><summary>Hint</summary>
-#
-# The patches are `[B, P, C·h·w]`. Which shape does the matrix need, and which axes of `weight` do you have to flatten
-# for that? If you prefer `F.conv2d`, write down the shape that it returns and compare it with `[B, P, D]`.
-#
-# </details>
 
 
 # %%
@@ -438,13 +424,6 @@ assert torch.equal(standardize(x, 1)[0], standardize(other_batch, 1)[0])
 # Each vector (the last axis) gets mean 0 and variance 1. Then each of its D numbers gets a learned scale, `weight`, and
 # a learned shift, `bias`. To avoid a division by zero, add a small number, `eps`, to the variance before you take the
 # square root.
-#
-# <details><summary>Hint</summary>
-#
-# `standardize` above is nearly this function, without eps, weight and bias. Be careful with the variance: it divides by
-# D, but torch's `var` and `std` divide by D − 1 unless you tell them otherwise.
-#
-# </details>
 
 
 # %%
@@ -533,12 +512,6 @@ viz.lines(curves, "Internal covariate shift", "training step", "standard deviati
 #
 # Write one layer of the tower: attention, then the MLP, each with its own norm. `norm1`, `attention`, `norm2` and `mlp`
 # are functions that you can call.
-#
-# <details><summary>Hint</summary>
-#
-# Two lines. The residual stream `x` itself is never normalized.
-#
-# </details>
 
 
 # %%
@@ -709,14 +682,6 @@ assert torch.allclose(slow, (q @ k.T / math.sqrt(2)).softmax(-1) @ v, rtol=1e-5)
 #
 # `q` is `[B, Q, D]`, `k` and `v` are `[B, P, D]`. In the tower every patch is a query, so Q = P. Below, one single
 # query will attend to all patches. Head 0 has the first d numbers of each vector, head 1 the next d, and so on.
-#
-# <details><summary>Hint</summary>
-#
-# `x.unflatten(-1, (num_heads, -1))` splits the last axis into N and d. Matrix products work on the last two axes, so
-# move N before P.
-# `k.transpose(-1, -2)` transposes the keys. At the end, move the heads back before you flatten them.
-#
-# </details>
 
 
 # %%

@@ -114,13 +114,6 @@ viz.lines({name: (centers, c) for name, c in counts.items()}, "The photo's pixel
 # ## Exercise 4.1 · Normalize
 #
 # `pixels` is `[H, W, 3]` or `[B, H, W, 3]` in 0…1. `mean` and `std` are lists of three numbers, one per channel.
-#
-# <details><summary>Hint</summary>
-#
-# Broadcasting lines up the last axes of two tensors. A list is not a tensor yet. Check what your function makes of the
-# four pixels of the toy example.
-#
-# </details>
 
 
 # %%
@@ -155,13 +148,6 @@ viz.image_row(list(pixels), ["red", "green", "blue"], title="[3, H, W]: the brig
 # ## Exercise 4.2 · Channels first
 #
 # `[H, W, 3]` → `[3, H, W]`, and `[B, H, W, 3]` → `[B, 3, H, W]` with the same function.
-#
-# <details><summary>Hint</summary>
-#
-# One axis moves, and the others keep their order. torch has a function for exactly that. If you count axes from the
-# end, −1, −2, −3, a batch in front makes no difference.
-#
-# </details>
 
 
 # %%
@@ -379,13 +365,6 @@ assert torch.equal(embedded[:, :49], features)
 # ## Exercise 4.3 · Build the prompt
 #
 # Return the whole prompt as one string.
-#
-# <details><summary>Hint</summary>
-#
-# Read the layout above from left to right: four parts, one of them repeated. Nothing goes between them, not even a
-# space.
-#
-# </details>
 
 
 # %%
@@ -472,13 +451,6 @@ viz.token_strip(right, processor, title="Padded on the right, for training")
 #
 # `rows` is a list of lists of integers. Return a numpy array `[B, T]` of dtype `np.int64`, where T is the length of the
 # longest row. Shorter rows are filled up with `value` on `side`, which is `"left"` or `"right"`.
-#
-# <details><summary>Hint</summary>
-#
-# Start with `np.full((len(rows), longest), value, dtype=np.int64)` and write each row into its line of the array, at
-# the start or at the end. `line[longest - len(row):]` also works for a row of full length.
-#
-# </details>
 
 
 # %%
@@ -542,13 +514,6 @@ viz.token_strip(training, processor)
 #
 # `prompts` and `answers` are lists of lists of ids. Every answer already ends with `<eos>`. Return four arrays `[B, T]`
 # of dtype `np.int64`: `input_ids`, `attention_mask`, `token_type_ids`, `labels`. You can call `pad`.
-#
-# <details><summary>Hint</summary>
-#
-# Make three lists of lists before you pad: the ids, all ones, and zeros followed by ones. Which value pads each of
-# them? The labels need no padding of their own: `np.where(types == 1, ids, -100)`.
-#
-# </details>
 
 
 # %%

@@ -88,14 +88,6 @@ assert torch.equal(fast, slow)
 #
 # Write `block_mask` for a whole batch. `mask_ar` has shape `[B, T]`. The result is boolean, has shape `[B, T, T]` and
 # is indexed `[row, query, key]`.
-#
-# <details><summary>Hint</summary>
-#
-# A running sum along the last axis, then one comparison, as in *All at once*. With a batch in front, index from the
-# end: `...` stands for all axes before the ones you name. Which of the two factors needs its new axis before the
-# tokens, and which after them?
-#
-# </details>
 
 
 # %%
@@ -140,12 +132,6 @@ viz.compare_masks(three, tokens)
 #
 # The processor of chapter 04 tells you the type of each token: `token_type_ids`, `[B, T]`, is 0 on image and prompt and
 # 1 on the answer. Write the mask, `[B, T, T]`. You can call `block_mask`.
-#
-# <details><summary>Hint</summary>
-#
-# Compare `token_type_ids` with the `mask_ar` of the toy example. There is less to do than you might think.
-#
-# </details>
 
 
 # %%
@@ -198,13 +184,6 @@ assert torch.equal(labels != -100, batch["token_type_ids"] == 1)  # exactly the 
 #
 # `logits` is `[B, T, V]`, and `labels` is `[B, T]` with −100 where there is nothing to predict. Return the mean
 # cross-entropy over all labeled tokens in the batch. Watch out for which logits predict which token.
-#
-# <details><summary>Hint</summary>
-#
-# The logits at position *t* were computed without token *t + 1*: they predict it. So the last logits and the first
-# label have no partner. `F.cross_entropy` takes `[N, V]` and `[N]`, and has an argument `ignore_index=-100`.
-#
-# </details>
 
 
 # %%
@@ -283,13 +262,6 @@ assert (0 * no_keys.softmax(-1)).isnan().all()
 #
 # `mask` is `[B, T, T]` and `attention_mask` is `[B, T]` (1 on tokens, 0 on padding). Return the mask in which no query
 # attends to a padding key, except that every query attends to itself.
-#
-# <details><summary>Hint</summary>
-#
-# `attention_mask.bool()[:, None, :]` has shape `[B, 1, T]` and says which keys are real.
-# `torch.eye(T, dtype=torch.bool)` is the diagonal.
-#
-# </details>
 
 
 # %%
@@ -375,12 +347,6 @@ assert with_causal < with_prefix_lm
 #
 # Return `[length, length]` booleans: True where the key is fewer than `window` steps behind the query. A token is 0
 # steps behind itself. Keys ahead of the query stay True, because the prefix-LM mask takes care of them.
-#
-# <details><summary>Hint</summary>
-#
-# With `position = torch.arange(length)`, the steps behind are query position − key position.
-#
-# </details>
 
 
 # %%

@@ -110,13 +110,6 @@ assert factor.bfloat16() == 1 and abs(1 + (factor - 1).bfloat16().float() - fact
 #
 # `x` has any number of axes; the last one has size D. `weight` has shape `[D]`. Return a tensor with the shape and
 # dtype of `x`.
-#
-# <details><summary>Hint</summary>
-#
-# Translate the slow loop: which of its sums becomes a mean over an axis? Each vector is divided by its own RMS, so that
-# axis has to stay, with length 1 (`keepdim`). And think about the dtype twice: where you start, and where you return.
-#
-# </details>
 
 
 # %%
@@ -243,13 +236,6 @@ assert torch.equal(cos[..., : d // 2], cos[..., d // 2 :])
 # `x` is `[B, H, T, d]`. `cos` and `sin` are `[B, T, d]`, the same for all heads. Call the two halves of a head *first*
 # and *second*. After the rotation, the first half is first·cos − second·sin, and the second half is second·cos +
 # first·sin.
-#
-# <details><summary>Hint</summary>
-#
-# `first, second = x.chunk(2, dim=-1)`. With `swapped = torch.cat((-second, first), dim=-1)`, the result is one line.
-# `cos[:, None]` has shape `[B, 1, T, d]`.
-#
-# </details>
 
 
 # %%
@@ -458,13 +444,6 @@ viz.sliders(capped, cap=(0.5, 50, "log"), order=["cap, then mask", "mask, then c
 # `q` is `[B, H, T, d]`. `k` and `v` are `[B, K, S, d]`, with S keys. `mask` is a boolean `[B, T, S]` (its first axis
 # may be 1 and then applies to the whole batch), or None if every query can attend to every key. `cap` is a number or
 # None. Apply the steps in this order: q·k times `scale`, cap, mask, softmax over the keys, weighted mean of the values.
-#
-# <details><summary>Hint</summary>
-#
-# `k.repeat_interleave(H // K, dim=1)` repeats each key head for its group: 0 0 1 1. `q @ k.transpose(2, 3)` has shape
-# `[B, H, T, S]`, and `mask[:, None]` broadcasts to it. `masked_fill(~mask, -torch.inf)` masks scores.
-#
-# </details>
 
 
 # %%
@@ -571,13 +550,6 @@ viz.lines(curves, "What the gate lets through", "gate", "factor on up")
 # ## Exercise 6.4 · GeGLU
 #
 # `gate` and `up` have the same shape. Return their GeGLU.
-#
-# <details><summary>Hint</summary>
-#
-# torch has a GELU. Which version does it compute by default, and which one was Gemma trained with? Of the two
-# arguments, only one passes through it.
-#
-# </details>
 
 
 # %%
@@ -612,13 +584,6 @@ assert mlp > 10 * attention
 # Put your four functions together, following the diagram at the top. `weights` has the fields `attention_norm` `[D]`,
 # `q`, `k`, `v`, `o`, `mlp_norm` `[D]`, `gate`, `up` and `down`. The matrices are `[out, in]`, as in `nn.Linear`, so a
 # projection is `x @ weights.q.T`. Use eps = 1e-6, scale = `head_dim ** -0.5`, and no cap.
-#
-# <details><summary>Hint</summary>
-#
-# `y @ weights.q.T` is `[B, T, H·d]`. `.view(B, T, -1, head_dim).transpose(1, 2)` turns it into `[B, H, T, d]`, and
-# `.transpose(1, 2).reshape(B, T, -1)` turns that back. Queries and keys are rotated; values are not.
-#
-# </details>
 
 
 # %%

@@ -160,13 +160,6 @@ viz.sliders(one_step, step=(0, len(caption_ids) - 1))
 # The simplest cache: `old` holds the keys (or values) so far, `[B, K, S, d]`, and `new` those of the newest tokens,
 # `[B, K, T, d]`. Return all of them, `[B, K, S + T, d]`. The letters are those of chapter 06: B batch size, K key
 # heads, d the dimension of a head. S is the number of old tokens, T the number of new ones.
-#
-# <details><summary>Hint</summary>
-#
-# Which of the four axes counts the tokens? torch has one function that joins tensors along an axis they already have,
-# and one that makes a new axis.
-#
-# </details>
 
 
 # %%
@@ -217,12 +210,6 @@ assert sum(bytes_written) > 10 * new_bytes
 # `buffer` is `[B, K, M, d]`, and its slots 0 … `start` − 1 are filled. Write `new`, `[B, K, T, d]`, into the slots that
 # follow, and return all filled slots, `[B, K, start + T, d]`, as a slice of the buffer. In this exercise, for once, you
 # **should** modify an argument.
-#
-# <details><summary>Hint</summary>
-#
-# Assigning to a slice writes into the tensor: `buffer[:, :, start:end] = new`. A slice is a view. It copies nothing.
-#
-# </details>
 
 
 # %%
@@ -292,13 +279,6 @@ for name, logits in {"growing": growing, "static": static}.items():
 # `config` has the fields `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` and
 # `hidden_size`. Not all of them matter. `dtype.itemsize` is the number of bytes per number. Return the size of the
 # whole cache in bytes.
-#
-# <details><summary>Hint</summary>
-#
-# The paragraph above lists everything that is stored for one token. Which head count in `config` is the one of the
-# keys? Do not forget the rows of the batch.
-#
-# </details>
 
 
 # %%
@@ -439,12 +419,6 @@ viz.lines(curves, "Time for one more token", "tokens so far", "milliseconds", lo
 # From `attention_mask` `[B, S]`, return the positions of the last `queries` tokens, `[B, queries]`. The first token of
 # a row has position 1. On padding, return whatever the running sum is there. No query attends to padding, so it doesn't
 # matter.
-#
-# <details><summary>Hint</summary>
-#
-# First `cumsum` along each row, then take the last `queries` columns. The order matters.
-#
-# </details>
 
 
 # %%
@@ -587,12 +561,6 @@ assert (forced - expected).abs().max() > 1e-2
 # decoder stores what it needs. Return a list of `new_tokens` token ids that continue the prompt, each the one with the
 # highest score. The decoder counts the tokens you feed it and raises an error if you feed more than the prompt and each
 # new token once.
-#
-# <details><summary>Hint</summary>
-#
-# The first call takes the prompt, every later call a list with one token. `int(scores[-1].argmax())` is the next token.
-#
-# </details>
 
 
 # %%

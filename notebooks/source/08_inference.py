@@ -108,13 +108,6 @@ assert fast.shape == (4, 4) and torch.equal(fast, slow)
 # Now for a whole batch. `x` `[B, T, D]` are the scaled text embeddings. `is_image` `[B, T]` is True at the
 # placeholders. `features` `[B, P, D]` are the image features. Every row has exactly P placeholders, but they don't
 # always come first: there can be padding before them. Return a new tensor and leave `x` unchanged.
-#
-# <details><summary>Hint</summary>
-#
-# There are two ways. Copy and assign: `y[is_image] = …`, where the right-hand side has shape `[B · P, D]`. Or use
-# `x.masked_scatter(mask, source)`, whose mask can be `[B, T, 1]`.
-#
-# </details>
 
 
 # %%
@@ -244,13 +237,6 @@ assert cosine[D**-0.5] < cosine[1.0] < cosine[D**0.5]
 #
 # `features` are `[P, D]` and the embedding `table` is `[V, D]`. For each patch, return the index of the table row with
 # the largest cosine: integers `[P]`.
-#
-# <details><summary>Hint</summary>
-#
-# A cosine is a dot product of vectors of length 1. So what has to happen to the rows of both tensors first? All P · V
-# dot products are then one matrix product. And you need the index of the largest, not its value.
-#
-# </details>
 
 
 # %%
@@ -355,13 +341,6 @@ assert len(tokens) == 5
 #
 # Now the way back. `bins` are four integers (y min, x min, y max, x max), and the image has `width` × `height` pixels.
 # Return the box (x0, y0, x1, y1) in pixels.
-#
-# <details><summary>Hint</summary>
-#
-# Turn each bin into a fraction of its side first: bin 0 is one edge of the image and bin 1023 the other. Which side
-# belongs to which bin, and in which order should the four come out?
-#
-# </details>
 
 
 # %%
@@ -550,14 +529,6 @@ for chance, token in sorted(zip([0.15, 0.50, 0.05, 0.30], ["dog", "cat", "owl", 
 # `logits` are `[B, V]`, and `p` is a number between 0 and 1. Return `[B, V]`: the logits of the kept tokens, −∞ for all
 # others, in the original order of the vocabulary. The most likely token is always kept, and so is the one with which
 # the sum reaches p.
-#
-# <details><summary>Hint</summary>
-#
-# `values, order = probabilities.sort(-1, descending=True)`. The sum before each token is the running sum, `cumsum(-1)`,
-# minus the token's own probability. `torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, dropped)` puts a
-# mask of the sorted tokens back into the original order.
-#
-# </details>
 
 
 # %%
@@ -629,14 +600,6 @@ print("the true caption:", unfamiliar[row].captions["caption"][0])
 # token, `[B, V]`. Decode greedily for a whole batch, until every row has produced `eos` or `max_new_tokens` tokens have
 # been generated. Rows end at different times: after its `eos`, a row is filled with `pad`. Return only the new tokens,
 # `[B, N]`, including `eos`. N is the length of the longest answer.
-#
-# <details><summary>Hint</summary>
-#
-# Keep a boolean tensor `finished` `[B]`. In each iteration, in this order: choose; pad where finished; store the token;
-# update with `finished = finished | (token == eos)`; stop if `finished.all()`; append with
-# `torch.cat((ids, token[:, None]), dim=1)`.
-#
-# </details>
 
 
 # %%

@@ -1,6 +1,7 @@
 """The exercises of the course: checked, saved, and plugged into the model.
 
     exercises.check(prefix_lm_mask)          # Is it right? If not, what is wrong?
+    exercises.hint("prefix_lm_mask")         # First a hint, then another, then a solution.
     exercises.progress()                     # What is done?
     with exercises.plugged_in() as parts:    # The model runs with every function of yours that passed.
         minivlm.generate(...)
@@ -11,6 +12,7 @@ Each exercise is declared once, in the module of its chapter (ch00.py …).
 
 import inspect
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ __all__ = [
     "Mistake",
     "Result",
     "check",
+    "hint",
     "in_chapter",
     "piece",
     "plugged_in",
@@ -45,6 +48,7 @@ _MODULES = (ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0)
 _DECLARED = [exercise for module in _MODULES for exercise in module.EXERCISES]
 EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in _DECLARED}
 assert len(EXERCISES) == len(_DECLARED), "two exercises have the same name"
+_HINTS_SHOWN: Counter[str] = Counter()
 
 
 def in_chapter(number: str) -> list[Exercise]:
@@ -96,6 +100,23 @@ def check(answer: Any, name: str = "", seed: int = 0) -> Result:
     exercise = EXERCISES[name]
     result = examine(exercise, answer, seed)
     return replace(result, notes=(save(exercise, answer),)) if result.passed else result
+
+
+def hint(name: str | Callable) -> Result:
+    """The first hint, at the next call the second, and after that a solution. Starts again with each kernel.
+
+    Raises:
+        ValueError: If there is no such exercise.
+    """
+    exercise = find(getattr(name, "__name__", name))
+    shown = _HINTS_SHOWN[exercise.name]
+    _HINTS_SHOWN[exercise.name] += 1
+    if shown < 2:
+        what = ("another hint", "a solution")[shown]
+        note = f"Call this again for {what}."
+        return Result(f"hint {shown + 1} of 2. {exercise.hints[shown]}", exercise, attempted=False, notes=(note,))
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(exercise.reference)))
+    return Result("a solution.", exercise, attempted=False, notes=(source,))
 
 
 def save(exercise: Exercise, function: Callable) -> str:

@@ -33,6 +33,13 @@ IMAGE_TOKENS = Exercise(
     cases=size_cases,
     difficulty=1,
     minutes=4,
+    hints=(
+        (
+            "How many whole patches fit along one side? Python has a division that rounds down. Then count rows "
+            "and columns."
+        ),
+        "`image_size // patch_size` patches fit along one side, and the grid is a square.",
+    ),
     mistakes=(
         Mistake(
             "counts the patches along one side only",
@@ -120,6 +127,13 @@ MEAN_COLOR = Exercise(
     cases=image_cases,
     difficulty=1,
     minutes=6,
+    hints=(
+        (
+            "Compare the two shapes: which axes are gone? Those are the ones to average over. Axes are numbered "
+            "from 0, and `mean` also takes several of them at once."
+        ),
+        "Rows and columns are axes 1 and 2. `mean` takes a tuple of axes.",
+    ),
     mistakes=(
         Mistake(
             "takes the mean of all values at once",
@@ -267,6 +281,17 @@ BEST_WORDS = Exercise(
     cases=score_cases,
     difficulty=2,
     minutes=8,
+    hints=(
+        (
+            "A softmax over the words turns each row of scores into probabilities. Then you need two things "
+            "from each row: the largest probability, and where it is."
+        ),
+        (
+            "`scores.softmax(-1)` works along the last axis, row by row. `p.max(-1)` has `.values` and "
+            "`.indices`. `.tolist()` turns either of them into plain Python numbers, and `words[i]` looks up "
+            "the word."
+        ),
+    ),
     mistakes=(
         Mistake(
             "returns the raw scores instead of probabilities",

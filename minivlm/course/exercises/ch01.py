@@ -34,6 +34,13 @@ NORMALIZE = Exercise(
     cases=table_cases,
     difficulty=1,
     minutes=5,
+    hints=(
+        (
+            "The numpy line above does it for the toy. You need one length per row, in the shape `[N, 1]`, so "
+            "that the division works row by row. torch can compute norms directly."
+        ),
+        "`x.norm(dim=-1, keepdim=True)` has the shape `[N, 1]`.",
+    ),
     mistakes=(
         Mistake(
             "normalizes over the batch axis",
@@ -137,6 +144,16 @@ LOGITS = Exercise(
     cases=logit_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "You had a table of cosines for the toy: which product of which two tables was it? And remember "
+            "that you get t, while the factor is exp(t)."
+        ),
+        (
+            "Multiply the normalized images by the transposed normalized texts with `@`, and the whole table by "
+            "`log_temperature.exp()`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "forgets to normalize, so long vectors win",
@@ -312,6 +329,16 @@ CLIP_LOSS = Exercise(
     difficulty=2,
     minutes=10,
     points=3,
+    hints=(
+        (
+            "In each row of the logits, the right answer is on the diagonal, and in each column too. So there "
+            "are two classifications: find the text of each image, and find the image of each text."
+        ),
+        (
+            "Compute the cross-entropy of the logits and of the transposed logits, both with the targets "
+            "`torch.arange(len(logits))`. Then take the mean of the two."
+        ),
+    ),
     mistakes=(
         Mistake(
             "takes only the loss over rows, from images to texts",
@@ -436,6 +463,13 @@ ZERO_SHOT = Exercise(
     cases=class_cases,
     difficulty=2,
     minutes=8,
+    hints=(
+        "Each image chooses the text that points most nearly in its own direction.",
+        (
+            "Compute the table of cosines, then take the index of the largest value in each row with `argmax`. "
+            "One of the two normalizations would not change the answer. Which one?"
+        ),
+    ),
     mistakes=(
         Mistake(
             "finds the best image for each class instead of the best class for each image",
@@ -538,6 +572,13 @@ RANKS = Exercise(
     difficulty=3,
     minutes=12,
     points=3,
+    hints=(
+        "There is no need to sort. Count how many images beat the right one.",
+        (
+            "The rank is 1 plus the number of images in the column that are more similar than the text's own "
+            "image. The similarities of the own images are `similarity.diagonal()`, one per column."
+        ),
+    ),
     mistakes=(
         Mistake(
             "ranks the texts for each image instead of the images for each text",

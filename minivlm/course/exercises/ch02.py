@@ -54,6 +54,17 @@ SAFE_SOFTMAX = Exercise(
     cases=table_cases,
     difficulty=2,
     minutes=10,
+    hints=(
+        (
+            "If you subtract the maximum of each row before `exp`, nothing overflows. In a row of only −∞, two "
+            "steps go wrong: the subtraction and the division."
+        ),
+        (
+            "`x.amax(dim, keepdim=True)` keeps the axis with length 1, so the subtraction works row by row. "
+            "`torch.where(maximum.isfinite(), maximum, 0)` fixes the shift, and `torch.where(total == 0, 1, "
+            "total)` fixes the division."
+        ),
+    ),
     mistakes=(
         Mistake(
             "does not subtract the maximum, so it overflows",
@@ -171,6 +182,16 @@ LOG_SUM_EXP = Exercise(
     cases=table_cases,
     difficulty=2,
     minutes=8,
+    hints=(
+        (
+            "Start as in 2.1. But the maximum that you add at the end no longer has the axis `dim`, so it is "
+            "`x.amax(dim)`."
+        ),
+        (
+            "Add `total.log()` and the maximum, where `total` is the sum of the shifted exponentials. In a row "
+            "of only −∞, `torch.where(total == 0, 1, total)` keeps the logarithm finite."
+        ),
+    ),
     mistakes=(
         Mistake(
             "does not subtract the maximum, so it overflows",
@@ -370,6 +391,17 @@ SIGMOID_LOSS = Exercise(
     difficulty=2,
     minutes=12,
     points=3,
+    hints=(
+        (
+            "Each cell of the table is a question of its own: do this image and this text belong together? Its "
+            "loss is −log σ(z · logit), with z = 1 for yes and −1 for no. Sum over all cells, then divide by "
+            "the number of images."
+        ),
+        (
+            "`losses.l2_normalize` normalizes the embeddings. If no labels are passed, use `torch.eye(N, "
+            "dtype=torch.bool)`. `torch.where(labels, 1.0, -1.0)` is z."
+        ),
+    ),
     mistakes=(
         Mistake(
             "takes the mean over all pairs instead of the sum per image",
@@ -585,6 +617,17 @@ CHUNKED = Exercise(
     difficulty=3,
     minutes=15,
     points=4,
+    hints=(
+        (
+            "The cells do not depend on each other, so you can sum them piece by piece. In each piece, find the "
+            "matching pairs."
+        ),
+        (
+            "Loop with `for first in range(0, N, chunk_size)`. Text *j* of the chunk belongs to image `first + "
+            "j`. In the logits of the chunk, `[N, C]`, these matches are `logits.diagonal(-first)`. Start with "
+            "the sum of −log σ(−logit) over everything, then correct the matches, which need the other sign."
+        ),
+    ),
     mistakes=(
         Mistake(
             "restarts the diagonal in every chunk",

@@ -56,6 +56,17 @@ PATCHIFY = Exercise(
     cases=patch_cases,
     difficulty=2,
     minutes=12,
+    hints=(
+        (
+            "The pixels of a patch are not neighbors in memory, so a reshape alone cannot do it. Split height "
+            "and width into two axes each, reorder the axes, then join them."
+        ),
+        (
+            "Split both sides: `reshape(B, C, H // p, p, W // p, p)` has the axes B, C, patch row, row, patch "
+            "column, column. `permute` them to B, patch row, patch column, C, row, column, then flatten two "
+            "groups of axes."
+        ),
+    ),
     mistakes=(
         Mistake(
             "numbers the patches column by column",
@@ -170,6 +181,17 @@ EMBED = Exercise(
     cases=embedding_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "The patches are `[B, P, C·h·w]`. Which shape does the matrix need, and which axes of `weight` do "
+            "you have to flatten for that? If you prefer `F.conv2d`, write down the shape that it returns and "
+            "compare it with `[B, P, D]`."
+        ),
+        (
+            "`weight.flatten(1).T` has the shape `[C·h·w, D]`. With `F.conv2d`, the stride is the side of a "
+            "patch, and the result needs `flatten(2)` and a transpose."
+        ),
+    ),
     mistakes=(
         Mistake(
             "forgets the bias",
@@ -293,6 +315,17 @@ LAYER_NORM = Exercise(
     cases=norm_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "`standardize` above is nearly this function, without eps, weight and bias. Be careful with the "
+            "variance: it divides by D, but torch's `var` and `std` divide by D − 1 unless you tell them "
+            "otherwise."
+        ),
+        (
+            "`x.mean(-1, keepdim=True)` and `x.var(-1, keepdim=True, unbiased=False)`. Then eps, square root, "
+            "weight and bias, in this order."
+        ),
+    ),
     mistakes=(
         Mistake(
             "normalizes over the batch (that is batch norm)",
@@ -506,6 +539,10 @@ BLOCK = Exercise(
     cases=block_cases,
     difficulty=2,
     minutes=7,
+    hints=(
+        "Two lines. The residual stream `x` itself is never normalized.",
+        "Both lines have the form `x = x + sublayer(norm(x))`.",
+    ),
     mistakes=(
         Mistake(
             "is post-norm",
@@ -732,6 +769,17 @@ ATTENTION = Exercise(
     difficulty=3,
     minutes=18,
     points=3,
+    hints=(
+        (
+            "Each head attends as if the others did not exist. Split the vectors into heads, let each take a "
+            "softmax over its own scores divided by √d, and join the results."
+        ),
+        (
+            "`x.unflatten(-1, (num_heads, -1))` splits the last axis into N and d. Matrix products work on the "
+            "last two axes, so move N before P. `k.transpose(-1, -2)` transposes the keys. At the end, move the "
+            "heads back before you flatten them."
+        ),
+    ),
     mistakes=(
         Mistake(
             "forgets the scale",

@@ -40,6 +40,13 @@ NORMALIZE = Exercise(
     cases=color_cases,
     difficulty=1,
     minutes=6,
+    hints=(
+        (
+            "Broadcasting lines up the last axes of two tensors. A list is not a tensor yet. Check what your "
+            "function makes of the four pixels of the toy example."
+        ),
+        ("`torch.tensor(mean)` has the shape `[3]`, so it lines up with the channels. The same goes for `std`."),
+    ),
     mistakes=(
         Mistake(
             "multiplies by std",
@@ -154,6 +161,13 @@ CHANNELS_FIRST = Exercise(
     cases=image_cases,
     difficulty=1,
     minutes=6,
+    hints=(
+        (
+            "One axis moves, and the others keep their order. torch has a function for exactly that. If you "
+            "count axes from the end, −1, −2, −3, a batch in front makes no difference."
+        ),
+        "`pixels.movedim(source, destination)`: the channels are at −1. Where do they go?",
+    ),
     mistakes=(
         Mistake(
             "reshapes instead of permuting",
@@ -246,6 +260,13 @@ BUILD_PROMPT = Exercise(
     cases=prompt_cases,
     difficulty=1,
     minutes=6,
+    hints=(
+        (
+            "Read the layout above from left to right: four parts, one of them repeated. Nothing goes between "
+            "them, not even a space."
+        ),
+        'A string times an integer repeats it, and `+` joins strings. The last part is a newline, `"\\n"`.',
+    ),
     mistakes=(
         Mistake(
             "forgets the newline",
@@ -430,6 +451,17 @@ PAD = Exercise(
     cases=row_cases,
     difficulty=2,
     minutes=10,
+    hints=(
+        (
+            "Make an array that contains only padding, and write the rows into it. Where a row starts depends "
+            "on the side."
+        ),
+        (
+            "Start with `np.full((len(rows), longest), value, dtype=np.int64)` and write each row into its line "
+            "of the array, at the start or at the end. `line[longest - len(row):]` also works for a row of full "
+            "length."
+        ),
+    ),
     mistakes=(
         Mistake(
             "swaps left and right",
@@ -628,6 +660,17 @@ ASSEMBLE = Exercise(
     difficulty=3,
     minutes=15,
     points=3,
+    hints=(
+        (
+            "All four arrays describe the same tokens: which they are, whether they are real, of which type, "
+            "and what to predict. So all four are padded on the same side."
+        ),
+        (
+            "Make three lists of lists before you pad: the ids, all ones, and zeros followed by ones. Which "
+            "value pads each of them? The labels need no padding of their own: `np.where(types == 1, ids, "
+            "-100)`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "gives the prompt labels too",

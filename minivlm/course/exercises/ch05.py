@@ -36,6 +36,17 @@ BLOCK = Exercise(
     cases=block_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "A running sum along the last axis, then one comparison, as in *All at once*. With a batch in "
+            "front, index from the end: `...` stands for all axes before the ones you name. Which of the two "
+            "factors needs its new axis before the tokens, and which after them?"
+        ),
+        (
+            "With `block = mask_ar.cumsum(-1)`, the keys are `block[..., None, :]` and the queries `block[..., "
+            ":, None]`. Which may be at most as large as the other?"
+        ),
+    ),
     mistakes=(
         Mistake(
             "swaps queries and keys",
@@ -104,6 +115,13 @@ PREFIX_LM = Exercise(
     cases=type_cases,
     difficulty=1,
     minutes=5,
+    hints=(
+        ("Compare `token_type_ids` with the `mask_ar` of the toy example. There is less to do than you might think."),
+        (
+            "In `mask_ar`, 1 starts a new block and 0 continues the one before. The token types already say "
+            "exactly that."
+        ),
+    ),
     mistakes=(
         Mistake(
             "is causal everywhere",
@@ -177,6 +195,16 @@ PADDING = Exercise(
     difficulty=2,
     minutes=10,
     points=3,
+    hints=(
+        (
+            "Padding is about keys: it blocks columns, the same ones for every query of a row. The diagonal is "
+            "the exception."
+        ),
+        (
+            "`attention_mask.bool()[:, None, :]` has shape `[B, 1, T]` and says which keys are real. "
+            "`torch.eye(T, dtype=torch.bool)` is the diagonal."
+        ),
+    ),
     mistakes=(
         Mistake(
             "leaves padding visible",
@@ -252,6 +280,13 @@ WINDOW = Exercise(
     cases=window_cases,
     difficulty=2,
     minutes=8,
+    hints=(
+        "With `position = torch.arange(length)`, the steps behind are query position − key position.",
+        (
+            "`position[:, None] - position[None, :]` is the table of steps. Which comparison is True for 0 to "
+            "`window` − 1, and for every negative number?"
+        ),
+    ),
     mistakes=(
         Mistake(
             "allows one key too many",
@@ -342,6 +377,17 @@ SUFFIX_LOSS = Exercise(
     difficulty=3,
     minutes=12,
     points=3,
+    hints=(
+        (
+            "Logits and labels are one step apart. Shift one against the other, and what remains is an ordinary "
+            "cross-entropy over the labels that count."
+        ),
+        (
+            "The logits at position *t* were computed without token *t + 1*: they predict it. So the last "
+            "logits and the first label have no partner. `F.cross_entropy` takes `[N, V]` and `[N]`, and has an "
+            "argument `ignore_index=-100`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "predicts each token from itself instead of from the token before",

@@ -76,6 +76,17 @@ RMS_NORM = Exercise(
     cases=norm_cases,
     difficulty=1,
     minutes=10,
+    hints=(
+        (
+            "Translate the slow loop: which of its sums becomes a mean over an axis? Each vector is divided by "
+            "its own RMS, so that axis has to stay, with length 1 (`keepdim`). And think about the dtype twice: "
+            "where you start, and where you return."
+        ),
+        (
+            "Start with `x.float()`, multiply by `torch.rsqrt(… + eps)` and by one plus the weight, and end "
+            "with `type_as(x)`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "multiplies by w instead of 1 + w",
@@ -228,6 +239,16 @@ ROTARY = Exercise(
     cases=rotary_cases,
     difficulty=2,
     minutes=12,
+    hints=(
+        (
+            "Number i of the first half and number i of the second are the two coordinates of a point. Each "
+            "point turns by its own angle."
+        ),
+        (
+            "`first, second = x.chunk(2, dim=-1)`. With `swapped = torch.cat((-second, first), dim=-1)`, the "
+            "result is one line. `cos[:, None]` has shape `[B, 1, T, d]`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "rotates pairs of neighboring dimensions",
@@ -381,6 +402,17 @@ ATTENTION = Exercise(
     difficulty=3,
     minutes=20,
     points=3,
+    hints=(
+        (
+            "Give each query head its own key head, and the rest is ordinary attention. What the mask blocks "
+            "must be −∞ when the softmax starts, so cap before you mask."
+        ),
+        (
+            "`k.repeat_interleave(H // K, dim=1)` repeats each key head for its group: 0 0 1 1. `q @ "
+            "k.transpose(2, 3)` has shape `[B, H, T, S]`, and `mask[:, None]` broadcasts to it. "
+            "`masked_fill(~mask, -torch.inf)` masks scores."
+        ),
+    ),
     mistakes=(
         Mistake(
             "repeats the key heads in turn instead of in groups",
@@ -564,6 +596,13 @@ GEGLU = Exercise(
     cases=gate_cases,
     difficulty=1,
     minutes=6,
+    hints=(
+        (
+            "torch has a GELU. Which version does it compute by default, and which one was Gemma trained with? "
+            "Of the two arguments, only one passes through it."
+        ),
+        '`torch.nn.functional.gelu` has an argument `approximate`. Gemma\'s version is `"tanh"`.',
+    ),
     mistakes=(
         Mistake(
             "applies GELU to `up` instead of `gate`",
@@ -846,6 +885,17 @@ LAYER = Exercise(
     difficulty=3,
     minutes=20,
     points=4,
+    hints=(
+        (
+            "Both halves, attention and MLP, have the same form: normalize, compute, and add the result to the "
+            "`x` from before the norm."
+        ),
+        (
+            "`y @ weights.q.T` is `[B, T, H·d]`. `.view(B, T, -1, head_dim).transpose(1, 2)` turns it into `[B, "
+            "H, T, d]`, and `.transpose(1, 2).reshape(B, T, -1)` turns that back. Queries and keys are rotated; "
+            "values are not."
+        ),
+    ),
     mistakes=(
         Mistake(
             "forgets the residual connection around attention",

@@ -35,6 +35,13 @@ APPEND = Exercise(
     cases=append_cases,
     difficulty=1,
     minutes=5,
+    hints=(
+        (
+            "Which of the four axes counts the tokens? torch has one function that joins tensors along an axis "
+            "they already have, and one that makes a new axis."
+        ),
+        ("`torch.cat` takes a tuple of tensors and `dim`. The axes are 0 batch, 1 heads, 2 tokens, 3 head dimension."),
+    ),
     mistakes=(
         Mistake(
             "concatenates along the heads instead of the tokens",
@@ -144,6 +151,13 @@ WRITE = Exercise(
     cases=write_cases,
     difficulty=2,
     minutes=10,
+    hints=(
+        "The new tokens fill one slot each, from `start` on. What you return ends where they end.",
+        (
+            "Assigning to a slice writes into the tensor: `buffer[:, :, start:end] = new`. A slice is a view. "
+            "It copies nothing."
+        ),
+    ),
     mistakes=(
         Mistake(
             "writes at the start of the buffer",
@@ -254,6 +268,16 @@ SIZE = Exercise(
     cases=size_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "The paragraph above lists everything that is stored for one token. Which head count in `config` is "
+            "the one of the keys? Do not forget the rows of the batch."
+        ),
+        (
+            "A token has 2 (key and value) × layers × key heads × head dimension numbers. Then come tokens, "
+            "rows, and bytes per number."
+        ),
+    ),
     mistakes=(
         Mistake(
             "counts the keys but not the values",
@@ -383,6 +407,10 @@ POSITIONS = Exercise(
     cases=position_cases,
     difficulty=2,
     minutes=10,
+    hints=(
+        "The position of a token is the number of real tokens up to and including it.",
+        "First `cumsum` along each row, then take the last `queries` columns. The order matters.",
+    ),
     mistakes=(
         Mistake(
             "counts padding too",
@@ -580,6 +608,16 @@ LOOP = Exercise(
     difficulty=3,
     minutes=15,
     points=3,
+    hints=(
+        (
+            "The scores after the prompt give the first new token. From then on the cache contains everything "
+            "but the newest token, so that is all you feed."
+        ),
+        (
+            "The first call takes the prompt, every later call a list with one token. "
+            "`int(scores[-1].argmax())` is the next token."
+        ),
+    ),
     mistakes=(
         Mistake(
             "feeds the whole sequence again for every token",

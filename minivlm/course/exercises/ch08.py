@@ -81,6 +81,16 @@ MERGE = Exercise(
     cases=merge_cases,
     difficulty=2,
     minutes=12,
+    hints=(
+        (
+            "Read row by row, the placeholders come in the same order as the patches. Nothing has to be "
+            "computed, only put in the right places."
+        ),
+        (
+            "There are two ways. Copy and assign: `y[is_image] = …`, where the right-hand side has shape `[B · "
+            "P, D]`. Or use `x.masked_scatter(mask, source)`, whose mask can be `[B, T, 1]`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "multiplies the image features by √D too",
@@ -202,6 +212,14 @@ NEAREST = Exercise(
     cases=table_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "A cosine is a dot product of vectors of length 1. So what has to happen to the rows of both "
+            "tensors first? All P · V dot products are then one matrix product. And you need the index of the "
+            "largest, not its value."
+        ),
+        ("`torch.nn.functional.normalize(…, dim=-1)` for both, then `@` with the transposed table, then `argmax`."),
+    ),
     mistakes=(
         Mistake(
             "compares dot products, so long embeddings win",
@@ -318,6 +336,13 @@ LOCATIONS = Exercise(
     cases=location_cases,
     difficulty=1,
     minutes=8,
+    hints=(
+        (
+            "Turn each bin into a fraction of its side first: bin 0 is one edge of the image and bin 1023 the "
+            "other. Which side belongs to which bin, and in which order should the four come out?"
+        ),
+        ("Unpack `y0, x0, y1, x1 = bins`. A fraction is `bin / 1023`; x belongs to the width and y to the height."),
+    ),
     outputs=("x0", "y0", "x1", "y1"),
     mistakes=(
         Mistake(
@@ -495,6 +520,15 @@ TOP_P = Exercise(
     cases=top_p_cases,
     difficulty=2,
     minutes=15,
+    hints=(
+        "Sort the tokens by probability. A token is dropped if those before it already reach p.",
+        (
+            "`values, order = probabilities.sort(-1, descending=True)`. The sum before each token is the "
+            "running sum, `cumsum(-1)`, minus the token's own probability. `torch.zeros_like(logits, "
+            "dtype=torch.bool).scatter(-1, order, dropped)` puts a mask of the sorted tokens back into the "
+            "original order."
+        ),
+    ),
     mistakes=(
         Mistake(
             "drops the token whose probability makes the sum reach p",
@@ -728,6 +762,17 @@ LOOP = Exercise(
     difficulty=3,
     minutes=20,
     points=3,
+    hints=(
+        (
+            "All rows go on until the last one has ended. A row that has ended still gets a token in each step, "
+            "so replace it."
+        ),
+        (
+            "Keep a boolean tensor `finished` `[B]`. In each iteration, in this order: choose; pad where "
+            "finished; store the token; update with `finished = finished | (token == eos)`; stop if "
+            "`finished.all()`; append with `torch.cat((ids, token[:, None]), dim=1)`."
+        ),
+    ),
     mistakes=(
         Mistake(
             "never checks for `<eos>`",

@@ -62,6 +62,7 @@ class Exercise:
         reference: The package's own function, which the learner's can replace, or one written for this exercise only.
         cases: Takes a random generator and yields ``Case`` objects or plain argument tuples, all different.
         difficulty: 1 to 3 stars.
+        hints: The idea, then the operation or the shape of the line, in Markdown.
         name: Name of the function. Default: that of the reference.
         outputs: Names of the items if the function returns a tuple: ("input_ids", "attention_mask", …).
     """
@@ -72,6 +73,7 @@ class Exercise:
     mistakes: tuple[Mistake, ...]
     difficulty: int
     minutes: int
+    hints: tuple[str, str]
     points: int = 2
     name: str = ""
     outputs: tuple[str, ...] = ()

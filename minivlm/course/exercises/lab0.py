@@ -37,6 +37,17 @@ CODE_GRID = Exercise(
     cases=code_cases,
     difficulty=2,
     minutes=10,
+    hints=(
+        (
+            "Look up the vectors first. Then the D numbers of a code have to come before its place in the grid: "
+            "move that axis, and only then split the 16."
+        ),
+        (
+            "`codebook[codes]` is `[B, 16, D]`. First move D in front of the 16 (`transpose`), then split the "
+            "16 into 4 × 4 (`unflatten` or `reshape`). `reshape` alone produces the right shape but scrambles "
+            "the values."
+        ),
+    ),
     mistakes=(
         Mistake(
             "fills the grid column by column",
@@ -182,6 +193,14 @@ PASTE = Exercise(
     cases=paste_cases,
     difficulty=2,
     minutes=15,
+    hints=(
+        ("Resize the values to the box, in pixels. Turn them into True and False, and put them into an empty mask."),
+        (
+            "`x0, y0, x1, y1 = pixel_box(…)`. PIL sizes are (width, height), numpy shapes are (rows, columns). "
+            "The resized part has y1 − y0 rows, and it goes into `mask[y0:y1, x0:x1]`. Resize first, then "
+            "compare with 0."
+        ),
+    ),
     mistakes=(
         Mistake(
             "compares with 0.5, as if the values ranged from 0 to 1",

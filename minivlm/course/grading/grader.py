@@ -7,11 +7,10 @@ continues in a new process without that cell. So a notebook only loses the point
 notebooks are not affected.
 """
 
-import csv
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import datetime
@@ -20,10 +19,12 @@ from pathlib import Path
 from minivlm.course.chapters import CHAPTERS
 from minivlm.course.exercises import EXERCISES, Exercise
 from minivlm.course.exercises.exercise import examine
-from minivlm.course.grading import pages
-from minivlm.course.grading.remote import MISSING, Clock, Lost, Remote, UsesPackage, one_line
-from minivlm.course.grading.report import Mark, Report, points_of, printable
+from minivlm.course.grading import pages, shards
+from minivlm.course.grading.remote import MISSING, Clock, Lost, Remote, UsesPackage, one_line, servers
+from minivlm.course.grading.report import Mark, Report, printable
+from minivlm.course.grading.shards import Part, Shard
 from minivlm.course.grading.submissions import Cell, Submissions, defines, exercises_in, find_submissions, read_cells
+from minivlm.course.grading.tables import LAYOUTS, aside, check_names, message_rows, write_table
 
 STEP_SHARE = 0.25  # of the notebook's time limit, for one cell or one exercise
 MAX_PROCESSES = 8  # for one notebook
@@ -43,6 +44,8 @@ def grade(
     time_limit: int | float,
     chapter: str | None = None,
     due: datetime | None = None,
+    shard: Shard | None = None,
+    layout: str = "",
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = warn,
 ) -> None:
@@ -59,6 +62,8 @@ def grade(
         time_limit: Seconds per notebook. One cell or exercise can take a quarter of it.
         chapter: Grade only this one ("05"). Default: all chapters that were submitted.
         due: Notebooks that changed after this moment are listed as late. They keep their points.
+        shard: Grade only the students of this part, and write what ``merge`` needs instead of tables and pages.
+        layout: Of the table of marks: "moodle" and "canvas" are what these import. Default: a column per exercise.
         say: Called with one line per notebook.
         warn: Called with one line per file that is not graded.
 
@@ -68,13 +73,18 @@ def grade(
     """
     check_arguments(seed, time_limit, chapter)
     check_target(out)
-    check_target(messages_path(out))
-    found = find_submissions(submissions, ignored=(out, messages_path(out), pages_path(out)))
+    targets = (shard.path(out),) if shard else (out, messages_path(out))
+    check_target(targets[-1])
+    found = find_submissions(submissions, ignored=(*targets, pages_path(out), *out.parent.glob(shards.NAME)))
+    students = list(found.students)
+    check_names(layout, students)
+    if shard:
+        found.keep(shard.choose(students))
     for sentence in (sentence for sentences in found.remarks.values() for sentence in sentences):
         warn(printable(sentence))
-    table = Table(out, chapter, found, due)
+    grades = Grades(found, due)
     stopping = threading.Event()
-    with ThreadPoolExecutor(min(MAX_PARALLEL, os.cpu_count() or 1)) as pool:
+    with servers(), ThreadPoolExecutor(min(MAX_PARALLEL, os.cpu_count() or 1)) as pool:
         jobs = {
             pool.submit(grade_notebook, path, seed, time_limit, stopping): (student, path)
             for student, paths in found.students.items()
@@ -84,17 +94,33 @@ def grade(
             for job in as_completed(jobs):
                 student, path = jobs[job]
                 say(printable(f"{path.relative_to(submissions)}: {summarize(job.result())}"))
-                if table.add(student, path, job.result()):
-                    with suppress(OSError):  # the last one counts, and raises
-                        table.write()
+                if grades.add(student, path, job.result()) and not shard:
+                    with suppress(OSError, ValueError):  # the last one counts, and raises
+                        write_results(out, chapter, grades.reports, grades.remarks, layout)
         except BaseException:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            warn(f"Stopped. {len(table.reports)} of {len(found.students)} students were graded.")
+            warn(f"Stopped. {len(grades.reports)} of {len(found.students)} students were graded.")
             raise
-    if not table.exercises:
-        raise ValueError("No notebook here contains an exercise of the course. Name the chapter with --chapter.")
-    table.write()
+    if shard:
+        settings = {"shards": shard.count, "seed": seed, "time limit": time_limit, "chapter": chapter, "due": str(due)}
+        Part(shard, settings, students, grades.remarks, grades.reports).save(shard.path(out))
+    else:
+        write_results(out, chapter, grades.reports, grades.remarks, layout)
+
+
+def merge(folder: Path, out: Path, layout: str = "") -> None:
+    """Write the tables and pages that one run over everything would write, from the results of all shards.
+
+    Raises:
+        ValueError: If the files in the folder are not those of all shards of one run.
+        OSError: If the tables cannot be written.
+    """
+    check_target(out)
+    check_target(messages_path(out))
+    whole = shards.load(folder)
+    check_names(layout, whole.students)
+    write_results(out, whole.settings["chapter"], whole.reports, whole.remarks, layout)
 
 
 def check_arguments(seed: int, time_limit: int | float, chapter: str | None) -> None:
@@ -222,11 +248,11 @@ class Run:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-class Table:
-    """The marks and messages of the students who are graded so far."""
+class Grades:
+    """What is found out so far."""
 
-    def __init__(self, out: Path, chapter: str | None, found: Submissions, due: datetime | None):
-        self.out, self.chapter, self.found, self.due = out, chapter, found, due
+    def __init__(self, found: Submissions, due: datetime | None):
+        self.found, self.due = found, due
         self.notebooks: dict[str, dict[Path, Report]] = {student: {} for student in found.students}
 
     def add(self, student: str, path: Path, report: Report) -> bool:
@@ -247,22 +273,25 @@ class Table:
         return reports
 
     @property
-    def exercises(self) -> list[Exercise]:
-        """Those of the chapter, or of all chapters that were submitted."""
-        chapters = set().union(*(report.chapters for report in self.reports.values()))
-        return [
-            exercise
-            for exercise in EXERCISES.values()
-            if exercise.chapter in ({self.chapter} if self.chapter else chapters)
-        ]
+    def remarks(self) -> list[str]:
+        """Sentences about files that belong to no student."""
+        return self.found.remarks.get("", [])
 
-    def write(self) -> None:
-        """Write tables and pages, if there is an exercise."""
-        if self.exercises:
-            write_table(self.out, mark_rows(self.reports, self.exercises))
-            remarks = self.found.remarks.get("", ())
-            write_table(messages_path(self.out), message_rows(self.reports, self.exercises, remarks))
-            write_pages(pages_path(self.out), self.reports, self.exercises, remarks)
+
+def write_results(out: Path, chapter: str | None, reports: dict[str, Report], remarks: list[str], layout: str) -> None:
+    """Write tables and pages about one chapter, or all that were submitted.
+
+    Raises:
+        ValueError: If there is no exercise to write about.
+        OSError: If they cannot be written.
+    """
+    chapters = {chapter} if chapter else set().union(*(report.chapters for report in reports.values()))
+    exercises = [exercise for exercise in EXERCISES.values() if exercise.chapter in chapters]
+    if not exercises:
+        raise ValueError("No notebook here contains an exercise of the course. Name the chapter with --chapter.")
+    write_table(out, LAYOUTS[layout](reports, exercises))
+    write_table(messages_path(out), message_rows(reports, exercises, remarks))
+    write_pages(pages_path(out), reports, exercises, remarks)
 
 
 def late_sentences(path: Path, due: datetime | None) -> list[str]:
@@ -284,47 +313,11 @@ def pages_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.pages")
 
 
-def column(exercise: Exercise) -> str:
-    return f"{exercise.key} {exercise.name}"
-
-
-def mark_rows(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable[list]:
-    yield ["student", *map(column, exercises), "total", "max"]
-    for student, report in reports.items():
-        points = [points_of(report, exercise) for exercise in exercises]
-        yield [student, *points, round(sum(points), 2), sum(exercise.points for exercise in exercises)]
-
-
-def message_rows(reports: dict[str, Report], exercises: list[Exercise], remarks: Iterable[str] = ()) -> Iterable[list]:
-    yield ["student", "exercise", "points", "max", "message"]
-    for sentence in remarks:
-        yield ["", "", "", "", sentence]
-    for student, report in reports.items():
-        for problem in report.problems:
-            yield [student, "", "", "", problem]
-        for exercise in exercises:
-            mark = report.marks.get(exercise.name, Mark())
-            if mark.score < 1:
-                yield [student, column(exercise), points_of(report, exercise), exercise.points, mark.sentence]
-
-
-def write_table(path: Path, rows: Iterable[list]) -> None:
-    """Write a CSV file next to the old one and then replace it, so that there is a complete one at any time."""
-    try:
-        with open(aside(path), "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([escape_formula(cell) for cell in row] for row in rows)
-        os.replace(aside(path), aside(path).with_suffix(""))
-    except OSError as error:
-        with suppress(OSError):
-            aside(path).unlink()
-        raise OSError(f"Cannot write {str(path)!r} ({error.strerror}).") from None
-
-
-def write_pages(folder: Path, reports: dict[str, Report], exercises: list[Exercise], remarks: Iterable[str]) -> None:
+def write_pages(folder: Path, reports: dict[str, Report], exercises: list[Exercise], remarks: list[str]) -> None:
     """Write a page for each student, and index.html about the class."""
     files = pages.file_names(reports)
     texts = {file: pages.student_page(student, reports[student], exercises) for student, file in files.items()}
-    texts["index.html"] = pages.class_page(reports, exercises, files, list(remarks))
+    texts["index.html"] = pages.class_page(reports, exercises, files, remarks)
     try:
         folder.mkdir(exist_ok=True)
         for old in set(folder.glob("*.html")) - {folder / file for file in texts}:
@@ -333,15 +326,3 @@ def write_pages(folder: Path, reports: dict[str, Report], exercises: list[Exerci
             (folder / file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(f"Cannot write {str(folder)!r} ({error.strerror}).") from None
-
-
-def aside(path: Path) -> Path:
-    """Where a table is written first: grades.csv → grades.csv.part, in the folder that a link points to."""
-    return Path(os.path.realpath(path) + ".part")
-
-
-def escape_formula(cell: str | int | float) -> str | int | float:
-    """Put an apostrophe before text that a spreadsheet would run as a formula."""
-    if not isinstance(cell, str):
-        return cell
-    return printable(f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell)

@@ -9,13 +9,17 @@ from collections.abc import Iterable
 from html import escape
 
 from minivlm.course.exercises import Exercise
+from minivlm.course.grading import discuss
 from minivlm.course.grading.report import Mark, Report, points_of, printable
 
+DISCUSSED = 5  # mistakes
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { border-bottom: 1px solid #8888; padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
+mark { font-weight: bold }
+table.example td { padding-left: .8rem } caption { text-align: left; font-weight: bold; padding-top: .8rem }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 """
 
@@ -27,7 +31,8 @@ def student_page(student: str, report: Report, exercises: list[Exercise]) -> str
     rows = []
     for exercise in exercises:
         mark = report.marks.get(exercise.name, Mark())
-        what = "<br>".join(map(text, (mark.message, *mark.notes)))
+        notes = mark.notes if mark.mistake or mark.score == 1 else (*mark.notes, f"Hint: {exercise.hints[0]}")
+        what = "<br>".join(map(text, (mark.message, *notes)))
         points = f"{points_of(report, exercise):g} of {exercise.points}"
         rows.append((f"{'✓' if mark.score == 1 else '✗'} {exercise.key}", code(exercise.name), what, points))
     return page(
@@ -59,6 +64,7 @@ def class_page(reports: dict[str, Report], exercises: list[Exercise], files: dic
         "The class",
         "<h2>Mistakes, most frequent first</h2>",
         table(("exercise", "mistake", "hint", "students"), mistake_rows(reports, exercises, links)),
+        *examples(reports, exercises),
         "<h2>Exercises</h2>",
         table(("exercise", "function", "right", "wrong", "not attempted"), exercise_rows(reports, exercises)),
         "<h2>Students</h2>",
@@ -69,19 +75,32 @@ def class_page(reports: dict[str, Report], exercises: list[Exercise], files: dic
     )
 
 
-def mistake_rows(reports: dict[str, Report], exercises: list[Exercise], links: dict[str, str]) -> list[tuple]:
-    """One row per named mistake that occurred, the most frequent first."""
+def find_mistakes(reports: dict[str, Report], exercises: list[Exercise]) -> dict[tuple[Exercise, str], list[str]]:
+    """Exercise and name of a mistake → the students who made it. The most frequent first."""
     found = defaultdict(list)
     for student, report in reports.items():
         for exercise in exercises:
             if mistake := report.marks.get(exercise.name, Mark()).mistake:
-                found[exercise.name, mistake].append(links[student])
-    hints = {(exercise.name, m.name): m.hint for exercise in exercises for m in exercise.mistakes}
-    keys = {exercise.name: f"{exercise.key} {code(exercise.name)}" for exercise in exercises}
-    return [
-        (keys[name], f"it {text(mistake)}", text(hints.get((name, mistake), "")), f"{len(who)}: {', '.join(who)}")
-        for (name, mistake), who in sorted(found.items(), key=lambda item: -len(item[1]))
-    ]
+                found[exercise, mistake].append(student)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def mistake_rows(reports: dict[str, Report], exercises: list[Exercise], links: dict[str, str]) -> Iterable[tuple]:
+    """One row per named mistake that occurred."""
+    for (exercise, mistake), students in find_mistakes(reports, exercises).items():
+        hint = next((m.hint for m in exercise.mistakes if m.name == mistake), "")
+        who = f"{len(students)}: {', '.join(links[student] for student in students)}"
+        yield f"{exercise.key} {code(exercise.name)}", f"it {text(mistake)}", text(hint), who
+
+
+def examples(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable[str]:
+    """What the most frequent mistakes do, each on one example."""
+    chosen = list(find_mistakes(reports, exercises))[:DISCUSSED]
+    if chosen:
+        yield "<h2>To discuss</h2>"
+    for exercise, mistake in chosen:
+        yield f"<h3>{exercise.key} {code(exercise.name)}: it {text(mistake)}</h3>"
+        yield discuss.show(exercise.name, mistake)
 
 
 def exercise_rows(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable[tuple]:

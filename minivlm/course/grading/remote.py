@@ -12,15 +12,18 @@ import inspect
 import json
 import os
 import queue
+import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from minivlm.course.grading.encoding import MAX_BYTES, copy_into, decode, encode
 START_LIMIT = 300.0  # seconds for a process to start, not included in the notebook's time
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+MARK = "MINIVLM_WORKER"  # an environment variable by which the processes of a notebook are found
+PATIENCE = 10.0  # seconds for a server to notice that its worker has ended
 POLL = 0.1  # seconds between looks at whether the process is alive
 KILL_ROUNDS = 50
 MISSING = object()  # what ``Remote.find`` returns if the notebook does not define the function
@@ -75,22 +80,13 @@ class Remote:
         self.clock, self.stopping = clock, stopping
         self.lost = False
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from minivlm.course.grading import worker; worker.main()"],
-            cwd=self.folder.name,
-            env=os.environ | ENVIRONMENT | {"MINIVLM_HOME": self.folder.name, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self.process = (Forked if sys.platform == "linux" else Started)(self.folder.name)
 
     def __enter__(self) -> "Remote":
         return self
 
     def __exit__(self, *error) -> None:
-        stop(self.process, self.folder.name)
+        self.process.stop()
         self.talker.join(timeout=1)
         if not self.talker.is_alive():  # otherwise, closing would wait for it
             self.process.stdout.close()
@@ -174,7 +170,7 @@ class Malformed(Lost):
         return "it sent the grader something that is not an answer."
 
 
-def talk(process: subprocess.Popen, line: bytes, replies: queue.SimpleQueue) -> None:
+def talk(process: "Started | Forked", line: bytes, replies: queue.SimpleQueue) -> None:
     """Send a line and pass on the next line, or b"" if there is none. Runs in a thread, because both can block."""
     try:
         process.stdin.write(line)
@@ -307,34 +303,135 @@ def substitute(value: Any, new: dict[int, torch.Tensor]) -> Any:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def stop(process: subprocess.Popen, folder: str) -> None:
-    """Kill the worker and everything it started, also processes that have left its group or session."""
-    if os.name != "posix":
-        process.kill()
-        process.wait()
-        return
-    for _ in range(KILL_ROUNDS):
-        family = find_family(process.pid, folder)
+def launch(code: str, folder: str, mark: str = "", **options) -> subprocess.Popen:
+    """A new Python that imports the package, and nothing from its folder."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", f"from minivlm.course.grading import worker; {code}"],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT | {"MINIVLM_HOME": folder, "PYTHONPATH": path, MARK: mark},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        **options,
+    )
+
+
+class Started:
+    """A worker that starts from nothing, where processes cannot be forked safely."""
+
+    def __init__(self, folder: str):
+        self.process = launch("worker.main()", folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.stdin, self.stdout, self.poll = self.process.stdin, self.process.stdout, self.process.poll
+
+    def stop(self) -> None:
+        """Kill it, and on POSIX also what it started and is still in its group."""
         with suppress(ProcessLookupError, PermissionError):  # the group is already gone
-            os.killpg(process.pid, signal.SIGKILL)
-        for pid in family:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
+        self.process.wait()
+
+
+class Server:
+    """A process that has imported what notebooks need, and forks a worker for one notebook at a time."""
+
+    def __init__(self):
+        self.mark = secrets.token_hex(8)
+        self.channel, theirs = socket.socketpair()
+        with theirs:
+            number = theirs.fileno()
+            null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+            self.process = launch(
+                f"worker.serve({number})", tempfile.gettempdir(), self.mark, pass_fds=[number], **null
+            )
+
+    def has_news(self, timeout: float = 0) -> bool:
+        """Whether the worker or the server itself has ended."""
+        return bool(select.select([self.channel], [], [], timeout)[0])
+
+    def is_ready(self) -> bool:
+        """Wait until it has noticed that its worker has ended. False if it has ended itself, or hangs."""
+        with suppress(ConnectionError):
+            return self.has_news(PATIENCE) and bool(self.channel.recv(1))
+        return False
+
+    def close(self) -> None:
+        self.channel.close()  # it ends
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=PATIENCE)
+        self.process.kill()
+        self.process.wait()
+
+
+IDLE: list[Server] = []
+
+
+@contextmanager
+def servers() -> Iterator[None]:
+    """End all idle servers afterwards."""
+    try:
+        yield
+    finally:
+        while IDLE:
+            IDLE.pop().close()
+
+
+class Forked:
+    """A worker that a server forks, so that it has everything imported when it starts."""
+
+    def __init__(self, folder: str):
+        self.server = take_server()
+        requests, stdin = os.pipe()
+        stdout, replies = os.pipe()
+        self.stdin, self.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
+        with suppress(OSError):  # the server has ended, which ``poll`` tells
+            socket.send_fds(self.server.channel, [os.fsencode(folder)], [requests, replies])
+        os.close(requests)
+        os.close(replies)
+
+    def poll(self) -> int | None:
+        """None as long as it runs."""
+        return 0 if self.server.has_news() else None
+
+    def stop(self) -> None:
+        """Kill the worker and everything it started, and keep the server if it is ready for another."""
+        kill_family(self.server.process.pid, self.server.mark)
+        if self.server.is_ready():
+            IDLE.append(self.server)
+        else:
+            self.server.close()
+
+
+def take_server() -> Server:
+    """One that is idle, or a new one."""
+    while IDLE:
+        with suppress(IndexError):  # another thread was faster
+            server = IDLE.pop()
+            if not server.has_news():
+                return server
+            server.close()
+    return Server()
+
+
+def kill_family(root: int, mark: str) -> None:
+    """Kill what ``find_family`` finds, until it finds nothing."""
+    for _ in range(KILL_ROUNDS):
+        family = find_family(root, mark)
+        for kill in (os.killpg, os.kill):
+            for pid in family:
+                with suppress(ProcessLookupError, PermissionError):  # it is gone, or leads no group
+                    kill(pid, signal.SIGKILL)
         if not family:
             break
-    process.wait()
 
 
-def find_family(worker: int, folder: str) -> list[int]:
-    """Living processes that descend from the worker, are in its session, or have its folder in their environment."""
+def find_family(root: int, mark: str) -> list[int]:
+    """Living processes, apart from ``root``, that descend from it, share a session, or have its mark as environment."""
     processes = dict(filter(None, map(read_process, Path("/proc").glob("[0-9]*"))))
-    mark, family = f"MINIVLM_HOME={folder}\0".encode(), {worker}
-    family |= {pid for pid, (_, session) in processes.items() if session == worker or mark in environment_of(pid)}
-    size = 0
+    marked = f"{MARK}={mark}\0".encode()
+    family, size = {root} | {pid for pid in processes if marked in environment_of(pid)}, 0
     while len(family) > size:
         size = len(family)
-        family |= {pid for pid, (parent, _) in processes.items() if parent in family}
-    return [pid for pid in family if pid in processes and pid != os.getpid()]
+        family |= {pid for pid, (parent, session) in processes.items() if parent in family or session in family}
+    return [pid for pid in family if pid in processes and pid not in (root, os.getpid())]
 
 
 def read_process(folder: Path) -> tuple[int, tuple[int, int]] | None:

@@ -35,6 +35,11 @@ class Submissions:
     def remark(self, student: str, sentence: str) -> None:
         self.remarks.setdefault(student, []).append(sentence)
 
+    def keep(self, students: Iterable[str]) -> None:
+        """Forget all other students."""
+        self.students = {student: self.students[student] for student in students}
+        self.remarks = {name: said for name, said in self.remarks.items() if name in ("", *self.students)}
+
 
 def find_submissions(folder: Path, ignored: Iterable[Path] = ()) -> Submissions:
     """The notebooks of each student. The name of the file or folder is the name of the student.

@@ -232,13 +232,6 @@ viz.image_row([change], ["the average change of each value"], x_label="column, 0
 # The decoder consists of convolutions, so it expects its input in image layout: `[B, D, 4, 4]`, with the D channels
 # before rows and columns. `codes` are integers `[B, 16]`, and `codebook` is `[C, D]`. The codes are in **row-major
 # order**: the first four are the top row, from left to right. Put the vector of each code into its cell.
-#
-# <details><summary>Hint</summary>
-#
-# `codebook[codes]` is `[B, 16, D]`. First move D in front of the 16 (`transpose`), then split the 16 into 4 × 4
-# (`unflatten` or `reshape`). `reshape` alone produces the right shape but scrambles the values.
-#
-# </details>
 
 
 # %%
@@ -272,13 +265,6 @@ assert (from_grid - decoded).abs().max() <= 1e-5 * decoded.abs().max()
 # each corner to the nearest pixel, keeps it inside the image, and leaves at least one pixel in each direction.
 # (big_vision truncates instead. Rounding is closer.) PIL can also resize arrays of numbers, with interpolation:
 # `Image.fromarray(values).resize((box_width, box_height), Image.Resampling.BILINEAR)`.
-#
-# <details><summary>Hint</summary>
-#
-# `x0, y0, x1, y1 = pixel_box(…)`. PIL sizes are (width, height), numpy shapes are (rows, columns). The resized part has
-# y1 − y0 rows, and it goes into `mask[y0:y1, x0:x1]`. Resize first, then compare with 0.
-#
-# </details>
 
 
 # %%
