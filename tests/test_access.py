@@ -6,6 +6,7 @@ axe-core, which checks pages for accessibility, comes with axe-playwright-python
 import re
 from html.parser import HTMLParser
 from importlib import resources
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,9 +15,13 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from PIL import Image
 from test_notebooks import SOURCES, committed
 
+from minivlm.course import exercises
+from minivlm.course.grading.grader import write_results
+from minivlm.course.grading.report import Mark, Report
 from minivlm.course.viz import draw_boxes, lines, mask_explorer, trace
 from minivlm.locations import Detection
 
+WORKSHEETS = Path(__file__).resolve().parents[1] / "docs" / "worksheets.html"
 TEMPLATES = ("lab", "classic")
 NOTHING = {f"{name}_url": "data:text/javascript," for name in ("jquery", "require_js", "mathjax")}
 NOTHING["mermaid_js_url"] = "data:text/javascript,export default { initialize() {} }"  # a module
@@ -205,3 +210,20 @@ def test_axe_finds_what_is_wrong(browser, axe):
         image = '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">'
         page.set_content(f'<html lang="en"><title>t</title><main><h1>h</h1>{image}</main></html>')
         assert ["image-alt, 1×" in line for line in run_axe(page, axe)] == [True]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1024])
+def test_the_grader_s_pages_fit_a_phone_and_axe_finds_nothing_in_them(browser, axe, tmp_path, theme, width):
+    mistakes = {e.name: e.mistakes[0] for e in exercises.in_chapter("05") + exercises.in_chapter("07")}
+    marks = {name: Mark(0.5, f"not yet: it {m.name}.", m.name, (m.hint,)) for name, m in mistakes.items()}
+    report = Report({"05", "07"}, marks, ["cell 3 fails"], {"05"}, ["05.ipynb changed too late."])
+    write_results(tmp_path / "grades.csv", None, {"x" * 80: report}, ["dan.zip was not graded."], "")
+    names = sorted((tmp_path / "grades.pages").iterdir())
+    assert len(names) == 2
+    for path in (*names, WORKSHEETS):
+        with quiet_page(browser, color_scheme=theme, viewport={"width": width, "height": 800}) as page:
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert run_axe(page, axe) == []

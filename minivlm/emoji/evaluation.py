@@ -237,7 +237,7 @@ def mask_ious(scene: Scene, answer: str, vae: MaskVQVAE) -> list[float | None]:
 def segmentation_metrics(ious: list[list[float | None]]) -> dict[str, Metric]:
     """From the ``mask_ious`` of each scene: the fraction of objects with one, and their mean.
 
-    The mean is 0 if no object was found. Both are NaN if there are no objects.
+    The mean is left out if fewer than ``FEWEST`` objects were found. Both are NaN if there are no objects.
     """
     found = [iou is not None for row in ious for iou in row]
     names = ("segment: objects found", "mask IoU in correct boxes")

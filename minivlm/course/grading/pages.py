@@ -16,11 +16,17 @@ DISCUSSED = 5  # mistakes
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-.wide { overflow-x: auto } table { border-collapse: collapse }
+body { overflow-wrap: anywhere } code { overflow-wrap: normal }
+.wide { overflow-x: auto } table { border-collapse: collapse } th { overflow-wrap: normal }
 th, td { border-bottom: 1px solid #8888; padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
-mark { font-weight: bold }
-table.example td { padding-left: .8rem } caption { text-align: left; font-weight: bold; padding-top: .8rem }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+td.number { text-align: right; font-variant-numeric: tabular-nums } mark { font-weight: bold }
+caption { text-align: left; font-weight: bold; padding-top: .8rem; white-space: nowrap }
+.example td { padding-left: .8rem }
+@media (prefers-color-scheme: dark) { html { background: #111; color: #eee } a { color: #9cf } }
+@media (max-width: 40rem) {
+  .stacked tr:has(th) { display: none } .stacked td { display: block; border: 0; padding: 0 }
+  .stacked tr { display: block; border-bottom: 1px solid #8888; padding: .6rem 0 }
+}
 """
 
 
@@ -32,13 +38,13 @@ def student_page(student: str, report: Report, exercises: list[Exercise]) -> str
     for exercise in exercises:
         mark = report.marks.get(exercise.name, Mark())
         notes = mark.notes if mark.mistake or mark.score == 1 else (*mark.notes, f"Hint: {exercise.hints[0]}")
-        what = "<br>".join(map(text, (mark.message, *notes)))
-        points = f"{points_of(report, exercise):g} of {exercise.points}"
+        what = "<br>".join(map(prose, (mark.message, *notes)))
+        points = f"{points_of(report, exercise):g} of {exercise.points} points"
         rows.append((f"{'✓' if mark.score == 1 else '✗'} {exercise.key}", code(exercise.name), what, points))
     return page(
         student,
         f"<p><strong>{total:g} of {most} points</strong></p>",
-        table(("exercise", "function", "what the check found", "points"), rows),
+        table(("exercise", "function", "what the check found", "result"), rows, "stacked"),
         items("Also", report.problems),
     )
 
@@ -63,7 +69,7 @@ def class_page(reports: dict[str, Report], exercises: list[Exercise], files: dic
     return page(
         "The class",
         "<h2>Mistakes, most frequent first</h2>",
-        table(("exercise", "mistake", "hint", "students"), mistake_rows(reports, exercises, links)),
+        table(("exercise", "mistake", "hint", "students"), mistake_rows(reports, exercises, links), "stacked"),
         *examples(reports, exercises),
         "<h2>Exercises</h2>",
         table(("exercise", "function", "right", "wrong", "not attempted"), exercise_rows(reports, exercises)),
@@ -90,7 +96,7 @@ def mistake_rows(reports: dict[str, Report], exercises: list[Exercise], links: d
     for (exercise, mistake), students in find_mistakes(reports, exercises).items():
         hint = next((m.hint for m in exercise.mistakes if m.name == mistake), "")
         who = f"{len(students)}: {', '.join(links[student] for student in students)}"
-        yield f"{exercise.key} {code(exercise.name)}", f"it {text(mistake)}", text(hint), who
+        yield f"{exercise.key} {code(exercise.name)}", f"it {prose(mistake)}", prose(hint), who
 
 
 def examples(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable[str]:
@@ -99,7 +105,7 @@ def examples(reports: dict[str, Report], exercises: list[Exercise]) -> Iterable[
     if chosen:
         yield "<h2>To discuss</h2>"
     for exercise, mistake in chosen:
-        yield f"<h3>{exercise.key} {code(exercise.name)}: it {text(mistake)}</h3>"
+        yield f"<h3>{exercise.key} {code(exercise.name)}: it {prose(mistake)}</h3>"
         yield discuss.show(exercise.name, mistake)
 
 
@@ -118,25 +124,32 @@ def page(title: str, *parts: str) -> str:
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
     head += f"<style>{STYLE}</style>"
     body = "\n".join((f"<h1>{text(title)}</h1>", *filter(None, parts)))
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>{body}</main></body></html>\n'
 
 
 def text(content: object) -> str:
     return escape(printable(str(content)))
 
 
+def prose(content: str) -> str:
+    """Text in which `this` is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(content))
+
+
 def code(name: str) -> str:
     return f"<code>{text(name)}</code>"
 
 
-def table(head: tuple[str, ...], rows: Iterable[tuple]) -> str:
-    """A table whose cells already are HTML, or a sentence if it has no rows."""
+def table(head: tuple[str, ...], rows: Iterable[tuple], kind: str = "") -> str:
+    """A table whose cells already are HTML, or a sentence if it has no rows. On a phone, one that is "stacked" has a
+    line for each cell.
+    """
     lines = ["".join(f"<td{' class=number' * isinstance(c, int)}>{c}</td>" for c in row) for row in rows]
     if not lines:
         return "<p>None.</p>"
     first = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(f"<tr>{row}</tr>" for row in lines)
-    return f'<div class="wide" tabindex="0"><table><tr>{first}</tr>{body}</table></div>'
+    return f'<div class="wide" tabindex="0"><table class="{kind}"><tr>{first}</tr>{body}</table></div>'
 
 
 def items(title: str, sentences: Iterable[str], is_html: bool = False) -> str:

@@ -35,6 +35,7 @@ import torch
 
 import minivlm
 from minivlm.course.exercises import EXERCISES, Exercise
+from minivlm.course.exercises.calling import OutOfTime, run_within
 from minivlm.course.grading.encoding import MAX_BYTES, decode, encode, tensors_in
 
 MEMORY = 4 << 30  # bytes a notebook can allocate beyond the imports, on Linux
@@ -61,7 +62,7 @@ def fingerprint(source: str) -> str:
 def main() -> None:
     """Answer one request per line on stdin with one line on stdout, until stdin ends.
 
-    {"run": source, "cell": "cell 3", "is_unchanged": …} runs a cell,
+    {"run": source, "cell": "cell 3", "is_unchanged": …, "seconds": …} runs a cell,
     {"find": name} tells what the notebook defines under the name of an exercise,
     {"call": name, "inputs": …} calls it, and {"backward": gradients} computes the gradients of the last call.
     """
@@ -170,10 +171,13 @@ class Notebook:
         return self.backward(request["backward"])
 
     def run(self, request: dict) -> dict | None:
-        """Run a cell. Returns its error."""
-        error = None
+        """Run a cell for a limited time. Returns its error. What it has defined until then counts."""
+        error, seconds = None, request["seconds"]
+        cell = request["run"], f"<{request['cell']}>", self.namespace, self.loop, request["is_unchanged"]
         try:
-            run_cell(request["run"], f"<{request['cell']}>", self.namespace, self.loop, request["is_unchanged"])
+            run_within(seconds, lambda: run_cell(*cell))
+        except OutOfTime:
+            error = describe_error(TimeoutError(f"it took longer than {seconds:.3g} seconds."))
         except BaseException as caught:  # sys.exit and anything else a learner can think of
             error = describe_error(caught)
         # A chapter rebinds the name to the package's function afterwards, which is not the learner's answer.
