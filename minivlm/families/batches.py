@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from minivlm import emoji
 from minivlm.emoji.batches import SceneBatches
 from minivlm.families.base import encode_texts
 from minivlm.families.cm3 import cut_spans
@@ -25,6 +26,95 @@ class CaptionBatches(SceneBatches):
         scenes = self.scenes(step)
         captions = [scene.examples[0].answers[0] for scene in scenes]
         return {"pixel_values": self.pixel_values(scenes)} | encode_texts(self.processor, captions)
+
+
+class TextBatches:
+    """Documents of captions that nothing shows, for a language model that reads text only: ``input_ids``,
+    ``attention_mask``. Half of them are about two things with made-up names (``InterleavedBatches``).
+    """
+
+    def __init__(self, processor: Processor, batch_size: int, *, images: int = 3, seed: int = 0):
+        self.processor, self.batch_size, self.images, self.seed = processor, batch_size, images, seed
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((self.seed, 8, step))
+        return encode_texts(self.processor, ["\n".join(self.document(rng)) for _ in range(self.batch_size)])
+
+    def document(self, rng: np.random.Generator) -> list[str]:
+        """The captions of a document, in order."""
+        if rng.random() < 0.5:
+            names = made_up_names(rng)
+            return [f"a {names[which]}" for which in two_things(rng, self.images)]
+        seeds = rng.integers(2**31, size=self.images).tolist()
+        return [emoji.count_caption(emoji.planned_names(seed)) for seed in seeds]
+
+
+class InterleavedBatches(SceneBatches):
+    """For Flamingo: documents of images, each followed by its caption, one caption per line.
+
+    Half of them show two kinds of objects, one at a time, under names made up for this document. The first two images
+    introduce both; every later one has to be named by what they said.
+
+    Args:
+        batch_size: Documents per step.
+        images: Per document.
+    """
+
+    def __init__(self, processor: Processor, batch_size: int, *, images: int = 3, split: str = "train", **options):
+        super().__init__(processor, batch_size, **options)
+        self.images, self.split, self.alone = images, split, emoji.World(self.world.size, 1)
+        self.seeds_of: dict[str, list[int]] = {}
+        for seed in range(200 * self.world.size):
+            self.seeds_of.setdefault(emoji.planned_names(seed, split, self.alone)[0], []).append(seed)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((self.seed, 9, step, self.rank))
+        documents = [self.document(rng) for _ in range(self.batch_size // self.world_size)]
+        return self.assemble([scenes for scenes, _ in documents], [captions for _, captions in documents])
+
+    def document(self, rng: np.random.Generator) -> tuple[list[emoji.Scene], list[str]]:
+        """Scenes and their captions."""
+        if rng.random() < 0.5:
+            return self.naming_document(rng)
+        seeds = rng.integers(2**31, size=self.images).tolist()
+        scenes = [self.scene(seed, self.world) for seed in seeds]
+        return scenes, [scene.examples[0].answers[0] for scene in scenes]
+
+    def naming_document(self, rng: np.random.Generator) -> tuple[list[emoji.Scene], list[str]]:
+        """Two kinds of objects under made-up names."""
+        kinds = rng.choice(list(self.seeds_of), size=2, replace=False).tolist()
+        names, order = made_up_names(rng), two_things(rng, self.images)
+        scenes = [self.scene(int(rng.choice(self.seeds_of[kinds[which]])), self.alone) for which in order]
+        return scenes, [f"a {names[which]}" for which in order]
+
+    def scene(self, seed: int, world: emoji.World) -> emoji.Scene:
+        return emoji.make_scene(seed, self.split, self.processor.image_size, world, self.augment)
+
+    def assemble(self, scenes: list[list[emoji.Scene]], captions: list[list[str]]) -> dict[str, Tensor]:
+        """``pixel_values`` of all documents' images, one after the other, the texts, and how many images came before
+        each token.
+        """
+        batch = encode_texts(self.processor, ["\n".join(lines) for lines in captions])
+        (newline,) = self.processor.encode(["\n"])[0]
+        lines = (batch["input_ids"] == newline).long().cumsum(1)
+        before = 1 + lines - (batch["input_ids"] == newline).long()  # a newline still belongs to its line
+        before[:, 0] = 0  # <bos>
+        return batch | {
+            "pixel_values": self.pixel_values([scene for document in scenes for scene in document]),
+            "images_before": before,
+        }
+
+
+def two_things(rng: np.random.Generator, count: int) -> list[int]:
+    """0 and 1, one each, then any of them."""
+    return [*rng.permutation(2).tolist(), *rng.integers(2, size=count - 2).tolist()]
+
+
+def made_up_names(rng: np.random.Generator) -> list[str]:
+    """Two names that no object has, such as "zoba" and "kiru", without a syllable in common."""
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    a, b, c, d = rng.choice(syllables, size=4, replace=False).tolist()
+    return [a + b, c + d]
 
 
 class PrefixBatches(SceneBatches):

@@ -40,12 +40,8 @@ class ImageVQVAE(nn.Module):
         sizes = (width // 4, width // 2, width)
         down = [(nn.Conv2d(a, b, 4, 2, padding=1), nn.ReLU()) for a, b in pairwise((3, *sizes))]
         up = [(nn.ConvTranspose2d(a, b, 4, 2, padding=1), nn.ReLU()) for a, b in pairwise((*reversed(sizes), 3))]
-        self.encoder = nn.Sequential(
-            *(layer for pair in down for layer in pair),
-            ResidualBlock(width),
-            ResidualBlock(width),
-            nn.Conv2d(width, dim, 1),
-        )
+        blocks = [ResidualBlock(width) for _ in range(4)]
+        self.encoder = nn.Sequential(*(x for pair in down for x in pair), *blocks[:2], nn.Conv2d(width, dim, 1))
         self._vq_vae = VectorQuantizer(codes, dim)
         self.decoder = nn.Sequential(nn.Conv2d(dim, width, 1), *blocks[2:], *[x for pair in up for x in pair][:-1])
 

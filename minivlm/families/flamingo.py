@@ -90,10 +90,11 @@ class GatedLayer(nn.Module):
         self.alpha, self.beta = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.layer = layer
         self.vectors: Tensor | None = None  # [B, S, D], what the model looks at
-        self.mask: Tensor | None = None  # [B, T, S]
+        self.mask: Tensor | None = None  # [B, T, S], or [B, 1, S] for all tokens
 
     def forward(self, x: Float[Tensor, "B T D"], cos, sin, mask, cache) -> Float[Tensor, "B T D"]:
-        look = self.mask[:, -x.shape[1] :]  # a decode step looks as the last token of the prompt did
+        T = x.shape[1]
+        look = self.mask[:, -T:].expand(-1, T, -1)  # a decode step looks as the last token of the prompt did
         x = x + self.alpha.tanh() * self.attention(self.norm(x), self.vectors, look)
         x = x + self.beta.tanh() * self.ffw(x)
         return self.layer(x, cos, sin, mask, cache)

@@ -76,9 +76,14 @@ class VisualGPT(Captioner):
         """G_vis of each layer in the last forward pass."""
         return torch.stack([attention.visual for attention in self.attentions])
 
-    def look(self, pixel_values: Float[Tensor, "B C H W"] | None) -> Float[Tensor, "B P D"]:
-        """Show images to the layers, or none: then the decoder is a language model. Nothing is put before the text."""
-        vectors = None if pixel_values is None else self.norm(self.project(self.see(pixel_values)))
+    def look(self, pixel_values: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 0 D"]:
+        """Show the images to the layers. Nothing is put before the text."""
+        vectors = self.norm(self.project(self.see(pixel_values)))
         for attention in self.attentions:
             attention.vectors = vectors
-        return vectors if vectors is None else vectors[:, :0]
+        return vectors[:, :0]
+
+    def look_away(self) -> None:
+        """Show no image: the decoder is a language model again."""
+        for attention in self.attentions:
+            attention.vectors = None
