@@ -102,6 +102,9 @@ class Captioner(Objective):
         """The vectors before the text."""
         raise NotImplementedError
 
+    def look_away(self) -> None:
+        """Show no image. Only families whose image enters the layers remember one."""
+
     def begin(
         self, pixel_values: Float[Tensor, "B C H W"], input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"], Int[Tensor, "B S"]]:

@@ -50,7 +50,8 @@ class TextBatches:
 
 
 class InterleavedBatches(SceneBatches):
-    """For Flamingo: documents of images, each followed by its caption, one caption per line.
+    """For Flamingo: documents of images, each followed by its caption, one caption per line. An image comes just
+    before ``<bos>`` or the newline that starts its line, so these predict the caption's first word.
 
     Half of them show two kinds of objects, one at a time, under names made up for this document. The first two images
     introduce both; every later one has to be named by what they said.
@@ -96,12 +97,9 @@ class InterleavedBatches(SceneBatches):
         """
         batch = encode_texts(self.processor, ["\n".join(lines) for lines in captions])
         (newline,) = self.processor.encode(["\n"])[0]
-        lines = (batch["input_ids"] == newline).long().cumsum(1)
-        before = 1 + lines - (batch["input_ids"] == newline).long()  # a newline still belongs to its line
-        before[:, 0] = 0  # <bos>
         return batch | {
             "pixel_values": self.pixel_values([scene for document in scenes for scene in document]),
-            "images_before": before,
+            "images_before": 1 + (batch["input_ids"] == newline).long().cumsum(1),
         }
 
 

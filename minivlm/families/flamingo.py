@@ -89,14 +89,15 @@ class GatedLayer(nn.Module):
         self.norm, self.attention, self.ffw = LayerNorm(dim), CrossAttention(dim, num_heads), feed_forward(dim)
         self.alpha, self.beta = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.layer = layer
-        self.vectors: Tensor | None = None  # [B, S, D], what the model looks at
+        self.vectors: Tensor | None = None  # [B, S, D], what the model looks at; None: language alone
         self.mask: Tensor | None = None  # [B, T, S], or [B, 1, S] for all tokens
 
     def forward(self, x: Float[Tensor, "B T D"], cos, sin, mask, cache) -> Float[Tensor, "B T D"]:
-        T = x.shape[1]
-        look = self.mask[:, -T:].expand(-1, T, -1)  # a decode step looks as the last token of the prompt did
-        x = x + self.alpha.tanh() * self.attention(self.norm(x), self.vectors, look)
-        x = x + self.beta.tanh() * self.ffw(x)
+        if self.vectors is not None:
+            T = x.shape[1]
+            look = self.mask[:, -T:].expand(-1, T, -1)  # a decode step looks as the last token of the prompt did
+            x = x + self.alpha.tanh() * self.attention(self.norm(x), self.vectors, look)
+            x = x + self.beta.tanh() * self.ffw(x)
         return self.layer(x, cos, sin, mask, cache)
 
 
@@ -156,6 +157,11 @@ class Flamingo(Captioner):
         for layer in self.decoder.model.layers:
             layer.vectors, layer.mask = vectors.flatten(1, 2), last_image_mask(images_before, images, latents)
         return vectors.new_zeros(rows, 0, vectors.shape[-1])
+
+    def look_away(self) -> None:
+        """Show no image: the decoder is the language model again."""
+        for layer in self.decoder.model.layers:
+            layer.vectors = None
 
     def forward(
         self,
