@@ -19,6 +19,13 @@ from minivlm.processor import IGNORE_INDEX, Processor
 MASKED, KEPT = 0.15, 0.1  # of the words, for VisualBERT; of the masked ones, how many stay, and how many are random
 
 
+class ImageBatches(SceneBatches):
+    """Scenes without a word: ``pixel_values``."""
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixel_values(self.scenes(step))}
+
+
 class CaptionBatches(SceneBatches):
     """Scenes with their captions: ``pixel_values``, ``input_ids``, ``attention_mask``."""
 

@@ -129,7 +129,7 @@ def runs(name: str, model: Objective, parts: Parts, steps: float = 1.0) -> list[
     elif name == "cm3":
         side = p.image_size // 8
         loader = batches.DocumentBatches(p, 16, side=side, begin=model.begin, sentinel=model.sentinel, **scenes)
-        images = Run("images", cm3.ImageVQVAEObjective(model.vae), batches.CaptionBatches(p, 16, **scenes), 3_000, 1e-3)
+        images = Run("images", cm3.ImageVQVAEObjective(model.vae), batches.ImageBatches(p, 16, **scenes), 3_000, 1e-3)
         plan = [replace(images, options={"optimizer": "adamw"}), Run(name, model, loader, 8_000, 2e-3)]
     elif name == "flamingo":
         plan = [Run(name, model, batches.InterleavedBatches(p, 12, **scenes), 7_000, 2e-3)]
