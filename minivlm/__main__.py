@@ -372,6 +372,18 @@ def run_train(args: argparse.Namespace) -> None:
     recipe.run(args)
 
 
+def add_families_arguments(parser: argparse.ArgumentParser) -> None:
+    from minivlm.families import recipe
+
+    recipe.add_arguments(parser)
+
+
+def run_families(args: argparse.Namespace) -> None:
+    from minivlm.families import recipe
+
+    recipe.run(args)
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     from minivlm import doctor
 
@@ -444,6 +456,7 @@ COMMANDS = {
     "generate": ("answer prompts about an image", add_generate_arguments, run_generate),
     "evaluate": ("measure a checkpoint on held-out scenes", add_evaluate_arguments, run_evaluate),
     "train": ("train a small PaliGemma from scratch", add_train_arguments, run_train),
+    "families": ("train and measure the other families of models", add_families_arguments, run_families),
     "lab": ("open your own copy of the notebooks in JupyterLab", add_lab_arguments, run_lab),
     "grade": ("grade a folder of notebooks, with one row per student", add_grade_arguments, run_grade),
     "doctor": ("report what is installed and which checkpoints fit into memory", lambda parser: None, run_doctor),

@@ -12,6 +12,7 @@ big_vision, pp/proj/paligemma/segmentation.py (encoder) and evaluators/proj/pali
 """
 
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ from minivlm import checkpoint, hub, locations
 from minivlm.locations import CODES, Box, Detection
 
 CODE_DIM = 512  # size of a codebook vector
-GRID_SIZE = 4  # codes along each side of a mask
 TRAINING_ONLY = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # arrays of a file that only training needs
 
 
@@ -45,21 +45,22 @@ class ResidualBlock(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """The codebook: 128 vectors, the nearest of which replaces any other vector."""
+    """The codebook: C vectors, the nearest of which replaces any other vector."""
 
-    def __init__(self):
+    def __init__(self, codes: int = CODES, dim: int = CODE_DIM):
         super().__init__()
-        self.register_buffer("_embedding", torch.zeros(CODES, CODE_DIM))  # trained by moving averages, not gradients
+        self.register_buffer("_embedding", torch.zeros(codes, dim))  # trained by moving averages, not gradients
 
-    def nearest(self, grid: Float[Tensor, "B D 4 4"]) -> Int[Tensor, "B 16"]:
+    def nearest(self, grid: Float[Tensor, "B D h w"]) -> Int[Tensor, "B h*w"]:
         """The code of each vector: argmin of ‖v − e‖² = ‖v‖² − 2 v·e + ‖e‖², where ‖v‖² is the same for every code."""
-        vectors = grid.flatten(2).mT  # [B, 16, D], row by row
+        vectors = grid.flatten(2).mT  # [B, h·w, D], row by row
         return (self._embedding.square().sum(1) - 2 * vectors @ self._embedding.T).argmin(2)
 
 
-def code_grid(codes: Int[Tensor, "B 16"], codebook: Float[Tensor, "C D"]) -> Float[Tensor, "B D 4 4"]:
-    """The vector of each code. The 16 codes fill the 4 × 4 grid row by row; channels come first, as a conv expects."""
-    return codebook[codes].mT.unflatten(2, (GRID_SIZE, GRID_SIZE))
+def code_grid(codes: Int[Tensor, "B n"], codebook: Float[Tensor, "C D"]) -> Float[Tensor, "B D s s"]:
+    """The vector of each code. The codes fill a square grid row by row; channels come first, as a conv expects."""
+    side = math.isqrt(codes.shape[1])
+    return codebook[codes].mT.unflatten(2, (side, side))
 
 
 class MaskVQVAE(nn.Module):

@@ -526,11 +526,12 @@ def test_the_demo_scenes_are_those_of_their_seeds():
         assert np.array_equal(np.asarray(Image.open(path)), emoji.make_scene(int(seed), split).image), path
 
 
-def test_planned_count_is_the_number_of_objects_if_all_fit():
-    counts = [
-        (emoji.planned_count(seed, split), len(emoji.make_scene(seed, split).objects))
+def test_planned_names_are_those_of_the_scene_if_all_fit():
+    pairs = [
+        (emoji.planned_names(seed, split), emoji.make_scene(seed, split).objects)
         for seed in range(60)
         for split in ("train", "artist")
     ]
-    assert all(0 < shown <= planned <= 4 for planned, shown in counts)
-    assert sum(shown == planned for planned, shown in counts) > 0.9 * len(counts)
+    names = [(Counter(planned), Counter(o.name for o in objects)) for planned, objects in pairs]
+    assert all(shown and shown <= planned and planned.total() <= 4 for planned, shown in names)
+    assert sum(shown == planned for planned, shown in names) > 0.9 * len(names)

@@ -34,7 +34,7 @@ from minivlm.emoji.objects import (
     plural,
     with_article,
 )
-from minivlm.emoji.scenes import TILT, WORLD, Scene, World, make_scene, planned_count
+from minivlm.emoji.scenes import TILT, WORLD, Scene, World, make_scene, planned_names
 
 __all__ = [
     "ARTISTS",
@@ -60,7 +60,7 @@ __all__ = [
     "join_phrases",
     "make_scene",
     "parse_caption",
-    "planned_count",
+    "planned_names",
     "plural",
     "same_caption",
     "segment_target",

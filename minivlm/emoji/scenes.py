@@ -278,9 +278,9 @@ def make_scene(
             return Scene(seed, split, size, image, tuple(objects), world)
 
 
-def planned_count(seed: int, split: str = "train", world: World = WORLD) -> int:
-    """How many objects the scene of this seed has, without rendering it. Now and then one of them does not fit."""
-    return len(_choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split, world))
+def planned_names(seed: int, split: str = "train", world: World = WORLD) -> list[str]:
+    """The objects of the scene of this seed, without rendering it. Now and then one of them does not fit."""
+    return _choose_names(np.random.default_rng((SPLITS.index(split), int(seed))), split, world)
 
 
 def texts(seeds: Iterable[int], split: str = "train", world: World = WORLD) -> Iterator[str]:

@@ -16,10 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minivlm import losses
-from minivlm.locations import CODES
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import IGNORE_INDEX
-from minivlm.vqvae import CODE_DIM, MaskVQVAE, code_grid
+from minivlm.vqvae import MaskVQVAE, code_grid
 
 
 class Objective(nn.Module):
@@ -44,40 +43,40 @@ class Objective(nn.Module):
             parameter.requires_grad_(True)
 
 
-class MaskVQVAEObjective(Objective):
-    """The losses of the mask VQ-VAE. A code's vector is the moving average of the encoder's vectors with that code.
+class VQVAEObjective(Objective):
+    """What the losses of a VQ-VAE share. A code's vector is the moving average of the encoder's vectors with that code.
 
-    The language model will write some codes wrong, so the decoder also learns to draw a mask of which some were
-    misread: from a codebook vector that another mask has in the same cell.
+    Args:
+        vae: With ``encoder``, ``decoder`` and a codebook ``_vq_vae``.
     """
 
     decay = 0.99  # of the averages, per step
     commitment = 0.25  # weight of the encoder's distance to the codebook
 
-    def __init__(self):
+    def __init__(self, vae: nn.Module):
         super().__init__()
-        self.vae = MaskVQVAE()
-        self.register_buffer("sizes", torch.zeros(CODES))  # vectors per step with a code, on average
-        self.register_buffer("sums", torch.zeros(CODES, CODE_DIM))  # of those vectors
+        self.vae = vae
+        codebook = vae._vq_vae._embedding
+        self.register_buffer("sizes", torch.zeros(len(codebook)))  # vectors per step with a code, on average
+        self.register_buffer("sums", torch.zeros_like(codebook))  # of those vectors
 
-    def loss_weight(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["masks"])
-
-    def forward(self, masks: Float[Tensor, "O 64 64"], misread: Bool[Tensor, "O 16"]) -> Float[Tensor, ""]:
-        vectors = self.vae.encoder(2 * masks[:, None] - 1).float()  # [O, D, 4, 4]
+    def quantize(self, inputs: Float[Tensor, "B c H W"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's vectors [B, D, h, w], the nearest of the codebook, and their codes [B, h·w]."""
+        vectors = self.vae.encoder(inputs).float()
         codes = self.vae._vq_vae.nearest(vectors.detach())
-        nearest = code_grid(codes, self.vae._vq_vae._embedding)
-        # Straight-through: the decoder gets codebook vectors, the encoder gets their gradient as if it had made them.
-        read = vectors + (nearest - vectors).detach()
-        wrong = misread.unflatten(1, nearest.shape[2:])[:, None]
-        decoded = self.vae.decoder(torch.where(wrong, nearest.roll(1, dims=0), read))[:, 0].float()
+        return vectors, code_grid(codes, self.vae._vq_vae._embedding), codes
+
+    def finish_step(
+        self, vectors: Float[Tensor, "B D h w"], nearest: Float[Tensor, "B D h w"], codes: Int[Tensor, "B n"]
+    ) -> Float[Tensor, ""]:
+        """The commitment loss. Updates the codebook."""
         self.update_codebook(vectors.detach().flatten(2).mT.flatten(0, 1), codes.flatten())
-        return F.mse_loss(decoded, 2 * masks - 1) + self.commitment * F.mse_loss(vectors, nearest)
+        return self.commitment * F.mse_loss(vectors, nearest)
 
     @torch.no_grad()
     def update_codebook(self, vectors: Float[Tensor, "N D"], codes: Int[Tensor, " N"]) -> None:
         """Update the averages. An idle code moves beside a busy one, and each gets half of the vectors."""
-        assigned = F.one_hot(codes, CODES).to(vectors)
+        assigned = F.one_hot(codes, len(self.sizes)).to(vectors)
         new = torch.cat([assigned.sum(0)[:, None], assigned.T @ vectors], dim=1)
         if dist.is_initialized():
             dist.all_reduce(new)
@@ -91,6 +90,28 @@ class MaskVQVAEObjective(Objective):
             average[idle] = average[busy]
         self.sums[idle] *= 1.01  # if both had the same vector, the second would never be the nearest
         self.vae._vq_vae._embedding.copy_(self.sums / self.sizes.clamp_min(1e-5)[:, None])
+
+
+class MaskVQVAEObjective(VQVAEObjective):
+    """The losses of the mask VQ-VAE.
+
+    The language model will write some codes wrong, so the decoder also learns to draw a mask of which some were
+    misread: from a codebook vector that another mask has in the same cell.
+    """
+
+    def __init__(self):
+        super().__init__(MaskVQVAE())
+
+    def loss_weight(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["masks"])
+
+    def forward(self, masks: Float[Tensor, "O 64 64"], misread: Bool[Tensor, "O 16"]) -> Float[Tensor, ""]:
+        vectors, nearest, codes = self.quantize(2 * masks[:, None] - 1)
+        # Straight-through: the decoder gets codebook vectors, the encoder gets their gradient as if it had made them.
+        read = vectors + (nearest - vectors).detach()
+        wrong = misread.unflatten(1, nearest.shape[2:])[:, None]
+        decoded = self.vae.decoder(torch.where(wrong, nearest.roll(1, dims=0), read))[:, 0].float()
+        return F.mse_loss(decoded, 2 * masks - 1) + self.finish_step(vectors, nearest, codes)
 
 
 class AlignmentObjective(Objective):

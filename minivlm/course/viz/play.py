@@ -74,7 +74,7 @@ def find_scene(seed: int, split: str, objects: int | str) -> emoji.Scene:
         return emoji.make_scene(seed, split)
     if split == "pairs" and objects < 2:
         raise ValueError("A scene with a pair has at least two objects: choose 2 or more, or another split.")
-    planned = (s for s in range(100_000) if emoji.planned_count(s, split) == objects)
+    planned = (s for s in range(100_000) if len(emoji.planned_names(s, split)) == objects)
     return emoji.make_scene(next(islice(planned, seed, None)), split)
 
 

@@ -1,0 +1,241 @@
+"""How each family is trained, and where its weights are.
+
+    python -m minivlm families train text         # first: clipcap, visualgpt and flamingo start from it
+    python -m minivlm families train flamingo
+
+A family is built from shared parts: tower and tokenizer of the embedded checkpoint, and the text-only Gemma. Only what
+it trained itself is stored, one file per family, in bfloat16.
+"""
+
+import argparse
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minivlm import emoji, hub, training
+from minivlm.emoji.augmentation import AUGMENTATIONS
+from minivlm.emoji.scenes import texts
+from minivlm.families import base, batches, clipcap, cm3, flamingo, simvlm, visualbert, visualgpt
+from minivlm.gemma import GemmaForCausalLM
+from minivlm.paligemma import PaliGemma
+from minivlm.processor import Processor
+from minivlm.siglip import init_linear
+from minivlm.training.objectives import Objective
+
+NAMES = ("text", "visualbert", "simvlm", "cm3", "clipcap", "clipcap-mlp", "visualgpt", "flamingo")
+CODES = 512  # in the codebook of CM3's images
+FOLDER = hub.DATA / "checkpoints" / "families"
+WORLD = emoji.World(most=2)  # one or two objects per scene
+
+
+@dataclass
+class Parts:
+    """What families are built from.
+
+    Attributes:
+        model: The embedded checkpoint.
+        text: The Gemma that has read text only.
+    """
+
+    model: PaliGemma
+    processor: Processor
+    text: GemmaForCausalLM
+
+    @property
+    def words(self) -> int:
+        return self.processor.tokenizer.get_vocab_size()
+
+    def new_decoder(self, vocab_size: int | None = None) -> GemmaForCausalLM:
+        """A Gemma of the text model's size with random weights."""
+        config = replace(self.text.config, vocab_size=vocab_size or self.text.config.vocab_size)
+        return GemmaForCausalLM(config).apply(init_linear)
+
+
+@dataclass
+class Run:
+    """One training run of a family, as for ``training.fit``."""
+
+    name: str
+    objective: Objective
+    batches: Any
+    steps: int
+    lr: float
+    options: dict = field(default_factory=dict)
+
+
+def load_parts(folder: Path = FOLDER, with_text: bool = True) -> Parts:
+    """The embedded checkpoint and the text-only Gemma.
+
+    Raises:
+        FileNotFoundError: If the text-only Gemma has not been trained.
+    """
+    model, processor = PaliGemma.from_pretrained(dtype=torch.float32), Processor.from_pretrained()
+    text = base.TextModel(GemmaForCausalLM(model.config.text_config))
+    if with_text:
+        load_weights(text, folder, "text")
+    return Parts(model, processor, text.decoder)
+
+
+# --- the families ----------------------------------------------------------------------------------------------------
+
+
+def build(name: str, parts: Parts) -> Objective:
+    """A family with the weights that it starts from.
+
+    Raises:
+        ValueError: If there is no such family.
+    """
+    if name not in NAMES:
+        raise ValueError(f"There is no family {name!r}: choose one of {', '.join(NAMES)}.")
+    tower, text = copy.deepcopy(parts.model.vision_tower), copy.deepcopy(parts.text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "visualbert":
+            config = visualbert.VisualBertConfig(parts.words + 1, tower.config.hidden_size, text.config.hidden_size)
+            return visualbert.VisualBertObjective(visualbert.VisualBert(config).apply(init_linear), tower)
+        if name == "simvlm":
+            return simvlm.SimVLM(parts.new_decoder(), parts.processor.image_size)
+        if name == "cm3":
+            decoder = parts.new_decoder(vocab_size=parts.words + CODES + 2)
+            return cm3.CM3(decoder, cm3.ImageVQVAE(CODES), parts.words)
+        if name == "visualgpt":
+            return visualgpt.VisualGPT(text, tower)
+        if name == "flamingo":
+            return flamingo.Flamingo(text, tower)
+        if name == "text":
+            return base.TextModel(parts.new_decoder())
+        return clipcap.ClipCap(text, tower, frozen=name == "clipcap")
+
+
+def runs(name: str, model: Objective, parts: Parts, steps: float = 1.0) -> list[Run]:
+    """The training runs of a family, in order.
+
+    Args:
+        steps: Fraction of the recipe's steps.
+    """
+    p, scenes = parts.processor, {"world": WORLD, "augment": AUGMENTATIONS}
+    if name == "text":
+        plan = [Run("text", model, batches.TextBatches(p, 64), 4_000, 3e-3)]
+    elif name == "visualbert":
+        plan = [Run(name, model, batches.BlankBatches(p, 32, vocab_size=parts.words, **scenes), 8_000, 2e-3)]
+    elif name == "simvlm":
+        corpus = list(texts(range(2_000)))
+        loader = batches.PrefixBatches(p, 32, texts=corpus, text_rows=4, **scenes)
+        plan = [Run(name, model, loader, 9_000, 2e-3)]
+    elif name == "cm3":
+        side = p.image_size // 8
+        loader = batches.DocumentBatches(p, 16, side=side, begin=model.begin, sentinel=model.sentinel, **scenes)
+        images = Run("images", cm3.ImageVQVAEObjective(model.vae), batches.ImageBatches(p, 16, **scenes), 3_000, 1e-3)
+        plan = [replace(images, options={"optimizer": "adamw"}), Run(name, model, loader, 8_000, 2e-3)]
+    elif name == "flamingo":
+        plan = [Run(name, model, batches.InterleavedBatches(p, 12, **scenes), 7_000, 2e-3)]
+    else:
+        plan = [Run(name, model, batches.CaptionBatches(p, 32, **scenes), 7_000, 1.5e-3)]
+    return [replace(run, steps=max(1, round(steps * run.steps))) for run in plan]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def own_weights(model: Objective) -> dict[str, torch.Tensor]:
+    """The weights that a family trains: all but the tower's and those of a language model that stays frozen."""
+    model.prepare()
+    frozen = {id(parameter) for parameter in model.frozen}
+    model.finish()
+    vae = {id(p) for p in model.vae.parameters()} if hasattr(model, "vae") else set()  # trained in a run of its own
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in frozen or id(value) in vae
+    }
+
+
+def save_weights(model: Objective, folder: Path, name: str) -> None:
+    """Write ``folder/name.safetensors``, in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in own_weights(model).items()}
+    with hub.write_atomically(folder / f"{name}.safetensors") as part:
+        save_file(weights, part)
+
+
+def load_weights(model: Objective, folder: Path, name: str) -> None:
+    """Load them into a family that was just built.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its weights are not this family's.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Make it with: python -m minivlm families train {name}")
+    wanted, found = own_weights(model), load_file(path)
+    wrong = sorted(set(wanted) ^ set(found)) or [k for k, v in wanted.items() if v.shape != found[k].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit {name}: {hub.abbreviate(wrong)}. Train it again.")
+    with torch.no_grad():
+        for key, value in wanted.items():
+            value.copy_(found[key].float())
+
+
+def load(name: str, parts: Parts, folder: Path = FOLDER) -> Objective:
+    """A family as it was trained, in eval mode."""
+    model = build(name, parts)
+    load_weights(model, folder, name)
+    return model.eval()
+
+
+def train(name: str, out: Path, folder: Path = FOLDER, steps: float = 1.0, precision: str = "bfloat16") -> Objective:
+    """Run the recipe of a family, or resume it, in ``out/name``, and write ``out/name.safetensors``.
+
+    Args:
+        folder: Where the text-only Gemma is.
+        steps: Fraction of the recipe's steps.
+    """
+    parts = load_parts(folder, with_text=name != "text")
+    model = build(name, parts)
+    context = training.find_distributed_context("cpu" if not torch.cuda.is_available() else None, workers=1)
+    for run in runs(name, model, parts, steps):
+        run.objective.prepare()
+        options = {"optimizer": "muon", "precision": precision, "context": context} | run.options
+        training.fit(
+            run.objective, run.batches, out=out / name / run.name, name=run.name, steps=run.steps, lr=run.lr, **options
+        )
+        run.objective.finish()
+    save_weights(model.cpu(), out, name)
+    return model.eval()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m minivlm families``."""
+    known = ["paligemma", *NAMES, "magic"]
+    parser.add_argument("action", choices=["train", "evaluate"], help="train: run a recipe, or resume it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; evaluate: default all")
+    parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the runs and their weights")
+    parser.add_argument("--steps", type=float, default=1.0, metavar="F", help="train a fraction of the recipe's steps")
+    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="evaluate on so many; default 1000")
+    parser.add_argument("--weights", type=Path, help="folder of the weights; default: those that ship")
+
+
+def run(args: argparse.Namespace) -> None:
+    """``python -m minivlm families``."""
+    from minivlm.families import evaluation
+
+    known = ["paligemma", *NAMES, "magic"]
+    if unknown := [name for name in args.names if name not in known]:
+        raise ValueError(f"There is no family {unknown[0]!r}: choose among {', '.join(known)}.")
+    if args.action == "evaluate":
+        folder = args.weights or FOLDER
+        parts = load_parts(folder)
+        found = evaluation.rows(parts, args.scenes, args.names or known, folder)
+        print(evaluation.table(found, evaluation.text_loss(parts.text, parts)))
+        return
+    if not args.names or set(args.names) - set(NAMES):
+        raise ValueError(f"Name what to train: {', '.join(NAMES)}.")
+    for name in args.names:
+        own = (args.out / "text.safetensors").is_file()
+        train(name, args.out, args.weights or (args.out if own else FOLDER), args.steps)
+        print(f"Trained. The weights are in {args.out / f'{name}.safetensors'}")
