@@ -49,6 +49,8 @@ class Metric:
     count: int
 
     def __str__(self) -> str:
+        if self.margin >= 0.5:
+            return "–"  # too few items: the interval is everything
         return f"{100 * self.value:.1f} ± {100 * self.margin:.1f}"
 
 
@@ -237,7 +239,7 @@ def mask_ious(scene: Scene, answer: str, vae: MaskVQVAE) -> list[float | None]:
 def segmentation_metrics(ious: list[list[float | None]]) -> dict[str, Metric]:
     """From the ``mask_ious`` of each scene: the fraction of objects with one, and their mean.
 
-    The mean is left out if fewer than ``FEWEST`` objects were found. Both are NaN if there are no objects.
+    The mean is 0 if no object was found. Both are NaN if there are no objects.
     """
     found = [iou is not None for row in ious for iou in row]
     names = ("segment: objects found", "mask IoU in correct boxes")

@@ -414,12 +414,12 @@ correct = {}
 for name, order in tqdm(layouts.items(), unit="run"):
     correct[name], first = count_correct_captions(lambda batch, order=order: rearrange(batch, order))
     print(f"{name:25} {correct[name]:2} of {len(scenes)} correct, the first: {first!r}")
-assert correct["as in training"] > correct["no <bos>"] > correct["no newline"]
+assert correct["as in training"] >= correct["no <bos>"] > correct["no newline"] + 10
 
 # %% [markdown]
 # Each token predicts the next one. In every training example, the newline predicted the first token of the answer.
-# Without the newline, the last token of the prefix has to do that, and it never learned to. `<bos>` is only attended
-# to, so losing it hurts less. How much less depends on the model.
+# Without the newline, the last token of the prefix has to do that, and it never learned to: the caption above lacks its
+# first word. `<bos>` is only attended to, so losing it hurts less. This model hardly notices; another may.
 #
 # A newline is also easy to double. The processor adds one, so leave it out of your prompts.
 #
