@@ -14,7 +14,7 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from PIL import Image
 from test_notebooks import SOURCES, committed
 
-from minivlm.course.viz import draw_boxes, lines, mask_explorer
+from minivlm.course.viz import draw_boxes, explore, lines
 from minivlm.locations import Detection
 
 TEMPLATES = ("lab", "classic")
@@ -132,7 +132,7 @@ def test_a_figure_fits_the_page_and_is_an_opaque_card(browser, tmp_path, theme, 
 
 @pytest.mark.browser
 def test_keyboard_focus_survives_predict_and_reveal(browser, tmp_path):
-    mask_explorer().save_html(tmp_path / "explorer.html")
+    explore().save_html(tmp_path / "explorer.html")
     inner = "document.activeElement.shadowRoot.activeElement"
     focused = f"{inner}?.dataset.do ?? {inner}.className"
     with quiet_page(browser, viewport={"width": 940, "height": 1000}) as page:

@@ -15,7 +15,7 @@ from browser import PATIENCE, chromium, exported, jupyterlab, notebook_with, qui
 from PIL import Image
 
 from minivlm import masks
-from minivlm.course.viz import Figure, mask_explorer
+from minivlm.course.viz import Figure, explore
 from minivlm.course.viz.explorer import LIMITS, MODES, WIDGET, Settings, explorer_mask, explorer_tokens, module
 
 SIZES = {"image": (0, 1, 4, 9, 12, 13, 40), "prefix": (1, 2, 5), "suffix": (0, 1, 2, 7), "padding": (0, 1, 3, 13)}
@@ -55,7 +55,7 @@ def show(page, tmp_path):
 
     def show(**how):
         path = tmp_path / "explorer.html"
-        mask_explorer(**how).save_html(path)
+        explore(**how).save_html(path)
         page.goto(path.as_uri())
         page.wait_for_selector(".grid svg")
 
@@ -396,7 +396,7 @@ def test_256_image_tokens_are_drawn_as_one_cell(page, show, compare):
 
 
 def test_the_mime_bundle_contains_every_form():
-    explorer = mask_explorer(image_tokens=256, compare="causal")
+    explorer = explore(image_tokens=256, compare="causal")
     data, metadata = explorer._repr_mimebundle_()
     assert set(data) == {"image/png", "text/plain", "text/html", WIDGET}
     assert isinstance(explorer.figure(), Figure)
@@ -407,7 +407,7 @@ def test_the_mime_bundle_contains_every_form():
 
 
 def test_an_exported_notebook_contains_the_explorer(page, tmp_path):
-    (tmp_path / "notebook.html").write_text(exported(mask_explorer(compare="causal")), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(exported(explore(compare="causal")), encoding="utf-8")
     page.goto((tmp_path / "notebook.html").as_uri())
     frame = page.frame_locator("iframe[data-mask-explorer]")
     frame.locator('[data-query="8"]').hover()
@@ -418,7 +418,7 @@ def test_an_exported_notebook_contains_the_explorer(page, tmp_path):
 
 
 def test_without_scripts_the_figure_stays(browser, tmp_path):
-    (tmp_path / "notebook.html").write_text(exported(mask_explorer()), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(exported(explore()), encoding="utf-8")
     with quiet_page(browser, java_script_enabled=False) as page:
         page.goto((tmp_path / "notebook.html").as_uri())
         image = page.get_by_role("img", name="An attention mask of 11 query rows by 11 key columns")
@@ -427,10 +427,10 @@ def test_without_scripts_the_figure_stays(browser, tmp_path):
 
 
 def test_save_html_creates_the_folder(tmp_path):
-    mask_explorer().save_html(tmp_path / "new" / "page.html")
-    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == mask_explorer().html()
+    explore().save_html(tmp_path / "new" / "page.html")
+    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == explore().html()
     with pytest.raises(ValueError, match="end in .html"):
-        mask_explorer().save_html(tmp_path / "page.png")
+        explore().save_html(tmp_path / "page.png")
     assert "</script" not in module() and "http" not in module().replace("http://www.w3.org/2000/svg", "")
 
 
@@ -450,13 +450,13 @@ def test_save_html_creates_the_folder(tmp_path):
 )
 def test_wrong_settings_raise_an_error(how, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        mask_explorer(**how)
+        explore(**how)
 
 
 # --- in JupyterLab ------------------------------------------------------------------------------------------------
 def test_in_jupyterlab_a_saved_figure_becomes_a_widget(browser, tmp_path):
-    source = "from minivlm.course.viz import mask_explorer\nmask_explorer()"
-    notebook = notebook_with(source, mask_explorer())
+    source = "from minivlm.course.viz import explore\nmask_explorer()"
+    notebook = notebook_with(source, explore())
     del notebook.cells[0].outputs[0].data[WIDGET]  # as in a saved notebook
     notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))
     nbformat.write(notebook, tmp_path / "explorer.ipynb")

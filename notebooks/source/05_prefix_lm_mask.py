@@ -170,7 +170,7 @@ exercises.score(prefix_lm_mask, points=2, seed=1)
 # 256, the number in PaliGemma. Then press *Predict a row* and fill in a row yourself.
 
 # %%
-viz.mask_explorer(image_tokens=4, prefix=3, suffix=3)
+viz.explore(image_tokens=4, prefix=3, suffix=3)
 
 # %% [markdown]
 # ## Learning from the answer only

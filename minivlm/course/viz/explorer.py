@@ -37,7 +37,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 @dataclass(frozen=True)
 class Settings:
-    """The state of the sliders and buttons. ``mask_explorer`` explains each.
+    """The state of the sliders and buttons. ``explore`` explains each.
 
     Raises:
         ValueError: If a number is outside its limits or a choice is unknown.
@@ -96,7 +96,7 @@ def explorer_mask(settings: Settings) -> Bool[Tensor, "T S"]:
     return torch.ones(queries, S, dtype=torch.bool) if mask is None else mask[0]
 
 
-def mask_explorer(
+def explore(
     image_tokens: int = 4,
     prefix: int = 4,
     suffix: int = 3,
