@@ -470,7 +470,7 @@ def test_long_runs_share_their_attention(talker, tiny_processor):
 # --- a function of the learner's ----------------------------------------------------------------------------------
 
 EXERCISES = (ch05.BLOCK, ch05.PREFIX_LM, ch05.PADDING, ch05.WINDOW)
-FUNCTIONS = [exercise.reference for exercise in EXERCISES] + [m.wrong for e in EXERCISES for m in e.mistakes]
+FUNCTIONS = [exercise.reference for exercise in EXERCISES] + [m.function for e in EXERCISES for m in e.mistakes]
 
 
 def few_tokens(seed: int) -> Settings:
@@ -494,8 +494,9 @@ def test_wrong_masks_are_drawn_and_crossed_cell_by_cell(page):
         const element = document.body.appendChild(document.createElement("div"));
         m.mount(element, a[0], a[1]);
         const d = (selector) => element.shadowRoot.querySelector(selector)?.getAttribute("d") ?? "";
-        const cells = Object.fromEntries(["allowed", "extra", "missing"].map((name) => [name, d(`[data-cells=${name}]`)]));
-        return { ...cells, lines: d('[stroke="#DEDEDE"]'), rule: element.shadowRoot.querySelector(".rule").textContent };
+        const rule = element.shadowRoot.querySelector(".rule").textContent, lines = d('[stroke="#DEDEDE"]');
+        const [allowed, extra, missing] = ["allowed", "extra", "missing"].map((name) => d(`[data-cells=${name}]`));
+        return { allowed, extra, missing, lines, rule };
     })()"""
     for explorer, drawn in zip(
         explorers, call_module(page, script, [[asdict(e.settings), e.data()] for e in explorers]), strict=True
@@ -660,8 +661,10 @@ def test_it_starts_with_two_sliders_and_unfolds(page, tmp_path):
     assert "no padding" not in page.locator(".rule").inner_text()
 
 
-@pytest.mark.parametrize(("scheme", "jupyter", "dark"), [("light", None, False), ("dark", None, True),
-                                                          ("light", "false", True), ("dark", "true", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheme", "jupyter", "dark"),
+    [("light", None, False), ("dark", None, True), ("light", "false", True), ("dark", "true", False)],
+)
 def test_the_theme_is_that_of_jupyterlab_or_of_the_system(browser, tmp_path, scheme, jupyter, dark):
     explore(mask=causal, compare="sliding").save_html(tmp_path / "explorer.html")
     with quiet_page(browser, color_scheme=scheme, viewport={"width": 390, "height": 800}) as page:
