@@ -184,6 +184,16 @@ def test_axe_finds_nothing_serious(browser, axe, tmp_path, stem, template):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_explorer(browser, axe, tmp_path, theme):
+    explore(mask=lambda token_type_ids: token_type_ids, compare="causal").save_html(tmp_path / "explorer.html")
+    with quiet_page(browser, color_scheme=theme, viewport={"width": WIDTHS["a phone"], "height": 900}) as page:
+        page.goto((tmp_path / "explorer.html").as_uri())
+        page.wait_for_selector(".grid svg")
+        assert run_axe(page, axe) == []
+
+
+@pytest.mark.browser
 def test_axe_finds_what_is_wrong(browser, axe):
     with quiet_page(browser) as page:
         image = '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">'

@@ -7,6 +7,7 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -32,6 +33,7 @@ from minivlm.course.viz.explorer import (
 )
 from minivlm.course.viz.own_mask import transformers_mask
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"image": (0, 1, 4, 9, 12, 13, 40), "prefix": (1, 2, 5), "suffix": (0, 1, 2, 7), "padding": (0, 1, 3, 13)}
 
 
@@ -448,7 +450,7 @@ def test_attention_lies_over_the_mask_of_its_layer(page, show, talker, tiny_proc
     assert len(drawn) == int(explorer_mask(explorer.settings).sum())
     for at, opacity in drawn:
         query, key = map(int, at.split())
-        assert opacity == pytest.approx(float(table[query, key] / table.max()), abs=0.02)
+        assert opacity**2 == pytest.approx(float(table[query, key] / table.max()), abs=0.02)
     hover(page, query=12, key=3)
     found = re.search(r"weight in layer 1, head 2 is ([\d.]+)%", sentence(page))
     assert float(found[1]) / 100 == pytest.approx(float(table[12, 3]), abs=0.0026)
@@ -556,21 +558,17 @@ def unwritten(token_type_ids):
         (lambda ids: None, "<lambda> returned a NoneType, not a tensor."),
         (lambda ids: ids.bool(), "<lambda> returned the shape [1, 11], not [1, 11, 11]."),
         (lambda ids: causal(ids).float(), "<lambda> returned torch.float32, not booleans"),
+        (lambda types, window: types, "<lambda> has the parameter 'types', which the explorer cannot fill."),
     ],
 )  # fmt: skip
 def test_a_function_that_returns_no_mask_gives_a_sentence(page, show, unchecked, function, words):
     explorer = explore(mask=function)
     assert words in explorer.call_own(explorer.settings)["error"]
-    assert explorer.figure().alt.startswith("An attention mask of 11 query rows")
+    assert explorer.figure().alt.startswith(f"PaliGemma's mask, because {words}"[:60])
     if function is unwritten:
         show(mask=function)
         assert page.locator(".rule").inner_text().startswith(f"{words} This is PaliGemma's mask.")
         assert drawn_mask(page) == as_lines(explorer_mask(Settings()))
-
-
-def test_a_parameter_without_a_value_is_named():
-    with pytest.raises(ValueError, match="the parameter 'types', which the explorer cannot fill. Name it one of"):
-        explore(mask=lambda types, window: types)
 
 
 def test_the_kernel_calls_the_function_again():
@@ -728,6 +726,7 @@ def test_save_html_creates_the_folder(tmp_path):
         ({"mode": "prefix"}, "'prefix-lm'"),
         ({"compare": "none"}, "'none'"),
         ({"mode": "own"}, "needs a function"),
+        ({"mask": torch.ones(3)}, "not a Tensor"),
         ({"prefix": "caption en"}, "Only a processor"),
         ({"model": tiny_model(1)}, "needs a processor"),
         ({"padding_side": "top"}, "'left' and 'right'"),
@@ -735,7 +734,7 @@ def test_save_html_creates_the_folder(tmp_path):
         ({"call": "decode", "suffix": 0}, "Use a suffix"),
     ],
 )
-def test_wrong_settings_raise_an_error(how, words):
+def test_wrong_settings_raise_an_error(unchecked, how, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         explore(**how)
 
@@ -778,3 +777,9 @@ def test_in_jupyterlab_a_saved_figure_becomes_a_widget(browser, tmp_path):
 
 def test_settings_are_plain_data():
     assert json.loads(json.dumps(asdict(Settings()))) == asdict(Settings())
+
+
+def test_the_report_for_transformers_runs():
+    report = (ROOT / "docs" / "upstream-mask-visualizer.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", report, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "upstream-mask-visualizer.md", "exec"), {})

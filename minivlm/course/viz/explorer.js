@@ -426,12 +426,12 @@ function weights({ rows, cols }, settings) {
   return { all, largest: Math.max(...all.map(({ share }) => share)) };
 }
 
-/** The weights as opacity, relative to the largest. */
+/** The weights as opacity: the square root of the share of the largest, so that small ones show. */
 function overlay(plan, corner, settings, table) {
   const { all, largest } = weights(plan, settings), inset = plan.size > 8 ? 1 : 0.25;
   return all.filter(({ row, col }) => count(settings, table, plan.rows[row], plan.cols[col])).map(({ row, col, share }) =>
     rect(corner + plan.cols[col].at + inset, plan.top + plan.rows[row].at + inset, plan.cols[col].size - 2 * inset,
-      plan.rows[row].size - 2 * inset, { fill: ALLOWED, opacity: share / largest, "data-weight": `${row} ${col}` })).join("");
+      plan.rows[row].size - 2 * inset, { fill: ALLOWED, opacity: Math.sqrt(share / largest), "data-weight": `${row} ${col}` })).join("");
 }
 
 /** The strips along both sides: the color of the kind, and the number of the block. */
@@ -744,7 +744,7 @@ ${menus}${choice("mode", "mask", names)}
 <p class="rule" aria-live="polite"></p>
 <p class="note">The number on a token is its block: a query attends to keys of its own and of earlier blocks.</p>
 <div class="sliders">${attention ? "" : all.slice(0, 2).join("")}</div>
-<details class="more"><summary>More: ${attention ? "" : "padding, "}window, decode step, comparison</summary>
+<details class="more"><summary>More settings</summary>
 <div class="sliders">${attention ? all.join("") : all.slice(2).join("")}</div>
 <div class="line">
 ${attention ? "" : choice("side", "padding on the", { left: "left", right: "right" })}
@@ -928,7 +928,8 @@ function ruleOf({ settings, waits, live }) {
   const { mode, padding, own } = settings, { rule } = about(mode, settings);
   if (waits) return `Waiting for the kernel to call ${own.name} …`;
   if (mode === "unmasked-padding" && !padding) return `${rule} There is no padding now, so nothing changes: move its slider.`;
-  if (hasWeights(settings)) return `${rule} A cell is as dark as its weight, which is stored in 256 steps: exact to 0.2%.`;
+  if (hasWeights(settings)) return `${rule} The color shows the square root of the weight. Weights are stored in ` +
+    "256 steps, exact to 0.2 percentage points.";
   if (mode !== OWN) return rule;
   const frozen = live ? "" : " Without a kernel, its sequence cannot change.";
   return `${rule}${own.rows ? ` ${disagreement(settings)}` : ""}${frozen}`;

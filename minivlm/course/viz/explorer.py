@@ -23,7 +23,8 @@ from torch import Tensor
 from minivlm.course.viz.attention import attention_mask, attention_over_mask, compare_masks
 from minivlm.course.viz.figure import Figure, output_path
 from minivlm.course.viz.own_mask import call_mask, name_of, reference_mode, transformers_mask
-from minivlm.course.viz.text import listed, visible
+from minivlm.course.viz.style import TITLE, WIDTH
+from minivlm.course.viz.text import fit, listed, visible
 from minivlm.course.viz.tokens import Token, read_tokens, stretches
 from minivlm.course.viz.weights import decoder_attention
 from minivlm.masks import attention_masks
@@ -185,8 +186,8 @@ def explore(
     if isinstance(model, torch.nn.Module) and not isinstance(model, PaliGemma):
         mask, model = transformers_mask(model, layer or 0), None
         written += [f"layer={layer}"] if layer else []
-    if mask is not None:
-        reference_mode(mask)  # checks its parameters
+    if mask is not None and not callable(mask):
+        raise ValueError(f"mask must be a function that returns a mask, not a {type(mask).__name__}.")
     mode = mode or ("prefix-lm" if mask is None else OWN)
     if OWN in (mode, compare) and mask is None:
         raise ValueError('The mode "own" needs a function. Pass it as mask=.')
@@ -318,7 +319,11 @@ class MaskExplorer:
         ordered = sorted(shown, key=[own and own["reference"], first.mode, first.compare].index)
         drawn = {names[mode]: explorer_mask(replace(first, mode=mode), self.mask) for mode in ordered}
         if len(drawn) == 1:
-            return attention_mask(*drawn.values(), tokens, title=next(iter(drawn)))
+            if own is None or own["error"] is None:
+                return attention_mask(*drawn.values(), tokens, title=next(iter(drawn)))
+            said = f"PaliGemma's mask, because {own['error']}"
+            figure = attention_mask(*drawn.values(), tokens, title=fit(said, 0.8 * WIDTH, TITLE))
+            return replace(figure, alt=f"{said} {figure.alt}")
         return compare_masks(drawn, tokens)
 
     def call_own(self, settings: Settings) -> dict[str, Any]:
@@ -328,7 +333,7 @@ class MaskExplorer:
             mask = explorer_mask(replace(settings, mode=OWN), self.mask)
             rows = ["".join(map(str, row)) for row in mask.int().tolist()]
         except ValueError as problem:
-            error = str(problem)
+            error = f"{str(problem).rstrip('.')}."
         about = {"name": name_of(self.mask), "reference": reference_mode(self.mask)}
         return about | {"of": {name: getattr(settings, name) for name in SEQUENCE}, "rows": rows, "error": error}
 

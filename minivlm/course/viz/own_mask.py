@@ -61,7 +61,10 @@ def name_of(function: Callable) -> str:
 
 def reference_mode(function: Callable) -> str:
     """The mode of the explorer that the mask is compared with."""
-    return "sliding" if "window" in parameters_of(function).values() else "prefix-lm"
+    try:
+        return "sliding" if "window" in parameters_of(function).values() else "prefix-lm"
+    except ValueError:  # call_mask says what is wrong
+        return "prefix-lm"
 
 
 def call_mask(function: Callable, tokens: list[Token], window: int) -> Bool[Tensor, "T T"]:
