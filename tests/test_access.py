@@ -18,7 +18,7 @@ from test_notebooks import SOURCES, committed
 from minivlm.course import exercises
 from minivlm.course.grading.grader import write_results
 from minivlm.course.grading.report import Mark, Report
-from minivlm.course.viz import draw_boxes, lines, mask_explorer, trace
+from minivlm.course.viz import draw_boxes, explore, lines, trace
 from minivlm.locations import Detection
 
 WORKSHEETS = Path(__file__).resolve().parents[1] / "docs" / "worksheets.html"
@@ -137,7 +137,7 @@ def test_a_figure_fits_the_page_and_is_an_opaque_card(browser, tmp_path, theme, 
 
 @pytest.mark.browser
 def test_keyboard_focus_survives_predict_and_reveal(browser, tmp_path):
-    mask_explorer().save_html(tmp_path / "explorer.html")
+    explore().save_html(tmp_path / "explorer.html")
     inner = "document.activeElement.shadowRoot.activeElement"
     focused = f"{inner}?.dataset.do ?? {inner}.className"
     with quiet_page(browser, viewport={"width": 940, "height": 1000}) as page:
@@ -202,6 +202,16 @@ def test_axe_finds_nothing_serious_in_a_dark_trace(browser, axe, talker, tiny_pr
             page.keyboard.press("ArrowRight")
             assert not run_axe(page, axe)
             assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS["a phone"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_explorer(browser, axe, tmp_path, theme):
+    explore(mask=lambda token_type_ids: token_type_ids, compare="causal").save_html(tmp_path / "explorer.html")
+    with quiet_page(browser, color_scheme=theme, viewport={"width": WIDTHS["a phone"], "height": 900}) as page:
+        page.goto((tmp_path / "explorer.html").as_uri())
+        page.wait_for_selector(".grid svg")
+        assert run_axe(page, axe) == []
 
 
 @pytest.mark.browser

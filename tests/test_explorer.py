@@ -7,17 +7,33 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
+from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+import transformers
 from browser import PATIENCE, chromium, exported, jupyterlab, notebook_with, quiet_page
+from conftest import in_transformers, tiny_model
 from PIL import Image
 
 from minivlm import masks
-from minivlm.course.viz import Figure, mask_explorer
-from minivlm.course.viz.explorer import LIMITS, MODES, WIDGET, Settings, explorer_mask, explorer_tokens, module
+from minivlm.course import viz
+from minivlm.course.exercises import ch05
+from minivlm.course.viz import Figure, explore
+from minivlm.course.viz.explorer import (
+    LIMITS,
+    MODES,
+    WIDGET,
+    MaskExplorer,
+    Settings,
+    explorer_mask,
+    explorer_tokens,
+    module,
+)
+from minivlm.course.viz.own_mask import transformers_mask
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"image": (0, 1, 4, 9, 12, 13, 40), "prefix": (1, 2, 5), "suffix": (0, 1, 2, 7), "padding": (0, 1, 3, 13)}
 
 
@@ -55,9 +71,10 @@ def show(page, tmp_path):
 
     def show(**how):
         path = tmp_path / "explorer.html"
-        mask_explorer(**how).save_html(path)
+        explore(**how).save_html(path)
         page.goto(path.as_uri())
         page.wait_for_selector(".grid svg")
+        page.locator(".more").evaluate("(details) => (details.open = true)")
 
     return show
 
@@ -292,7 +309,7 @@ def test_clicks_pin_several_and_unpin(page, show):
 
 def test_keyboard_reaches_everything(page, show):
     show(image_tokens=2, prefix=3)
-    page.locator("select").focus()
+    page.locator("select[name=compare]").focus()
     page.keyboard.press("Tab")  # the mask comes next
     for key in ("ArrowRight", "ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
@@ -358,11 +375,11 @@ def test_two_masks_and_their_difference(page, show):
         "Prefix-LM: query 0 '<image>' can attend to key 3 '<image>': image and prefix attend to each other fully.",
         "Causal: query 0 '<image>' cannot attend to key 3 '<image>': it comes later.",
     ]
-    page.locator("select").select_option("sliding")
+    page.locator("select[name=compare]").select_option("sliding")
     slide(page, "window", 2)
     other = explorer_mask(Settings(mode="sliding", padding=1, window=2))
     assert f"difference: {int((ours != other).sum())} pairs" in page.locator(".grid svg").inner_html()
-    page.locator("select").select_option("")
+    page.locator("select[name=compare]").select_option("")
     assert page.locator("[data-panel]").count() == 1
 
 
@@ -392,11 +409,276 @@ def test_256_image_tokens_are_drawn_as_one_cell(page, show, compare):
     assert len(length) < 100_000
 
 
+# --- real tokens and a model's attention --------------------------------------------------------------------------
+
+IMAGE = Image.new("RGB", (12, 12), "red")
+PROMPT = {"prefix": "caption en", "suffix": "a cat and two dogs"}
+
+
+def test_real_tokens_are_those_of_the_processor(page, show, tiny_processor):
+    batch = tiny_processor(text=[PROMPT["prefix"]], images=[IMAGE], suffix=[PROMPT["suffix"]])
+    wanted = [viz.tokens.visible(token.text) for token in viz.read_tokens(batch, tiny_processor)]
+    explorer = explore(tiny_processor, IMAGE, **PROMPT)
+    assert [token.text for token in explorer_tokens(explorer.settings)] == wanted
+    assert explorer.settings.suffix == int(batch["token_type_ids"].sum())
+    show(processor=tiny_processor, image=IMAGE, **PROMPT)
+    labels = page.locator("[data-query]").all_text_contents()
+    assert labels == [f"{i} {text}" for i, text in enumerate(wanted)]
+    sliders = page.get_by_role("slider")
+    assert [sliders.nth(i).get_attribute("name") for i in range(sliders.count())] == ["image", "padding", "window"]
+    slide(page, "image tokens", 3)
+    changed = Settings(**(asdict(explorer.settings) | {"image": 3}))
+    assert drawn_mask(page) == as_lines(explorer_mask(changed))
+
+
+def test_a_prompt_alone_has_no_suffix(tiny_processor):
+    settings = explore(tiny_processor, IMAGE, "caption en").settings
+    assert settings.suffix == 0 and settings.texts[0][0] == "<bos>" and settings.texts[0][-1] == "↵"
+
+
+@torch.no_grad()
+def test_attention_lies_over_the_mask_of_its_layer(page, show, talker, tiny_processor):
+    explorer = explore(tiny_processor, IMAGE, **PROMPT, model=talker, layer=1)
+    show(processor=tiny_processor, image=IMAGE, **PROMPT, model=talker)
+    menus = {name: page.get_by_role("combobox", name=name, exact=True) for name in ("attention of", "head")}
+    menus["attention of"].focus()
+    page.keyboard.press("ArrowDown")  # from layer 0 to layer 1
+    menus["head"].select_option("head 2")
+    table = explorer.attention.table(1, 2)
+    cells = page.locator("[data-weight]")
+    drawn = cells.evaluate_all("(all) => all.map((c) => [c.dataset.weight, Number(c.getAttribute('opacity'))])")
+    assert len(drawn) == int(explorer_mask(explorer.settings).sum())
+    for at, opacity in drawn:
+        query, key = map(int, at.split())
+        assert opacity**2 == pytest.approx(float(table[query, key] / table.max()), abs=0.02)
+    hover(page, query=12, key=3)
+    found = re.search(r"weight in layer 1, head 2 is ([\d.]+)%", sentence(page))
+    assert float(found[1]) / 100 == pytest.approx(float(table[12, 3]), abs=0.0026)
+    menus["attention of"].select_option("none, only the mask")
+    assert cells.count() == 0 and drawn_mask(page) == as_lines(explorer_mask(explorer.settings))
+
+
+def test_long_runs_share_their_attention(talker, tiny_processor):
+    attention = explore(tiny_processor, IMAGE, **PROMPT, model=talker).attention
+    S = attention.weights.shape[-1]
+    coarse = viz.explorer.Attention(attention.weights, attention.windows, [(0, 9), *((i, i + 1) for i in range(9, S))])
+    L, H = coarse.weights.shape[:2]
+    table = torch.frombuffer(bytearray(base64.b64decode(coarse.plain()["values"])), dtype=torch.uint8) / 255
+    table = table.view(L, H, S - 8, S - 8)
+    assert torch.allclose(table[:, :, 0, 0], attention.weights[:, :, :9, :9].sum(-1).mean(-1), atol=1 / 255)
+    assert torch.allclose(table[:, :, 3, 2], attention.weights[:, :, 11, 10], atol=1 / 255)
+
+
+# --- a function of the learner's ----------------------------------------------------------------------------------
+
+EXERCISES = (ch05.BLOCK, ch05.PREFIX_LM, ch05.PADDING, ch05.WINDOW)
+FUNCTIONS = [exercise.reference for exercise in EXERCISES] + [m.function for e in EXERCISES for m in e.mistakes]
+
+
+def few_tokens(seed: int) -> Settings:
+    settings = asdict(SETTINGS[seed])
+    return Settings(**(settings | {name: min(settings[name], 9) for name in ("image", "padding")} | {"mode": "own"}))
+
+
+def cells_of(paths: dict[str, str], name: str) -> set[tuple[int, int]]:
+    """Queries and keys of the drawn cells, by the lines of the grid."""
+    xs = [float(x) for x in re.findall(r"M([\d.]+) [\d.]+v", paths["lines"])]
+    ys = [float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)h", paths["lines"])]
+    found = re.findall(r"M([\d.]+) ([\d.]+)h", paths[name])
+    return {(sum(line < float(y) for line in ys) - 1, sum(line < float(x) for line in xs) - 1) for x, y in found}
+
+
+def test_wrong_masks_are_drawn_and_crossed_cell_by_cell(page):
+    explorers = [MaskExplorer(few_tokens(i), FUNCTIONS[i % len(FUNCTIONS)]) for i in range(40)]
+    explorers = [e for e in explorers if e.data()["own"]["rows"]]
+    assert len(explorers) >= 30
+    script = """(() => {
+        const element = document.body.appendChild(document.createElement("div"));
+        m.mount(element, a[0], a[1]);
+        const d = (selector) => element.shadowRoot.querySelector(selector)?.getAttribute("d") ?? "";
+        const rule = element.shadowRoot.querySelector(".rule").textContent, lines = d('[stroke="#DEDEDE"]');
+        const [allowed, extra, missing] = ["allowed", "extra", "missing"].map((name) => d(`[data-cells=${name}]`));
+        return { allowed, extra, missing, lines, rule };
+    })()"""
+    for explorer, drawn in zip(
+        explorers, call_module(page, script, [[asdict(e.settings), e.data()] for e in explorers]), strict=True
+    ):
+        settings = explorer.settings
+        own = explorer_mask(settings, explorer.mask)
+        reference = explorer_mask(Settings(**(asdict(settings) | {"mode": explorer.data()["own"]["reference"]})))
+        wanted = {"allowed": own, "extra": own & ~reference, "missing": ~own & reference}
+        for name, table in wanted.items():
+            assert cells_of(drawn, name) == {tuple(at) for at in table.nonzero().tolist()}, (name, settings)
+        wrong = int((own != reference).sum())
+        assert (
+            f"differs from PaliGemma's mask in {wrong:,} pairs" in drawn["rule"] if wrong else "equals" in drawn["rule"]
+        )
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
+def test_right_functions_draw_the_masks_of_the_package(exercise):
+    for settings in map(few_tokens, range(40)):
+        explorer = MaskExplorer(settings, exercise.reference)
+        mode = explorer.data()["own"]["reference"]
+        reference = explorer_mask(Settings(**(asdict(settings) | {"mode": mode})))
+        assert torch.equal(explorer_mask(settings, explorer.mask), reference), settings
+
+
+def causal(token_type_ids):
+    return masks.causal_mask(token_type_ids.shape[1])[None]
+
+
+def test_a_wrong_cell_has_its_reason(page, show):
+    show(mask=causal, image_tokens=2, prefix=3)
+    assert "causal" in page.get_by_role("radio", name="causal", exact=True).first.locator("..").inner_text()
+    hover(page, query=0, key=3)
+    assert sentence(page) == (
+        "Query 0 '<image>' cannot attend to key 3 'pre 1' in causal. "
+        "PaliGemma allows this: image and prefix attend to each other fully."
+    )
+    hover(page, query=7, key=6)
+    assert sentence(page) == "Query 7 'suf 3' can attend to key 6 'suf 2': it comes earlier in the suffix."
+    assert page.get_by_role("slider", name="image tokens").is_disabled()
+    assert "Without a kernel" in page.locator(".rule").inner_text()
+    choose(page, "prefix-LM")
+    slide(page, "image tokens", 5)
+    page.locator("input[value=own]").check(force=True)  # back to the sequence that the function was called with
+    assert drawn_mask(page) == as_lines(masks.causal_mask(8))
+
+
+def unwritten(token_type_ids):
+    raise NotImplementedError("write your solution here")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (unwritten, "unwritten is not written yet."),
+        (lambda ids: ids[99], "<lambda> stopped with IndexError: index 99 is out of bounds"),
+        (lambda ids: None, "<lambda> returned a NoneType, not a tensor."),
+        (lambda ids: ids.bool(), "<lambda> returned the shape [1, 11], not [1, 11, 11]."),
+        (lambda ids: causal(ids).float(), "<lambda> returned torch.float32, not booleans"),
+        (lambda types, window: types, "<lambda> has the parameter 'types', which the explorer cannot fill."),
+    ],
+)  # fmt: skip
+def test_a_function_that_returns_no_mask_gives_a_sentence(page, show, unchecked, function, words):
+    explorer = explore(mask=function)
+    assert words in explorer.call_own(explorer.settings)["error"]
+    assert explorer.figure().alt.startswith(f"PaliGemma's mask, because {words}"[:60])
+    if function is unwritten:
+        show(mask=function)
+        assert page.locator(".rule").inner_text().startswith(f"{words} This is PaliGemma's mask.")
+        assert drawn_mask(page) == as_lines(explorer_mask(Settings()))
+
+
+def test_the_kernel_calls_the_function_again():
+    explorer = explore(mask=causal)
+    explorer.widget.settings = asdict(explorer.settings) | {"image": 6}
+    assert len(explorer.widget.own["rows"]) == 13 and explorer.widget.own["of"]["image"] == 6
+
+
+# --- models of transformers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_of_a_transformers_model_is_the_one_it_uses(unchecked, side):
+    model = in_transformers(tiny_model(2))
+    settings = Settings(image=9, padding=2, side=side, window=6, mode="own")
+    real = torch.tensor([token.kind != "padding" for token in explorer_tokens(settings)])
+    for layer, mode in enumerate(("sliding", "prefix-lm")):
+        mask = explorer_mask(settings, transformers_mask(model, layer))
+        wanted = explorer_mask(Settings(**(asdict(settings) | {"mode": mode})))
+        assert torch.equal(mask[real], wanted[real])
+    assert explore(model=model, layer=1).settings.mode == "own"
+    with pytest.raises(ValueError, match="4 layers with self_attn: there is no layer 4"):
+        transformers_mask(model, 4)
+
+
+def test_a_causal_model_of_transformers_is_drawn_causal(unchecked):
+    config = transformers.GemmaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    model = transformers.GemmaForCausalLM(config)
+    before = model.config._attn_implementation
+    explorer = explore(model=model)
+    assert torch.equal(explorer_mask(explorer.settings, explorer.mask), masks.causal_mask(11))
+    assert model.config._attn_implementation == before
+
+
+# --- the state as text --------------------------------------------------------------------------------------------
+
+
+def test_the_line_of_python_recreates_the_state(page, tiny_processor):
+    started = [explore(), explore(mask=causal), explore(tiny_processor, IMAGE, 'say "a\\b"', "a cat", mask=causal)]
+    names = {"viz": viz, "processor": tiny_processor, "image": IMAGE, "causal": causal}
+    states = []
+    for i, settings in enumerate(SETTINGS[:60]):
+        start = started[i % 3]
+        fixed = {"texts": start.settings.texts}
+        if start.settings.texts:
+            fixed |= {"prefix": start.settings.prefix, "suffix": start.settings.suffix}
+        states.append((start, Settings(**(asdict(settings) | fixed | {"compare": (None, "causal")[i % 2]}))))
+    arguments = [[asdict(state) | {"own": start.data()["own"]}, start.data()] for start, state in states]
+    for (_, state), line in zip(states, call_module(page, "m.python(a[0], a[1])", arguments), strict=True):
+        assert "\n" not in line and eval(line, names).settings == state, line
+
+
+def test_the_address_keeps_the_state_and_ignores_nonsense(page, show, tmp_path):
+    first = asdict(Settings())
+    arguments = [[asdict(settings), first] for settings in SETTINGS]
+    back = call_module(page, "m.normalize(m.fromHash(m.toHash(a[0], a[1]), a[1]))", arguments)
+    assert back == [asdict(settings) for settings in SETTINGS]
+    nonsense = [
+        "#",
+        "#image=99999&mode=x&side=top&call=&padding=-1&suffix=1.5&window=0",
+        "#%%%&layer=0&head=&own=1&texts=a",
+    ]
+    assert call_module(page, "m.fromHash(a[0], a[1])", [[hash, first] for hash in nonsense]) == [first] * 3
+    show()
+    slide(page, "image tokens", 6)
+    choose(page, "sliding window")
+    assert page.url.endswith("#image=6&mode=sliding")
+    page.reload()
+    assert drawn_mask(page) == as_lines(explorer_mask(Settings(image=6, mode="sliding")))
+    page.get_by_role("button", name="Copy as Python").click()
+    assert page.locator("output").inner_text() == 'viz.explore(image_tokens=6, mode="sliding")'
+
+
+# --- simple at first, in both themes ------------------------------------------------------------------------------
+
+
+def test_it_starts_with_two_sliders_and_unfolds(page, tmp_path):
+    explore().save_html(tmp_path / "explorer.html")
+    page.goto((tmp_path / "explorer.html").as_uri())
+    visible = page.get_by_role("slider").and_(page.locator(":visible"))
+    assert visible.count() == 2 and "its block" in page.locator(".note").inner_text()
+    choose(page, "unmasked padding")
+    assert "There is no padding now" in page.locator(".rule").inner_text()
+    assert visible.count() == 5
+    slide(page, "padding", 1)
+    assert "no padding" not in page.locator(".rule").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "jupyter", "dark"),
+    [("light", None, False), ("dark", None, True), ("light", "false", True), ("dark", "true", False)],
+)
+def test_the_theme_is_that_of_jupyterlab_or_of_the_system(browser, tmp_path, scheme, jupyter, dark):
+    explore(mask=causal, compare="sliding").save_html(tmp_path / "explorer.html")
+    with quiet_page(browser, color_scheme=scheme, viewport={"width": 390, "height": 800}) as page:
+        page.goto((tmp_path / "explorer.html").as_uri())
+        if jupyter:
+            page.evaluate(f"document.body.dataset.jpThemeLight = {jupyter!r}")
+        page.wait_for_selector(f'.grid svg > rect[fill="{"#1B1E23" if dark else "#FFFFFF"}"]')
+        assert page.locator(".card.dark").count() == int(dark)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 # --- where it is shown --------------------------------------------------------------------------------------------
 
 
 def test_the_mime_bundle_contains_every_form():
-    explorer = mask_explorer(image_tokens=256, compare="causal")
+    explorer = explore(image_tokens=256, compare="causal")
     data, metadata = explorer._repr_mimebundle_()
     assert set(data) == {"image/png", "text/plain", "text/html", WIDGET}
     assert isinstance(explorer.figure(), Figure)
@@ -407,7 +689,7 @@ def test_the_mime_bundle_contains_every_form():
 
 
 def test_an_exported_notebook_contains_the_explorer(page, tmp_path):
-    (tmp_path / "notebook.html").write_text(exported(mask_explorer(compare="causal")), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(exported(explore(compare="causal")), encoding="utf-8")
     page.goto((tmp_path / "notebook.html").as_uri())
     frame = page.frame_locator("iframe[data-mask-explorer]")
     frame.locator('[data-query="8"]').hover()
@@ -418,7 +700,7 @@ def test_an_exported_notebook_contains_the_explorer(page, tmp_path):
 
 
 def test_without_scripts_the_figure_stays(browser, tmp_path):
-    (tmp_path / "notebook.html").write_text(exported(mask_explorer()), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(exported(explore()), encoding="utf-8")
     with quiet_page(browser, java_script_enabled=False) as page:
         page.goto((tmp_path / "notebook.html").as_uri())
         image = page.get_by_role("img", name="An attention mask of 11 query rows by 11 key columns")
@@ -427,36 +709,41 @@ def test_without_scripts_the_figure_stays(browser, tmp_path):
 
 
 def test_save_html_creates_the_folder(tmp_path):
-    mask_explorer().save_html(tmp_path / "new" / "page.html")
-    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == mask_explorer().html()
+    explore().save_html(tmp_path / "new" / "page.html")
+    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == explore().html()
     with pytest.raises(ValueError, match="end in .html"):
-        mask_explorer().save_html(tmp_path / "page.png")
+        explore().save_html(tmp_path / "page.png")
     assert "</script" not in module() and "http" not in module().replace("http://www.w3.org/2000/svg", "")
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"image_tokens": 257}, "0 to 256"),
+        ({"image_tokens": 1025}, "0 to 1024"),
         ({"prefix": 0}, "1 to 16"),
         ({"padding": -1}, "0 to 16"),
         ({"window": 0}, "at least 1"),
         ({"mode": "prefix"}, "'prefix-lm'"),
         ({"compare": "none"}, "'none'"),
+        ({"mode": "own"}, "needs a function"),
+        ({"mask": torch.ones(3)}, "not a Tensor"),
+        ({"prefix": "caption en"}, "Only a processor"),
+        ({"model": tiny_model(1)}, "needs a processor"),
         ({"padding_side": "top"}, "'left' and 'right'"),
         ({"call": "train"}, "'prefill' and 'decode'"),
-        ({"call": "decode", "suffix": 0}, "suffix=1 or more"),
+        ({"call": "decode", "suffix": 0}, "Use a suffix"),
     ],
 )
-def test_wrong_settings_raise_an_error(how, words):
+def test_wrong_settings_raise_an_error(unchecked, how, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        mask_explorer(**how)
+        explore(**how)
 
 
 # --- in JupyterLab ------------------------------------------------------------------------------------------------
 def test_in_jupyterlab_a_saved_figure_becomes_a_widget(browser, tmp_path):
-    source = "from minivlm.course.viz import mask_explorer\nmask_explorer()"
-    notebook = notebook_with(source, mask_explorer())
+    own = "def own(token_type_ids):\n    return masks.causal_mask(token_type_ids.shape[1])\n\n"
+    source = f"from minivlm import masks\nfrom minivlm.course.viz import explore\n\n{own}explore(mask=own)"
+    notebook = notebook_with(source, explore())
     del notebook.cells[0].outputs[0].data[WIDGET]  # as in a saved notebook
     notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))
     nbformat.write(notebook, tmp_path / "explorer.ipynb")
@@ -481,9 +768,18 @@ def test_in_jupyterlab_a_saved_figure_becomes_a_widget(browser, tmp_path):
             assert page.locator(".pins li").count() == 1
             assert page.locator(".jp-Cell.jp-mod-active").get_attribute("data-windowed-list-index") == "0"
             assert page.locator(".jp-Notebook.jp-mod-editMode").count() == 0
-            slide(page, "image tokens", 256)
-            assert "0–255" in grid.locator('[data-query="0"]').text_content()
+            crossed = grid.locator('[data-cells="missing"]')
+            assert crossed.get_attribute("d").count("M") == 28  # 8 × 7 / 2 pairs of image and prefix
+            slide(page, "image tokens", 6)  # the kernel calls the function again
+            grid.locator('[data-query="12"]').wait_for()
+            assert crossed.get_attribute("d").count("M") == 45
 
 
 def test_settings_are_plain_data():
     assert json.loads(json.dumps(asdict(Settings()))) == asdict(Settings())
+
+
+def test_the_report_for_transformers_runs():
+    report = (ROOT / "docs" / "upstream-mask-visualizer.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", report, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "upstream-mask-visualizer.md", "exec"), {})

@@ -151,12 +151,15 @@ exercises.score(prefix_lm_mask, points=2, seed=1)
 # %% [markdown]
 # ## The explorer
 #
-# Move the sliders. Point at a row to see which keys that token attends to, and at a column to see which tokens attend
-# to it. The sentence explains why a cell is allowed or blocked. Try 49 image tokens, the number in our small model, and
-# 256, the number in PaliGemma. Then press *Predict a row* and fill in a row yourself.
+# Here is the mask that **your function** returns for the sequence of the first question. A cell is crossed where it
+# differs from PaliGemma's. Point at a row to see which keys that token attends to, at a column to see which tokens attend
+# to it, and at a cell to see why it is allowed or blocked. Try the other masks. Then press *Predict a row* and fill in a
+# row yourself.
 
 # %%
-viz.mask_explorer(image_tokens=4, prefix=3, suffix=3)
+processor = minivlm.Processor.from_pretrained()
+scene = emoji.make_scene(5, "validation")
+viz.explore(processor, scene.image, "caption en", suffix="a cat and two dogs", mask=prefix_lm_mask)
 
 # %% [markdown]
 # ## Learning from the answer only
@@ -168,8 +171,6 @@ viz.mask_explorer(image_tokens=4, prefix=3, suffix=3)
 
 # %%
 model = minivlm.PaliGemma.from_pretrained()
-processor = minivlm.Processor.from_pretrained()
-scene = emoji.make_scene(5, "validation")
 caption = scene.examples[0].answers[0]
 batch = processor(text=["caption en"], images=[scene.image], suffix=[caption])
 viz.token_strip(batch, processor, title=f"caption en → {caption}")
@@ -386,22 +387,13 @@ weights = viz.decoder_attention(model, **inputs)
 mask = masks.prefix_lm_mask(inputs["token_type_ids"])[0]
 assert all(w[0, :, ~mask].abs().max() == 0 for w in weights)
 assert all(torch.allclose(w.sum(-1), torch.ones_like(w.sum(-1))) for w in weights)
-names = viz.read_tokens(inputs, processor)
-queries = {f"{i} {names[i].text!r}": i for i in range(processor.num_image_tokens, len(names))}
 
 # %% [markdown]
-# The frame marks one query. Predict first: how much of its attention does the newline, token 52, give to the image?
-# Then go through layers and heads until you have found the one that looks at the image least.
-
+# Predict first: how much of its attention does the newline, token 52, give to the image? Point at its row, where it
+# meets the image. Then go through layers and heads until you have found the one that looks at the image least.
 
 # %%
-def look(layer=3, head="mean", token=52):
-    table = weights[layer][0].mean(0) if head == "mean" else weights[layer][0, head]
-    title = f"Layer {layer}, {'mean of the heads' if head == 'mean' else f'head {head}'}"
-    return viz.attention_over_mask(table, mask, names, title, query=token)
-
-
-viz.sliders(look, layer=(0, 3), head=["mean", 0, 1, 2, 3], token=queries)
+viz.explore(processor, scene.image, "caption en", suffix=caption, model=model, layer=3)
 
 # %% [markdown]
 # And over the image: what each position attends to when it predicts the next token, in the layer that attends to the
@@ -475,6 +467,13 @@ assert torch.equal(shown, masks.causal_mask(len(mask)))
 shown[1:P, 1:P] = True
 assert not shown[:P, P:].any() and used[:P, P].all()  # from image to prompt: nothing is shown, but all is allowed
 viz.compare_masks({"what the model does": used, "what the visualizer shows": shown}, viz.read_tokens(inputs, processor))
+
+# %% [markdown]
+# `viz.explore` asks the model itself: it runs the forward pass up to the first layer and draws the mask that arrives
+# there. This works with other models of transformers too. `docs/upstream-mask-visualizer.md` reports the bug.
+
+# %%
+viz.explore(processor, scene.image, "caption en", suffix=caption, model=theirs)
 
 # %% [markdown]
 # ## Recap

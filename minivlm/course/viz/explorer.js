@@ -3,8 +3,11 @@
 //
 // Tokens are numbered by position from 0, as in mask[query, key]. An item is what is drawn as one row or one column: a
 // token, or a long run of image or padding tokens.
+//
+// Settings are what explorer.py calls so, and two more things: `own`, what a learner's function returned for one of
+// them, and `attention`, the weights of a model in 256 steps.
 
-export const LIMITS = { image: [0, 256], prefix: [1, 16], suffix: [0, 16], padding: [0, 16] };
+export const LIMITS = { image: [0, 1024], prefix: [1, 16], suffix: [0, 16], padding: [0, 16] };
 
 export const MODES = {
   causal: { name: "causal", rule: "Every token starts a new block: it attends to itself and to earlier tokens." },
@@ -23,27 +26,54 @@ export const MODES = {
   },
 };
 
+const OWN = "own"; // the mode that draws the learner's function
+const SEQUENCE = ["image", "prefix", "suffix", "padding", "side", "window", "call"]; // what its result depends on
+
 const COLORS = { image: "#56B4E9", prefix: "#E69F00", suffix: "#009E73", padding: "#C8C8C8" };
 const ALLOWED = "#0072B2", ONLY_A = "#D55E00", ONLY_B = "#0072B2", INK = "#222222", GRAY = "#6B6B6B", LINE = "#C8C8C8";
 
 // --- the mask ---------------------------------------------------------------------------------------------------
 
-/** Clamps numbers to their limits. A decode step needs a generated token. */
+/** Clamps numbers to their limits. A decode step needs a generated token. A layer with attention has its own mask. */
 export function normalize(settings) {
-  const s = { ...settings };
+  const s = { ...settings }, { attention, texts } = s;
   for (const [name, [low, high]] of Object.entries(LIMITS)) s[name] = Math.min(high, Math.max(low, Math.round(s[name])));
   if (s.call === "decode") s.suffix = Math.max(1, s.suffix);
+  if (texts) [s.prefix, s.suffix] = texts.map((list) => list.length);
   s.window = Math.max(1, Math.round(s.window));
-  return s;
+  if (s.compare === OWN && !s.own) s.compare = null;
+  if (s.mode === OWN && !s.own) s.mode = "prefix-lm";
+  if (!attention || s.layer === null) return { ...s, layer: null };
+  s.layer = Math.min(attention.shape[0] - 1, Math.max(0, s.layer));
+  if (s.head !== null) s.head = Math.min(attention.shape[1] - 1, Math.max(0, s.head));
+  const window = attention.windows[s.layer], mode = window === null ? { mode: "prefix-lm" } : { mode: "sliding", window };
+  return { ...s, ...mode, compare: null, call: "prefill" };
+}
+
+/** The sliders that move something: not those of texts or of a sequence that a model has read. */
+const adjustable = ({ texts, attention }) => attention ? ["window"]
+  : ["image", "suffix", "padding", "prefix", "window"].filter((name) => !texts || !["suffix", "prefix"].includes(name));
+
+const isOf = (own, settings) => SEQUENCE.every((name) => own.of[name] === settings[name]);
+
+/** PaliGemma's mask of the same tokens, which the learner's function is compared with. */
+const reference = (settings) => ({ ...settings, mode: settings.own.reference });
+const isOwn = (settings) => settings.mode === OWN && Boolean(settings.own.rows) && isOf(settings.own, settings);
+
+/** The name of a mode and its rule in a sentence. */
+function about(mode, { own }) {
+  if (mode !== OWN) return MODES[mode];
+  const rule = own.error ? `${own.error} This is PaliGemma's mask.` : `What ${own.name} returns for these tokens.`;
+  return { name: own.name, rule };
 }
 
 /** The sequence: [{kind, label}]. In a decode step, the padding of a right-padded prompt is before the answer. */
-export function tokens({ image, prefix, suffix, padding, side, call }) {
+export function tokens({ image, prefix, suffix, padding, side, call, texts }) {
   const run = (kind, n, label) => Array.from({ length: n }, (_, i) => ({ kind, label: label(i) }));
   const inPrefix = (i) => (i === 0 ? "<bos>" : i === prefix - 1 ? "\\n" : `pre ${i}`);
   const pad = run("padding", padding, () => "<pad>");
-  const prompt = [...run("image", image, () => "<image>"), ...run("prefix", prefix, inPrefix)];
-  const answer = run("suffix", suffix, (i) => `suf ${i + 1}`);
+  const prompt = [...run("image", image, () => "<image>"), ...run("prefix", prefix, texts ? (i) => texts[0][i] : inPrefix)];
+  const answer = run("suffix", suffix, (i) => (texts ? texts[1][i] : `suf ${i + 1}`));
   if (side === "left") return [...pad, ...prompt, ...answer];
   return call === "decode" ? [...prompt, ...pad, ...answer] : [...prompt, ...answer, ...pad];
 }
@@ -58,6 +88,8 @@ export function blocks(settings) {
 
 /** rows[query][key] is 1 where the query can attend to the key. A decode step has one row, for the newest token. */
 export function mask(settings) {
+  if (isOwn(settings)) return settings.own.rows.map((row) => Uint8Array.from(row, Number));
+  if (settings.mode === OWN) return mask(reference(settings));
   const list = tokens(settings), { starts, block } = blocks(settings), S = list.length;
   const real = list.map(({ kind }) => settings.mode === "unmasked-padding" || kind !== "padding");
   const reach = settings.mode === "sliding" ? settings.window : Infinity;
@@ -108,6 +140,7 @@ function count(settings, rows, row, col) {
 
 /** One sentence: whether the query can attend to the key, and why. Both are items. */
 export function explain(settings, row, col) {
+  if (settings.mode === OWN) return explainOwn(settings, row, col);
   const allowed = count(settings, mask(settings), row, col), pairs = row.n * col.n;
   if (allowed > 0 && allowed < pairs) {
     const why = col.kind === "padding" && settings.mode !== "unmasked-padding"
@@ -124,6 +157,27 @@ export function explain(settings, row, col) {
   const k = allowed ? col.from : col.from + col.n - 1; // the key that needs the reason most: farthest, or nearest
   const verb = allowed ? "can attend to" : "cannot attend to";
   return `${asQuery(row)} ${verb} ${asKey(col)}: ${reason(settings, q, k, col.n > 1)}.`;
+}
+
+/** The same for the learner's function: PaliGemma's reason, or what PaliGemma does instead and why. */
+function explainOwn(settings, row, col) {
+  const theirs = explain(reference(settings), row, col);
+  if (!isOwn(settings) || !differing(settings, mask(settings), mask(reference(settings)), row, col).some(Boolean)) return theirs;
+  const allowed = count(settings, mask(settings), row, col), pairs = row.n * col.n, { name } = settings.own;
+  const verb = pairs === 1 || allowed === 0 || allowed === pairs
+    ? `${allowed ? "can attend to" : "cannot attend to"} ${asKey(col)}`
+    : `attend to ${asKey(col)} in ${number(allowed)} of ${number(pairs)} pairs`;
+  if (pairs > 1) return `${asQuery(row)} ${verb} in ${name}. In PaliGemma, ${theirs}`;
+  return `${asQuery(row)} ${verb} in ${name}. PaliGemma ${allowed ? "blocks" : "allows"} this: ` +
+    `${reason(reference(settings), row.from, col.from, false)}.`;
+}
+
+/** How many pairs of a cell only the first table allows, and how many only the second. */
+function differing(settings, a, b, row, col) {
+  const first = firstQuery(settings), found = [0, 0];
+  for (let q = row.from - first; q < row.from - first + row.n; q++)
+    for (let k = col.from; k < col.from + col.n; k++) if (a[q][k] !== b[q][k]) found[a[q][k] ? 0 : 1]++;
+  return found;
 }
 
 function reason(settings, q, k, plural) {
@@ -178,11 +232,21 @@ export function describe(settings) {
   const rows = mask(settings), allowed = rows.reduce((sum, row) => sum + row.reduce((a, b) => a + b, 0), 0);
   const kinds = Object.keys(LIMITS).filter((kind) => settings[kind]).map((kind) => `${settings[kind]} ${kind}`);
   const pairs = rows.length * total(settings);
-  const one = `Attention mask, ${MODES[settings.mode].name}, of ${kinds.join(", ")} tokens. ${MODES[settings.mode].rule} ` +
+  const { name, rule } = about(settings.mode, settings);
+  let one = `Attention mask, ${name}, of ${kinds.join(", ")} tokens. ${rule} ` +
     `${number(allowed)} of ${number(pairs)} pairs are allowed.`;
+  if (isOwn(settings)) one += ` ${disagreement(settings)}`;
+  if (settings.layer !== null && settings.attention) one += ` The attention of ${whose(settings)} is laid over it.`;
   if (!settings.compare) return one;
-  return `${one} Beside it ${MODES[settings.compare].name}: they differ in ${number(difference(settings))} pairs.`;
+  return `${one} Beside it ${about(settings.compare, settings).name}: they differ in ${number(difference(settings))} pairs.`;
 }
+
+function disagreement(settings) {
+  const wrong = difference({ ...settings, compare: settings.own.reference });
+  return wrong ? `It differs from PaliGemma's mask in ${number(wrong)} pairs, which are crossed.` : "It equals PaliGemma's mask.";
+}
+
+const whose = ({ layer, head }) => `layer ${layer}, ${head === null ? "mean of the heads" : `head ${head}`}`;
 
 function difference(settings) {
   const a = mask(settings), b = mask({ ...settings, mode: settings.compare });
@@ -242,6 +306,14 @@ const text = (x, y, words, a) => shape("text", { x, y, ...a }, escape(words));
 const path = (d, a) => (d ? shape("path", { d, ...a }) : "");
 const area = (x, y, w, h) => `M${round(x)} ${round(y)}h${round(w)}v${round(h)}h${round(-w)}z`;
 const LARGE_DOTS = { stroke: "#B4B4B4", "stroke-linecap": "round", fill: "none" };
+
+// The drawing's colors on a dark page. Saved files keep the light ones; "white" and "black" never change.
+const DARK = {
+  "#FFFFFF": "#1B1E23", [INK]: "#ECECEC", [GRAY]: "#A9AEB5", [LINE]: "#5F656E", "#DEDEDE": "#3A3F46", "#CFCFCF": "#565C65",
+  "#B4B4B4": "#747B84", "#9A9A9A": "#80868F", "#E3E3E3": "#565C65", "#F4F4F4": "#282C32", "#FBE3D6": "#4A2A1A",
+  "#D3E6F3": "#17384F",
+};
+const inDark = (svg) => svg.replace(/"(#[0-9A-F]{6})"/gi, (whole, color) => (DARK[color] ? `"${DARK[color]}"` : whole));
 
 const PATTERNS = shape("defs", {},
   shape("pattern", { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
@@ -309,11 +381,57 @@ function tallies(plan, corner, settings, table) {
       const size = Math.min(11, row.size - 3);
       if (size < 8 || textWidth(words, size) > col.size - 4) continue;
       const x = corner + col.at + col.size / 2, y = plan.top + row.at + row.size / 2, wide = textWidth(words, size) + 8;
-      const style = { "text-anchor": "middle", "font-size": size, fill: allowed === pairs ? "#FFFFFF" : INK };
+      const style = { "text-anchor": "middle", "font-size": size, fill: allowed === pairs ? "white" : INK };
       if (allowed < pairs) out += rect(x - wide / 2, y - size / 2 - 2, wide, size + 4, { fill: "#FFFFFF", rx: 4 });
       out += text(x, y + size * 0.36, words, style);
     }
   return out;
+}
+
+/** Crossed frames on the cells of the learner's mask that differ from PaliGemma's. */
+function crosses(plan, corner, settings, table) {
+  const theirs = mask(reference(settings)), inset = plan.size > 8 ? 1 : 0.25, d = { extra: "", missing: "" };
+  let lines = "";
+  for (const row of plan.rows)
+    for (const col of plan.cols) {
+      const [extra, missing] = differing(settings, table, theirs, row, col);
+      if (!extra && !missing) continue;
+      const [x, y] = [corner + col.at + inset, plan.top + row.at + inset];
+      const [w, h] = [col.size - 2 * inset, row.size - 2 * inset], r = 0.22 * Math.min(w, h);
+      if (extra) d.extra += area(x, y, w, h);
+      if (missing) d.missing += area(x, y, w, h);
+      const [cx, cy] = [round(x + w / 2), round(y + h / 2)].map((c) => round(c - r)), s = round(2 * r);
+      lines += `M${cx} ${cy}l${s} ${s}m0 ${-s}l${-s} ${s}`;
+    }
+  const thin = Math.max(0.6, Math.min(2.2, plan.size / 9)), frame = { fill: "none", stroke: ONLY_A, "stroke-width": thin };
+  return path(d.extra, { ...frame, "data-cells": "extra" }) + path(d.missing, { ...frame, "data-cells": "missing" }) +
+    path(lines, { fill: "none", stroke: "white", "stroke-width": 2.4 * thin, "stroke-linecap": "round" }) +
+    path(lines, { ...frame, "stroke-linecap": "round" });
+}
+
+/** How much a query attends to a key, both by their place in the drawing, from 0 to 1. */
+function weight({ attention, layer, head }, size, row, col) {
+  attention.bytes ??= Uint8Array.from(atob(attention.values), (c) => c.charCodeAt(0));
+  const H = attention.shape[1], heads = head === null ? [...Array(H).keys()] : [head];
+  const at = (h) => attention.bytes[((layer * H + h) * size + row) * size + col];
+  return heads.reduce((sum, h) => sum + at(h), 0) / heads.length / 255;
+}
+
+const hasWeights = ({ attention, layer }) => Boolean(attention) && layer !== null;
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
+
+/** The weights of all cells: [{row, col, share}], and the largest. */
+function weights({ rows, cols }, settings) {
+  const all = rows.flatMap((_, row) => cols.map((_, col) => ({ row, col, share: weight(settings, cols.length, row, col) })));
+  return { all, largest: Math.max(...all.map(({ share }) => share)) };
+}
+
+/** The weights as opacity: the square root of the share of the largest, so that small ones show. */
+function overlay(plan, corner, settings, table) {
+  const { all, largest } = weights(plan, settings), inset = plan.size > 8 ? 1 : 0.25;
+  return all.filter(({ row, col }) => count(settings, table, plan.rows[row], plan.cols[col])).map(({ row, col, share }) =>
+    rect(corner + plan.cols[col].at + inset, plan.top + plan.rows[row].at + inset, plan.cols[col].size - 2 * inset,
+      plan.rows[row].size - 2 * inset, { fill: ALLOWED, opacity: Math.sqrt(share / largest), "data-weight": `${row} ${col}` })).join("");
 }
 
 /** The strips along both sides: the color of the kind, and the number of the block. */
@@ -325,7 +443,8 @@ function strips(plan, corner, block) {
   const cell = (item, x, y, w, h) => {
     const hatch = item.kind === "padding" ? "url(#hatch)" : COLORS[item.kind];
     const label = block && textWidth(words(item), 10) <= w && h >= 10
-      ? text(x + w / 2, y + h / 2 + 3.5, words(item), { "text-anchor": "middle", "font-size": 10, fill: INK }) : "";
+      ? text(x + w / 2, y + h / 2 + 3.5, words(item),
+        { "text-anchor": "middle", "font-size": 10, fill: item.kind === "padding" ? INK : "black" }) : "";
     return rect(x, y, w, h, { fill: hatch, stroke: item.kind === "padding" ? LINE : "none" }) + label;
   };
   const inset = plan.size > 8 ? 0.75 : 0.1;
@@ -373,8 +492,8 @@ function highlights(view, corner, index) {
   let out = "";
   if (lines.length) {
     const id = `bright-${index}`, whole = place(plan, corner, { row: -1, col: -1 });
-    out += shape("mask", { id }, rect(...whole, { fill: "#FFFFFF" }) +
-      lines.map((at) => rect(...place(plan, corner, at), { fill: "#000000" })).join(""));
+    out += shape("mask", { id }, rect(...whole, { fill: "white" }) +
+      lines.map((at) => rect(...place(plan, corner, at), { fill: "black" })).join(""));
     out += rect(...whole, { fill: "#FFFFFF", opacity: 0.72, mask: `url(#${id})` });
   }
   const frame = (at, a) => rect(...place(plan, corner, at), { fill: "none", stroke: INK, ...a });
@@ -409,9 +528,11 @@ function maskPanel(view, corner, index, settings, name) {
     title(corner, name) +
     rect(corner, plan.top, length(plan.cols), length(plan.rows), { fill: "#FFFFFF" }) +
     path(fill(plan, corner, padded), { fill: "url(#hatch)" }) +
-    path(fill(plan, corner, allows), { fill: ALLOWED, "data-cells": "allowed" }) +
+    path(fill(plan, corner, allows), { fill: ALLOWED, "data-cells": "allowed", opacity: hasWeights(settings) ? 0.12 : 1 }) +
+    (hasWeights(settings) ? overlay(plan, corner, settings, table) : "") +
     path(dots(plan, corner, (q, k) => !allows(q, k) && !padded(q, k)), dot) +
-    tallies(plan, corner, settings, table) + gridLines(plan, corner) + strips(plan, corner, blocks(settings).block) +
+    (hasWeights(settings) ? "" : tallies(plan, corner, settings, table)) + gridLines(plan, corner) +
+    (isOwn(settings) ? crosses(plan, corner, settings, table) : "") + strips(plan, corner, blocks(settings).block) +
     labels(plan, corner, index === 0, highlighted(view, settings)) + highlights(view, corner, index));
 }
 
@@ -443,7 +564,7 @@ function roundPanel(view, corner) {
         shape("circle", { r: 8, fill: "#FFFFFF", stroke: right ? INK : ONLY_A, "stroke-width": 1.5 }) +
         path(right ? TICK : CROSS, { fill: "none", stroke: right ? INK : ONLY_A, "stroke-width": 2 }));
     });
-    return maskPanel(view, corner, 0, settings, MODES[settings.mode].name) + marks.join("") +
+    return maskPanel(view, corner, 0, settings, about(settings.mode, settings).name) + marks.join("") +
       rect(...place(plan, corner, { row: game.row, col: -1 }), { fill: "none", stroke: INK, "stroke-width": 2.5 });
   }
   const size = Math.min(14, plan.size * 0.6);
@@ -456,7 +577,7 @@ function roundPanel(view, corner) {
         path(TICK, { fill: "none", stroke: "#FFFFFF", "stroke-width": 2 }));
   });
   return shape("g", { "data-panel": "predict" },
-    title(corner, `${MODES[settings.mode].name}: predict row ${span(r)}`) +
+    title(corner, `${about(settings.mode, settings).name}: predict row ${span(r)}`) +
     rect(corner, plan.top, length(plan.cols), length(plan.rows), { fill: "#F4F4F4" }) +
     rect(...place(plan, corner, { row: game.row, col: -1 }), { fill: "#FFFFFF" }) +
     gridLines(plan, corner) + strips(plan, corner, blocks(settings).block) +
@@ -470,10 +591,17 @@ function legend(view) {
   const tile = (a) => (x, y) => rect(x, y - 10, 12, 12, { stroke: LINE, ...a });
   const blocked = (x, y) => tile({ fill: "#FFFFFF" })(x, y) + path(`M${x + 6} ${y - 4}h0`, { ...LARGE_DOTS, "stroke-width": 3 });
   const kinds = Object.keys(LIMITS).filter((kind) => settings[kind]);
-  const entries = [[tile({ fill: ALLOWED }), "query attends to key"], [blocked, "blocked"]];
+  const light = (x, y) => tile({ fill: "#FFFFFF" })(x, y) + tile({ fill: ALLOWED, opacity: 0.12 })(x, y);
+  const cross = (x, y) => tile({ fill: "#FFFFFF", stroke: ONLY_A })(x, y) +
+    path(`M${x + 3} ${y - 7}l6 6m0 -6l-6 6`, { stroke: ONLY_A, "stroke-width": 1.5, fill: "none" });
+  const entries = hasWeights(settings) && !view.round
+    ? [[tile({ fill: ALLOWED }), `largest weight, ${percent(weights(plan, settings).largest)}`], [light, "allowed, weight 0"]]
+    : [[tile({ fill: ALLOWED }), "query attends to key"]];
+  entries.push([blocked, "blocked"]);
+  if (isOwn(settings) && !view.round) entries.push([cross, "differs from PaliGemma"]);
   if (settings.compare && !view.round)
-    entries.push([tile({ fill: "url(#only-a)" }), `only ${MODES[settings.mode].name}`],
-      [tile({ fill: "url(#only-b)" }), `only ${MODES[settings.compare].name}`], [tile({ fill: "#E3E3E3" }), "both"]);
+    entries.push([tile({ fill: "url(#only-a)" }), `only ${about(settings.mode, settings).name}`],
+      [tile({ fill: "url(#only-b)" }), `only ${about(settings.compare, settings).name}`], [tile({ fill: "#E3E3E3" }), "both"]);
   const strip = kinds.map((kind) => [tile({ fill: kind === "padding" ? "url(#hatch)" : COLORS[kind] }), kind]);
   let x = 12, y = y0, out = "";
   const put = ([draw, words]) => {
@@ -495,7 +623,8 @@ function legend(view) {
 function figure(view) {
   const { plan, settings } = view, { compare } = settings;
   const b = { ...settings, mode: compare };
-  const names = compare ? [`A  ${MODES[settings.mode].name}`, `B  ${MODES[compare].name}`] : [MODES[settings.mode].name];
+  const names = compare ? [`A  ${about(settings.mode, settings).name}`, `B  ${about(compare, settings).name}`]
+    : [about(settings.mode, settings).name];
   let panels;
   if (view.round) panels = roundPanel(view, plan.corners[0]);
   else {
@@ -536,49 +665,60 @@ function verdict(view) {
 const sentence = (words) => words[0].toUpperCase() + words.slice(1);
 
 const CSS = `
-:host { display: block; color-scheme: light; }
+:host { display: block; }
 * { box-sizing: border-box; }
-.card { font: 14px/1.45 system-ui, "Segoe UI", Roboto, Helvetica, Arial, "DejaVu Sans", sans-serif; color: #222;
-  background: #fff; border: 1px solid #d9d9d9; border-radius: 8px; padding: 16px 18px 14px; max-width: 902px; }
+.card { --ink: #222; --paper: #fff; --soft: #f5f6f7; --gray: #595959; --line: #d9d9d9; --edge: #8a8a8a; --blue: #0072B2;
+  font: 14px/1.45 system-ui, "Segoe UI", Roboto, Helvetica, Arial, "DejaVu Sans", sans-serif; color: var(--ink);
+  color-scheme: light; background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
+  padding: 16px 18px 14px; max-width: 902px; }
+.card.dark { --ink: #ececec; --paper: #1b1e23; --soft: #282c32; --gray: #b4b9c0; --line: #3f454d; --edge: #7d848d;
+  --blue: #56B4E9; color-scheme: dark; }
 h2 { font-size: 18px; line-height: 1.2; margin: 0 0 12px; font-weight: 600; }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
-legend, .pick span { display: block; padding: 0; font-size: 12px; color: #595959; }
-.choice { display: inline-flex; flex-wrap: wrap; border: 1px solid #b5b5b5; border-radius: 6px; overflow: hidden; }
-.choice label { position: relative; padding: 4px 11px; cursor: pointer; border-left: 1px solid #d4d4d4; margin-left: -1px; }
+legend, .pick span { display: block; padding: 0; font-size: 12px; color: var(--gray); }
+.choice { display: inline-flex; flex-wrap: wrap; border: 1px solid var(--edge); border-radius: 6px; overflow: hidden; }
+.choice label { position: relative; padding: 4px 11px; cursor: pointer; border-left: 1px solid var(--line); margin-left: -1px; }
 .choice input { position: absolute; inset: 0; opacity: 0; margin: 0; cursor: pointer; }
-.choice label:has(:checked) { background: #222; color: #fff; }
-.choice label:has(:focus-visible) { outline: 2px solid #0072B2; outline-offset: -3px; }
+.choice label:has(:checked) { background: var(--ink); color: var(--paper); }
+.choice label:has(:focus-visible) { outline: 2px solid var(--blue); outline-offset: -3px; }
 .choice label:has(:disabled), .slider:has(:disabled) { opacity: 0.45; cursor: default; }
-.rule { margin: 8px 0 12px; color: #444; min-height: 1.45em; }
-.sliders { display: grid; grid-template-columns: repeat(5, minmax(110px, 1fr)); gap: 4px 18px; margin-bottom: 10px; }
-.slider { display: block; font-size: 12px; color: #595959; }
+.rule { margin: 8px 0 2px; min-height: 1.45em; }
+.note { margin: 0 0 12px; color: var(--gray); font-size: 13px; }
+.sliders { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 4px 18px; margin-bottom: 10px; }
+.slider { display: block; font-size: 12px; color: var(--gray); }
 .slider span { display: flex; justify-content: space-between; }
-.slider b { color: #222; font-weight: 600; font-variant-numeric: tabular-nums; }
-.slider input { width: 100%; margin: 2px 0 0; accent-color: #0072B2; }
-.line { display: flex; flex-wrap: wrap; gap: 8px 22px; align-items: end; margin-bottom: 14px; font-size: 13px; }
-select, button { font: inherit; color: inherit; background: #fff; border: 1px solid #b5b5b5; border-radius: 6px; padding: 4px 10px; }
+.slider b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
+.slider input { width: 100%; margin: 2px 0 0; accent-color: var(--blue); }
+.line { display: flex; flex-wrap: wrap; gap: 8px 22px; align-items: end; margin-bottom: 12px; font-size: 13px; }
+.more { margin-bottom: 12px; }
+.more summary { width: fit-content; padding: 2px 4px; margin-bottom: 6px; cursor: pointer; font-size: 13px; }
+select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--edge); border-radius: 6px;
+  padding: 4px 10px; max-width: 100%; }
 button { cursor: pointer; }
-button:hover { background: #f0f0f0; }
+button:hover { background: var(--soft); }
 button.main { background: #0072B2; border-color: #0072B2; color: #fff; }
 button.main:hover { background: #005a8d; }
-button:focus-visible, select:focus-visible, input:focus-visible { outline: 2px solid #0072B2; outline-offset: 2px; }
+button:focus-visible, select:focus-visible, input:focus-visible, summary:focus-visible { outline: 2px solid var(--blue);
+  outline-offset: 2px; }
 .stage { display: flex; flex-wrap: wrap; gap: 14px 20px; align-items: flex-start; }
 .grid { flex: 0 1 auto; max-width: 100%; border-radius: 6px; outline: 0; }
-.grid:focus-visible { box-shadow: 0 0 0 2px #0072B2; }
+.grid:focus-visible { box-shadow: 0 0 0 2px var(--blue); }
 .grid svg { display: block; max-width: 100%; height: auto; cursor: pointer; user-select: none; touch-action: manipulation; }
-.beside { flex: 1 1 270px; min-width: 240px; }
-.sentence { background: #f5f6f7; border-left: 3px solid #0072B2; border-radius: 0 6px 6px 0; padding: 9px 12px; min-height: 5.4em; }
+.beside { flex: 1 1 250px; min-width: 0; }
+.sentence { background: var(--soft); border-left: 3px solid var(--blue); border-radius: 0 6px 6px 0; padding: 9px 12px;
+  min-height: 5.4em; }
 .sentence p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .pins { margin: 10px 0 0; padding: 0; list-style: none; font-size: 13px; }
-.pins li { display: flex; gap: 8px; padding: 4px 0; border-top: 1px solid #e6e6e6; align-items: flex-start; }
-.pins b { flex: none; width: 17px; height: 17px; border-radius: 9px; background: #222; color: #fff; font-size: 10.5px;
-  line-height: 17px; text-align: center; margin-top: 2px; }
+.pins li { display: flex; gap: 8px; padding: 4px 0; border-top: 1px solid var(--line); align-items: flex-start; }
+.pins b { flex: none; width: 17px; height: 17px; border-radius: 9px; background: var(--ink); color: var(--paper);
+  font-size: 10.5px; line-height: 17px; text-align: center; margin-top: 2px; }
 .pins span { flex: 1; overflow-wrap: anywhere; }
-.pins button { border: 0; padding: 0 6px; color: #595959; }
+.pins button { border: 0; padding: 0 6px; color: var(--gray); }
 .buttons { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 12px; }
-.keys { color: #6b6b6b; font-size: 12px; margin: 10px 0 0; }
+.python { display: block; margin-top: 10px; font: 12.5px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
+.keys { color: var(--gray); font-size: 12px; margin: 10px 0 0; }
 [hidden] { display: none !important; }
-@media (max-width: 640px) { .sliders { grid-template-columns: repeat(2, 1fr); } }
+@media (max-width: 480px) { .card { padding: 12px 10px; } }
 `;
 
 const choice = (name, caption, options) => `<fieldset><legend>${caption}</legend><div class="choice">${Object.entries(options)
@@ -587,37 +727,78 @@ const slider = (name, caption) =>
   `<label class="slider"><span>${caption}<b></b></span><input type="range" name="${name}" aria-label="${caption}"></label>`;
 const modeNames = Object.fromEntries(Object.entries(MODES).map(([key, { name }]) => [key, name]));
 
-const HTML = `<style>${CSS}</style><section class="card" aria-label="Mask explorer">
+const pick = (name, caption, options) => `<label class="pick"><span>${caption}</span><select name="${name}">${Object
+  .entries(options).map(([value, words]) => `<option value="${value}">${words}</option>`).join("")}</select></label>`;
+const numbered = (word, n) => Object.fromEntries(Array.from({ length: n }, (_, i) => [i, `${word} ${i}`]));
+
+/** The page for settings with this `own` and `attention`. Two sliders are in sight, the others under "More". */
+function html(settings) {
+  const { own, attention } = settings, names = own ? { [OWN]: escape(own.name), ...modeNames } : modeNames;
+  const captions = { image: "image tokens" }, all = adjustable(settings).map((name) => slider(name, captions[name] ?? name));
+  const [L, H] = attention?.shape ?? [0, 0];
+  const menus = attention ? `<div class="line">${pick("layer", "attention of", { "": "none, only the mask", ...numbered("layer", L) })}
+${pick("head", "head", { "": "mean of the heads", ...numbered("head", H) })}</div>` : "";
+  return `<style>${CSS}</style><section class="card" aria-label="Mask explorer">
 <h2>Which token attends to which</h2>
-${choice("mode", "mask", modeNames)}
-<p class="rule"></p>
-<div class="sliders">${slider("image", "image tokens")}${slider("prefix", "prefix")}${slider("suffix", "suffix")}
-${slider("padding", "padding")}${slider("window", "window")}</div>
+${menus}${choice("mode", "mask", names)}
+<p class="rule" aria-live="polite"></p>
+<p class="note">The number on a token is its block: a query attends to keys of its own and of earlier blocks.</p>
+<div class="sliders">${attention ? "" : all.slice(0, 2).join("")}</div>
+<details class="more"><summary>More settings</summary>
+<div class="sliders">${attention ? all.join("") : all.slice(2).join("")}</div>
 <div class="line">
-${choice("side", "padding on the", { left: "left", right: "right" })}
+${attention ? "" : choice("side", "padding on the", { left: "left", right: "right" })}
 ${choice("call", "queries of", { prefill: "the whole sequence (prefill, training)", decode: "one decode step" })}
-<label class="pick"><span>compare with</span><select name="compare"><option value="">nothing</option>${Object.entries(modeNames)
-  .map(([key, words]) => `<option value="${key}">${words}</option>`).join("")}</select></label>
-</div>
+${pick("compare", "compare with", { "": "nothing", ...names })}
+</div></details>
 <div class="stage"><div class="grid" tabindex="0" role="application" aria-label="Attention mask" aria-describedby="help"></div>
 <div class="beside"><div class="sentence" aria-live="polite"></div><ol class="pins"></ol>
 <div class="buttons"><button class="main" data-do="predict">Predict a row</button><button class="main" data-do="reveal">Reveal</button>
 <button class="main" data-do="next">Next row</button><button data-do="end">Back to the mask</button>
-<button data-do="unpin">Remove pins</button><button data-do="png">Save PNG</button><button data-do="svg">Save SVG</button></div>
+<button data-do="unpin">Remove pins</button><button data-do="png">Save PNG</button><button data-do="svg">Save SVG</button>
+<button data-do="python">Copy as Python</button></div><output class="python"></output>
 <p class="keys" id="help">Keyboard: the arrow keys move, also to the labels. Enter pins, or marks a prediction.
 Escape removes the pins, or ends the round.</p></div></div></section>`;
+}
 
-/** Shows the explorer in an element. `changed` is called with the settings whenever the learner changes one. */
-export function mount(element, given, changed = () => {}) {
+/** Whether something that is set lies under "More". */
+const needsMore = (s) => Boolean(s.compare) || s.call === "decode" || s.mode === "sliding" ||
+  (s.padding > 0 || s.mode === "unmasked-padding") && !adjustable(s).slice(0, 2).includes("padding");
+
+/** JupyterLab says whether its theme is dark, and so do pages that it exports. Elsewhere the system says it. */
+function isDark() {
+  const theme = (window.frameElement?.ownerDocument ?? document).body.dataset.jpThemeLight;
+  return theme ? theme === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+/** Calls `follow` whenever the theme changes. Returns a function that stops it. */
+function watchTheme(follow) {
+  const system = matchMedia("(prefers-color-scheme: dark)"), observer = new MutationObserver(follow);
+  system.addEventListener("change", follow);
+  observer.observe((window.frameElement?.ownerDocument ?? document).body, { attributeFilter: ["data-jp-theme-light"] });
+  return () => { system.removeEventListener("change", follow); observer.disconnect(); };
+}
+
+/**
+ * Shows the explorer in an element. `data` is what explorer.py sends beside the settings. `changed` is called with the
+ * settings whenever the learner changes one. If `live`, a kernel then calls the learner's function again. Returns
+ * functions that pass on its result, and that stop.
+ */
+export function mount(element, given, data = {}, changed = () => {}, live = false) {
   element.setAttribute("data-lm-suppress-shortcuts", "true"); // otherwise JupyterLab handles the arrow keys
   const root = element.attachShadow({ mode: "open" });
-  root.innerHTML = HTML;
+  const view = { settings: normalize({ ...given, own: data.own, attention: data.attention }), pins: [], hover: null };
+  Object.assign(view, { cursor: false, round: null, data, live, mostImages: Math.max(256, given.image) });
+  root.innerHTML = html(view.settings);
   const find = (selector) => root.querySelector(selector), grid = find(".grid");
-  const view = { settings: normalize(given), pins: [], hover: null, cursor: false, round: null };
+  find(".more").open = needsMore(view.settings);
   view.score = { rounds: 0, right: 0, cells: 0 };
 
   function update() {
-    const { settings } = view;
+    const { settings } = view, shown = [settings.mode, settings.compare];
+    view.waits = shown.includes(OWN) && !isOf(settings.own, settings);
+    find(".card").classList.toggle("dark", isDark());
+    if (view.waits) return showControls(root, view); // the old drawing stays until the kernel has answered
     view.table = mask(settings);
     view.plan = layout(settings, settings.compare && !view.round ? 3 : 1);
     showControls(root, view);
@@ -625,7 +806,7 @@ export function mount(element, given, changed = () => {}) {
   }
 
   function draw() {
-    grid.innerHTML = figure(view);
+    grid.innerHTML = isDark() ? inDark(figure(view)) : figure(view);
     const lines = words(view).map((line) => `<p>${escape(line)}</p>`).join("");
     if (find(".sentence").innerHTML !== lines) find(".sentence").innerHTML = lines;
     find(".pins").innerHTML = view.round ? "" : view.pins.map((at, i) => `<li><b>${i + 1}</b><span>${sentences(view, at)
@@ -636,12 +817,16 @@ export function mount(element, given, changed = () => {}) {
   function change(name, value) {
     const before = view.settings;
     view.settings = normalize({ ...before, [name]: value });
-    const sameTokens = ["mode", "window", "compare"].includes(name); // otherwise the pins would point at other tokens
+    const { settings } = view, { own } = settings;
+    if (!live && [settings.mode, settings.compare].includes(OWN)) Object.assign(settings, own.of); // all that is known
+    if (needsMore(settings) && (name === "mode")) find(".more").open = true;
+    find(".python").textContent = "";
+    const sameTokens = ["mode", "window", "compare", "layer", "head"].includes(name); // otherwise the pins would point at other tokens
     if (!sameTokens) view.pins = [];
     if (view.round && name !== "compare") view.round = null;
     view.hover = null;
     update();
-    changed({ ...view.settings });
+    changed(plain(settings));
   }
 
   function point(at, cursor) {
@@ -686,11 +871,17 @@ export function mount(element, given, changed = () => {}) {
     end: () => { view.round = null; update(); },
     unpin: () => { view.pins = []; draw(); },
     png: () => savePng(view),
+    python: () => {
+      const line = python(view.settings, data);
+      find(".python").textContent = line;
+      navigator.clipboard?.writeText(line).catch(() => {}); // where the page may not, the line can be selected
+    },
     svg: () => save(new Blob([exported(view)], { type: "image/svg+xml" }), "mask.svg"),
   };
 
   root.addEventListener("input", ({ target }) => {
-    if (target.name === "compare") change("compare", target.value || null);
+    const number = ["layer", "head"].includes(target.name);
+    if (target.tagName === "SELECT") change(target.name, target.value === "" ? null : number ? Number(target.value) : target.value);
     else if (target.name) change(target.name, target.type === "range" ? Number(target.value) : target.value);
   });
   root.addEventListener("click", ({ target }) => {
@@ -715,6 +906,9 @@ export function mount(element, given, changed = () => {}) {
     event.preventDefault();
   });
   update();
+  const stop = watchTheme(update);
+  const answer = (own) => { view.settings = { ...view.settings, own }; update(); };
+  return { answer, stop };
 }
 
 /** One step on the grid. The labels are row -1 and column -1. A round stays in its row. */
@@ -729,19 +923,39 @@ function moved({ hover, plan, round: game }, [down, right]) {
   return row < 0 && col < 0 ? hover : { row, col };
 }
 
-function showControls(root, { settings, round: game }) {
-  const sliding = settings.mode === "sliding" || settings.compare === "sliding";
-  for (const input of root.querySelectorAll("input[type=radio]")) input.checked = settings[input.name] === input.value;
+/** A sentence under the choice of masks. */
+function ruleOf({ settings, waits, live }) {
+  const { mode, padding, own } = settings, { rule } = about(mode, settings);
+  if (waits) return `Waiting for the kernel to call ${own.name} …`;
+  if (mode === "unmasked-padding" && !padding) return `${rule} There is no padding now, so nothing changes: move its slider.`;
+  if (hasWeights(settings)) return `${rule} The color shows the square root of the weight. Weights are stored in ` +
+    "256 steps, exact to 0.2 percentage points.";
+  if (mode !== OWN) return rule;
+  const frozen = live ? "" : " Without a kernel, its sequence cannot change.";
+  return `${rule}${own.rows ? ` ${disagreement(settings)}` : ""}${frozen}`;
+}
+
+function showControls(root, view) {
+  const { settings, round: game } = view, masks = [settings.mode, settings.compare];
+  const fixed = !view.live && masks.includes(OWN), sliding = masks.includes("sliding") ||
+    (masks.includes(OWN) && settings.own.reference === "sliding");
+  for (const input of root.querySelectorAll("input[type=radio]")) {
+    input.checked = settings[input.name] === input.value;
+    input.disabled = input.name === "side" ? !settings.padding || fixed : input.name === "call" ? fixed : false;
+    if (hasWeights(settings)) input.disabled = true;
+  }
   for (const input of root.querySelectorAll("input[type=range]")) {
     [input.min, input.max] = input.name === "window" ? [1, total(settings)] : LIMITS[input.name];
+    if (input.name === "image") input.max = view.mostImages;
     if (input.name === "suffix" && settings.call === "decode") input.min = 1;
     input.value = settings[input.name];
-    input.disabled = input.name === "window" && !sliding;
+    input.disabled = fixed || (input.name === "window" && (!sliding || hasWeights(settings)));
     input.parentElement.querySelector("b").textContent = settings[input.name];
   }
-  for (const input of root.querySelectorAll("input[name=side]")) input.disabled = !settings.padding;
-  root.querySelector("select").value = settings.compare ?? "";
-  root.querySelector(".rule").textContent = MODES[settings.mode].rule;
+  for (const menu of root.querySelectorAll("select")) menu.value = settings[menu.name] ?? "";
+  root.querySelector("[name=compare]").disabled = hasWeights(settings);
+  if (settings.attention) root.querySelector("[name=head]").disabled = !hasWeights(settings);
+  root.querySelector(".rule").textContent = ruleOf(view);
   const shown = { predict: !game, reveal: game && !game.revealed, next: game?.revealed, end: game, png: !game, svg: !game };
   for (const [name, on] of Object.entries(shown)) root.querySelector(`[data-do=${name}]`).hidden = !on;
 }
@@ -751,8 +965,18 @@ function sentences({ settings, plan }, { row, col }) {
   const [r, c] = [plan.rows[row], plan.cols[col]];
   return [settings.mode, ...(settings.compare ? [settings.compare] : [])].map((mode) => {
     const s = { ...settings, mode }, words = r && c ? explain(s, r, c) : summarize(s, r, c);
-    return settings.compare ? `${sentence(MODES[mode].name)}: ${words}` : sentence(words);
+    if (hasWeights(s)) return `${sentence(words)} ${spent(s, plan, row, col)}`.trim();
+    return settings.compare ? `${sentence(about(mode, s).name)}: ${words}` : sentence(words);
   });
+}
+
+/** The attention of a cell, or the keys that a query attends to most. */
+function spent(settings, plan, row, col) {
+  if (row < 0) return "";
+  if (col >= 0) return `Its weight in ${whose(settings)} is ${percent(weight(settings, plan.cols.length, row, col))}.`;
+  const found = plan.cols.map((c, i) => ({ c, share: weight(settings, plan.cols.length, row, i) }));
+  const most = found.sort((a, b) => b.share - a.share).slice(0, 3).map(({ c, share }) => `${percent(share)} '${c.label}'`);
+  return `Most weight in ${whose(settings)}: ${most.join(", ")}.`;
 }
 
 function words(view) {
@@ -795,12 +1019,68 @@ function savePng(view) {
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(exported(view))}`;
 }
 
+// --- the state as text --------------------------------------------------------------------------------------------
+
+const START = { image: 4, prefix: 4, suffix: 3, padding: 0, side: "right", window: 4, mode: "prefix-lm", call: "prefill" };
+const ARGUMENTS = { image: "image_tokens", side: "padding_side" }; // the others have the names of the settings
+
+/** The settings that explorer.py knows and the learner can change. */
+const plain = ({ own, attention, ...settings }) => settings;
+
+/** The call of viz.explore that starts with these settings. */
+export function python(settings, { written = [], image = START.image } = {}) {
+  const { own, attention, texts } = settings, ofLayer = ["mode", "window", "compare", "call"];
+  const start = { ...START, image, mode: own ? OWN : START.mode, compare: null };
+  if (texts) [start.prefix, start.suffix] = [settings.prefix, settings.suffix];
+  if (hasWeights(settings)) for (const name of ofLayer) start[name] = settings[name];
+  if (attention) Object.assign(start, { layer: 0, head: null });
+  const changed = Object.keys(start).filter((name) => settings[name] !== start[name]);
+  const value = (name) => (settings[name] === null ? "None" : JSON.stringify(settings[name]));
+  return `viz.explore(${[...written, ...changed.map((name) => `${ARGUMENTS[name] ?? name}=${value(name)}`)].join(", ")})`;
+}
+
+/** What differs from the first settings, for the address of a page. */
+export function toHash(settings, first) {
+  const names = [...Object.keys(START), "compare", "layer", "head"].filter((name) => settings[name] !== first[name]);
+  return new URLSearchParams(names.map((name) => [name, settings[name] ?? ""])).toString();
+}
+
+/** The settings with what an address says. What it says of unknown names or with unknown values is ignored. */
+export function fromHash(hash, first) {
+  const settings = { ...first }, { own, attention } = first, modes = [...Object.keys(MODES), ...(own ? [OWN] : [])];
+  const words = { mode: modes, compare: ["", ...modes], side: ["left", "right"], call: ["prefill", "decode"] };
+  const [L, H] = attention?.shape ?? [0, 0], numbers = { ...LIMITS, window: [1, 4096], layer: [0, L - 1], head: [0, H - 1] };
+  for (const [name, text] of new URLSearchParams(hash.replace(/^#/, ""))) {
+    const moves = !(name in LIMITS) || adjustable(first).includes(name), range = moves && numbers[name];
+    if (words[name]?.includes(text)) settings[name] = text || null;
+    else if (range && /^\d+$/.test(text) && range[0] <= text && text <= range[1]) settings[name] = Number(text);
+    else if (text === "" && attention && ["layer", "head"].includes(name)) settings[name] = null;
+  }
+  if ([settings.mode, settings.compare].includes(OWN)) Object.assign(settings, own.of);
+  return settings;
+}
+
+/** A page of its own keeps its state in its address. In the output of a notebook, it takes the place of the figure. */
+export function showPage(element, given, data) {
+  const frame = window.frameElement, first = { ...given, own: data.own, attention: data.attention };
+  if (!frame) document.documentElement.style.colorScheme = "light dark";
+  const changed = (settings) => frame ?? history.replaceState(null, "", `#${toHash(settings, given)}`);
+  mount(element, frame ? given : fromHash(location.hash, first), data, changed);
+  if (!frame) return addEventListener("hashchange", () => location.reload());
+  frame.previousElementSibling.hidden = true;
+  new ResizeObserver(() => (frame.style.height = `${document.body.offsetHeight}px`)).observe(document.body);
+}
+
 /** What anywidget calls. The settings go back to the model, so that another view of it starts with the same ones. */
 function render({ model, el }) {
-  mount(el, model.get("settings"), (settings) => {
+  const data = model.get("data"), own = model.get("own"), newest = own.name ? { ...data, own } : data;
+  const { answer, stop } = mount(el, model.get("settings"), newest, (settings) => {
     model.set("settings", settings);
     model.save_changes();
-  });
+  }, true);
+  const heard = () => answer(model.get("own"));
+  model.on("change:own", heard);
+  return () => { model.off("change:own", heard); stop(); };
 }
 
 export default { render };
