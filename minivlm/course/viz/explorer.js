@@ -63,8 +63,8 @@ const isOwn = (settings) => settings.mode === OWN && Boolean(settings.own.rows) 
 /** The name of a mode and its rule in a sentence. */
 function about(mode, { own }) {
   if (mode !== OWN) return MODES[mode];
-  const rule = own.error ? `${own.error} This is PaliGemma's mask.` : `What ${own.name} returns for these tokens.`;
-  return { name: own.name, rule };
+  if (own.error) return { name: "PaliGemma's mask", rule: `${own.error} This is PaliGemma's mask.` };
+  return { name: own.name, rule: `The mask of ${own.name} for these tokens.` };
 }
 
 /** The sequence: [{kind, label}]. In a decode step, the padding of a right-padded prompt is before the answer. */
