@@ -25,11 +25,13 @@ from minivlm.course.grading.report import points_of
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"00_start_here": 161803, "05_prefix_lm_mask": 271828, "07_kv_cache": 314159}  # and the seed of each
 CELL_TIME = 20  # seconds, for nbgrader and for us
-KINDS = {  # what becomes of a right solution; {head} is its def line, {first} the first parameter, {arguments} all of them
+# What becomes of a right solution. {head} is its def line, {first} the first parameter, {arguments} all of them.
+KINDS = {
     "right": "{right}",
     "not attempted": "{head}\n    raise NotImplementedError",
     "wrong": "{head}\n    return {first}",
-    "wrong in some cases": "{right}\n_{name} = {name}\n{head}\n    return _{name}{arguments} if len(str({first})) % 3 else None",
+    "wrong in some cases": "{right}\n_{name} = {name}\n{head}\n"
+    "    return _{name}{arguments} if len(str({first})) % 3 else None",
     "fails when called": "{head}\n    return {first} + undefined",
     "fails after its definition": "{right}\nraise RuntimeError('oh')",
     "leaves": "{head}\n    raise SystemExit",
