@@ -25,7 +25,7 @@ from minivlm.course.grading.report import points_of
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"00_start_here": 161803, "05_prefix_lm_mask": 271828, "07_kv_cache": 314159}  # and the seed of each
 CELL_TIME = 20  # seconds, for nbgrader and for us
-# What becomes of a right solution: {head} is its def line, {first} the first parameter, {arguments} all of them.
+# What becomes of a right solution. {head} is its def line, {first} the first parameter, {arguments} all of them.
 KINDS = {
     "right": "{right}",
     "not attempted": "{head}\n    raise NotImplementedError",
