@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -1051,6 +1052,23 @@ class Pipe(subprocess.Popen):
 
     def poll(self):
         return None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_share_a_server_and_survive_its_end():
+    pids = []
+    for kill in (False, True, False):
+        with Remote(Clock(100, 100), threading.Event()) as forked:
+            forked.start()
+            pids.append(forked.process.server.process.pid)
+            assert forked.run(1, "rms_norm = globals().get('rms_norm', 0) + 1", False) is None
+            assert forked.find("rms_norm") == 1  # nothing is left from the worker before
+            if kill:
+                os.kill(pids[-1], signal.SIGKILL)
+    assert pids[0] == pids[1] != pids[2]
+    with remote.servers():
+        pass
+    assert not any(is_running(str(pid)) for pid in pids)
 
 
 @pytest.mark.parametrize("reply", [b"", b"no\n", b"[]\n", b"[" * 100_000, b"\xff\n", b"{}\n", b'{"function": 5}\n'])

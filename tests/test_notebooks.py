@@ -15,6 +15,8 @@ import nbformat
 import pytest
 
 from minivlm.course import exercises
+from minivlm.course.grading.grader import grade_notebook
+from minivlm.course.grading.report import points_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import build_notebooks
@@ -208,6 +210,7 @@ def test_headings_and_card_state_what_is_declared(course):
         ("# |---|---|\n", "", "the table must start with"),
         ("The rule", "The rule ★☆☆", "cell 3: remove stars, minutes and points"),
         ("The rule", "The rule (8 minutes)", "cell 3: remove stars, minutes and points"),
+        ("The rule", "The rule\n#\n# <details><summary>Hint</summary>", "cell 3: remove the hints: they are generated"),
         ("5.1", "5.9", "there is no exercise 05.9"),
         ("5.1", "5.2", "does not belong to the last heading, exercise 05.2"),
         ("def block_mask", "def other", "does not belong to the last heading, exercise 05.1"),
@@ -338,6 +341,16 @@ def classroom(tmp_path_factory):
             assert api.generate_feedback(name, student)["success"]
             feedback[student] = (folder / "feedback" / student / name / f"{name}.html").read_text(encoding="utf-8")
     return {"feedback": feedback, "grades": grades, "release": release, "folder": folder, "name": name}
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.parametrize("student", ["ada", "bob", "cy", "dot", "eve"])
+def test_our_grader_gives_the_same_marks_as_nbgrader(classroom, student):
+    name = classroom["name"]
+    report = grade_notebook(classroom["folder"] / "submitted" / student / name / f"{name}.ipynb", SEED, time_limit=60)
+    points = {name: points_of(report, exercises.EXERCISES[name]) for name in report.marks}
+    assert points == {name: round(score, 2) for name, score in classroom["grades"][student].items()}
 
 
 @pytest.mark.slow
