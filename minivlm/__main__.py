@@ -373,15 +373,15 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def add_families_arguments(parser: argparse.ArgumentParser) -> None:
-    from minivlm.families import recipe
+    from minivlm.families import evaluation
 
-    recipe.add_arguments(parser)
+    evaluation.add_arguments(parser)
 
 
 def run_families(args: argparse.Namespace) -> None:
-    from minivlm.families import recipe
+    from minivlm.families import evaluation
 
-    recipe.run(args)
+    evaluation.run(args)
 
 
 def run_doctor(args: argparse.Namespace) -> None:

@@ -67,7 +67,9 @@ def test_the_wheel_holds_all_data_and_scripts_and_nothing_else(archives):
     with zipfile.ZipFile(archives[0]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     data = {f"minivlm/{path.relative_to(ROOT)}" for path in hub.DATA.rglob("*") if path.is_file()}
-    code = {str(path.relative_to(ROOT)) for kind in ("py", "js") for path in (ROOT / "minivlm").rglob(f"*.{kind}")}
+    code = {
+        str(path.relative_to(ROOT)) for kind in ("py", "js", "css") for path in (ROOT / "minivlm").rglob(f"*.{kind}")
+    }
     assert names == data | code
 
 

@@ -100,7 +100,7 @@ class SceneBatches(Dataset):
         offered = range(first, first + count)
         if not self.crowded:
             return list(offered)
-        weights = np.array([emoji.len(emoji.planned_names(seed, world=self.world)) for seed in offered])
+        weights = np.array([len(emoji.planned_names(seed, world=self.world)) for seed in offered])
         rng = np.random.default_rng((self.seed, 3, step))
         return rng.choice(offered, self.batch_size, replace=False, p=weights / weights.sum()).tolist()
 

@@ -7,11 +7,13 @@ that are there: *recalled* is the share of objects that are named, *hallucinated
 there (CHAIR-i, arXiv:1809.02156, section 2.1).
 """
 
+import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -198,3 +200,33 @@ def table(found: Sequence[Row], text_before: float) -> str:
         cells += [f"{row.milliseconds:.1f}", f"{row.cache / 1024:.0f} KiB"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m minivlm families``."""
+    known = ["paligemma", *recipe.NAMES, "magic"]
+    parser.add_argument("action", choices=["train", "evaluate"], help="train: run a recipe, or resume it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; evaluate: default all")
+    parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the runs and their weights")
+    parser.add_argument("--steps", type=float, default=1.0, metavar="F", help="train a fraction of the recipe's steps")
+    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="evaluate on so many; default 1000")
+    parser.add_argument("--weights", type=Path, help="folder of the weights; default: those that ship")
+
+
+def run(args: argparse.Namespace) -> None:
+    """``python -m minivlm families``."""
+    known = ["paligemma", *recipe.NAMES, "magic"]
+    if unknown := [name for name in args.names if name not in known]:
+        raise ValueError(f"There is no family {unknown[0]!r}: choose among {', '.join(known)}.")
+    if args.action == "evaluate":
+        folder = args.weights or recipe.FOLDER
+        parts = recipe.load_parts(folder)
+        found = rows(parts, args.scenes, args.names or known, folder)
+        print(table(found, text_loss(parts.text, parts)))
+        return
+    if not args.names or set(args.names) - set(recipe.NAMES):
+        raise ValueError(f"Name what to train: {', '.join(recipe.NAMES)}.")
+    for name in args.names:
+        own = (args.out / "text.safetensors").is_file()
+        recipe.train(name, args.out, args.weights or (args.out if own else recipe.FOLDER), args.steps)
+        print(f"Trained. The weights are in {args.out / f'{name}.safetensors'}")

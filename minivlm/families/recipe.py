@@ -7,7 +7,6 @@ A family is built from shared parts: tower and tokenizer of the embedded checkpo
 it trained itself is stored, one file per family, in bfloat16.
 """
 
-import argparse
 import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -207,35 +206,3 @@ def train(name: str, out: Path, folder: Path = FOLDER, steps: float = 1.0, preci
         run.objective.finish()
     save_weights(model.cpu(), out, name)
     return model.eval()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m minivlm families``."""
-    known = ["paligemma", *NAMES, "magic"]
-    parser.add_argument("action", choices=["train", "evaluate"], help="train: run a recipe, or resume it")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; evaluate: default all")
-    parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the runs and their weights")
-    parser.add_argument("--steps", type=float, default=1.0, metavar="F", help="train a fraction of the recipe's steps")
-    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="evaluate on so many; default 1000")
-    parser.add_argument("--weights", type=Path, help="folder of the weights; default: those that ship")
-
-
-def run(args: argparse.Namespace) -> None:
-    """``python -m minivlm families``."""
-    from minivlm.families import evaluation
-
-    known = ["paligemma", *NAMES, "magic"]
-    if unknown := [name for name in args.names if name not in known]:
-        raise ValueError(f"There is no family {unknown[0]!r}: choose among {', '.join(known)}.")
-    if args.action == "evaluate":
-        folder = args.weights or FOLDER
-        parts = load_parts(folder)
-        found = evaluation.rows(parts, args.scenes, args.names or known, folder)
-        print(evaluation.table(found, evaluation.text_loss(parts.text, parts)))
-        return
-    if not args.names or set(args.names) - set(NAMES):
-        raise ValueError(f"Name what to train: {', '.join(NAMES)}.")
-    for name in args.names:
-        own = (args.out / "text.safetensors").is_file()
-        train(name, args.out, args.weights or (args.out if own else FOLDER), args.steps)
-        print(f"Trained. The weights are in {args.out / f'{name}.safetensors'}")
