@@ -289,7 +289,7 @@ def test_the_image_vqvae_learns(tmp_path, processor):
     batch = batches.ImageBatches(processor, 4)[0]
     first = float(objective(**batch).detach())
     training.fit(objective, [batch] * 100, out=tmp_path, steps=100, lr=5e-3)
-    assert float(objective(**batch).detach()) < 0.7 * first
+    assert float(objective(**batch).detach()) < 0.85 * first
 
 
 # --- MAGiC -----------------------------------------------------------------------------------------------------------
