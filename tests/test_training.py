@@ -935,7 +935,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_have_the_loss_of_one(tmp_path):
-    # A VQ-VAE that differs in the last bit can choose another code for a mask that is as near to both: not with this seed.
+    # A VQ-VAE that differs in the last bit can choose another code for a mask. With this seed it does not.
     options = ("--precision", "float32", "--seed", "1")
     alone = train_in_subprocess(tmp_path / "one", *options)  # meanwhile
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
