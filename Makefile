@@ -9,11 +9,11 @@ PY := .venv/bin/python
 CODE := minivlm tests scripts benchmarks  # the notebooks' sources keep their long lines of prose
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help run check test lab notebooks class train evaluate bench
+.PHONY: help run check test test-all lab notebooks class train evaluate bench
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 run: .venv/installed  ## install, then show all four tasks on a few images
 	@$(PY) -m minivlm demo
@@ -24,9 +24,12 @@ lab: .venv/installed  ## open JupyterLab on your own copy of the course, in work
 check: .venv/installed-dev  ## style and the fast tests, in at most three minutes
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check $(CODE)
-	@$(PY) -m pytest -q -n auto -m "not slow and not notebook and not browser"
+	@$(PY) -m pytest -q -n auto -m "not slow and not long and not notebook and not browser"
 
-test: .venv/installed-dev  ## every test
+test: .venv/installed-dev  ## the tests, in at most twenty minutes
+	@$(PY) -m pytest -q -n auto --durations=10 -m "not long"
+
+test-all: .venv/installed-dev  ## every test, those too that take a minute each
 	@$(PY) -m pytest -q -n auto --durations=10
 
 notebooks: .venv/installed-dev  ## build the notebooks from notebooks/source, and execute them

@@ -465,7 +465,7 @@ def test_the_first_step_of_every_run(made, name):
         assert torch.isfinite(run.objective(**run.batches[0])) and 1 <= run.steps < 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_training_from_the_command_line_and_its_row(tmp_path, made, capsys):
     from minivlm.__main__ import main
 

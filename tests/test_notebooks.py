@@ -112,7 +112,11 @@ def test_every_notebook_has_a_source():
 @pytest.mark.notebook
 @pytest.mark.parametrize(
     ("stem", "kind"),
-    [pytest.param(stem, kind, id=f"{stem}-{kind}") for stem in SOURCES for kind in KINDS],
+    [
+        pytest.param(stem, kind, id=f"{stem}-{kind}", marks=[pytest.mark.long] if kind == "learner" else [])
+        for stem in SOURCES
+        for kind in KINDS
+    ],
 )
 def test_runs_from_top_to_bottom(runner, stem, kind):
     """``Runner`` raises on an error, a memory address, a local path, and an image without alt text."""
@@ -346,6 +350,7 @@ def classroom(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.notebook
 @pytest.mark.parametrize("student", ["ada", "bob", "cy", "dot", "eve"])
+@pytest.mark.long
 def test_our_grader_gives_the_same_marks_as_nbgrader(classroom, student):
     name = classroom["name"]
     report = grade_notebook(classroom["folder"] / "submitted" / student / name / f"{name}.ipynb", SEED, time_limit=60)
@@ -355,6 +360,7 @@ def test_our_grader_gives_the_same_marks_as_nbgrader(classroom, student):
 
 @pytest.mark.slow
 @pytest.mark.notebook
+@pytest.mark.long
 def test_the_release_contains_no_solution_and_no_hidden_test(classroom):
     text = to_text(classroom["release"])
     assert not re.search("SOLUTION|HIDDEN|exercises.score", text)
@@ -364,6 +370,7 @@ def test_the_release_contains_no_solution_and_no_hidden_test(classroom):
 
 @pytest.mark.slow
 @pytest.mark.notebook
+@pytest.mark.long
 def test_the_teachers_source_contains_both_and_the_settings_the_private_seed(classroom):
     name = classroom["name"]
     text = (classroom["folder"] / "source" / name / f"{name}.ipynb").read_text(encoding="utf-8")
@@ -374,6 +381,7 @@ def test_the_teachers_source_contains_both_and_the_settings_the_private_seed(cla
 
 @pytest.mark.slow
 @pytest.mark.notebook
+@pytest.mark.long
 def test_feedback_shows_the_diagnosis_but_not_the_seed(classroom):
     for student, page in classroom["feedback"].items():
         assert str(SEED) not in page, student
@@ -385,6 +393,7 @@ def test_feedback_shows_the_diagnosis_but_not_the_seed(classroom):
 @pytest.mark.slow
 @pytest.mark.notebook
 @pytest.mark.parametrize("student", ["dot", "eve"])
+@pytest.mark.long
 def test_what_hangs_only_costs_its_own_marks_in_nbgrader(classroom, student):
     """Dot's cell never ends after it has defined the function. Eve's function sleeps."""
     most = {e.name: float(e.points) for e in exercises.in_chapter("05")}
@@ -394,6 +403,7 @@ def test_what_hangs_only_costs_its_own_marks_in_nbgrader(classroom, student):
 
 @pytest.mark.slow
 @pytest.mark.notebook
+@pytest.mark.long
 def test_nbgrader_gives_the_same_marks_as_the_checks(classroom):
     most = {e.name: float(e.points) for e in exercises.in_chapter("05")}
     assert classroom["grades"]["ada"] == most

@@ -910,6 +910,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_result(tmp_path):
     """SIGKILL at an arbitrary moment of every stage: same losses, same weights, same codebook, bit for bit."""
     options = [word for stage in STAGES for word in (f"--{stage}-scenes", "240")]
