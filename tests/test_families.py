@@ -269,7 +269,7 @@ def test_cm3_reads_writes_and_draws_documents(processor):
     assert all(torch.equal(value, loader[0][name]) for name, value in batch.items())
     _, ids = model.read(**batch)
     codes = model.words + model.vae.encode(batch["pixel_values"])
-    captions = [scene.examples[0].answers[0] for scene in loader.scenes(0)]
+    captions = [batches.caption_of(scene) for scene in loader.scenes(0)]
     for row, length, code, caption in zip(
         ids.tolist(), batch["is_token"].sum(1), codes.tolist(), captions, strict=True
     ):
@@ -368,10 +368,12 @@ def test_masked_words_are_words_and_their_labels_are_what_they_were(processor):
     words = int((batch["attention_mask"].bool() & ~special).sum())
     assert 0.10 < int(is_target.sum()) / words < 0.20
     assert 0.7 < float((batch["input_ids"][is_target] == loader.mask_id).float().mean()) < 0.9
-    told = [[e.answers[0] for e in s.examples if e.kind in ("caption", "cap", "describe")] for s in loader.scenes(0)]
+    told = [[texts[0] for texts in scene.captions.values()] for scene in loader.scenes(0)]
     rows = [processor.decode(row) for row in plain]
     for i, (row, other) in enumerate(zip(rows, batch["is_other"].tolist(), strict=True)):
-        assert row == told[i][0] + told[i - other][-1]
+        assert row == told[i][0] + told[i - other][-1] and (not other or told[i][-1] != told[i - 1][-1])
+    alone = batches.BlankBatches(processor, 1, vocab_size=V)
+    assert not any(alone[step]["is_other"].any() for step in range(8))  # there is no other scene
     assert 0.3 < float(batch["is_other"].float().mean()) < 0.7
 
 
@@ -465,7 +467,7 @@ def test_the_first_step_of_every_run(made, name):
         assert torch.isfinite(run.objective(**run.batches[0])) and 1 <= run.steps < 20
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_short_training_from_the_command_line_and_its_row(tmp_path, made, capsys):
     from minivlm.__main__ import main
 
@@ -479,6 +481,9 @@ def test_a_short_training_from_the_command_line_and_its_row(tmp_path, made, caps
     before, after = table[-2].split(" | ")[8].split(" → ")
     assert before == after  # the language model has lost nothing
     assert main(["families", "train", "blip", *arguments]) == 2 and "no family 'blip'" in capsys.readouterr().err
+    assert main(["families", "evaluate", "visualbert", *weights]) == 2 and "to evaluate" in capsys.readouterr().err
+    (tmp_path / "text.safetensors").write_bytes(b"nothing")
+    assert main(["families", "evaluate", *weights]) == 2 and "is damaged" in capsys.readouterr().err
 
 
 def test_names_in_a_text():

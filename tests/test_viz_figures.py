@@ -392,6 +392,17 @@ def test_lines_differ_without_color():
     assert len({figure.png() for figure in figures}) == 4
 
 
+def test_names_of_curves_are_beside_their_ends():
+    """At twice the pixels too: all ink to the right of the axes is at the height at which a curve ends."""
+    image = np.asarray(viz.lines({"high": ([1, 2], [5, 9]), "low": ([1, 2], [9, 5])}, "t", "x", "y").image.convert("L"))
+    scale = image.shape[0] / 440
+    rows = np.flatnonzero((image[:, -round(50 * scale) :] < 128).any(1)) / scale
+    bottom, top = 440 - 54, 46
+    ends = [bottom - (bottom - top) * y / 9.2 for y in (9, 5)]  # the y axis is from 0 to 9.2
+    assert all(np.abs(rows - end).min() < 5 for end in ends)
+    assert all(min(abs(row - end) for end in ends) < 12 for row in rows)
+
+
 def test_names_of_curves_do_not_overlap():
     placed = charts.spread([10, 11, 12, 300], 17, 0, 310)
     assert np.diff(placed).min() >= 17 and placed[-1] <= 310

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minivlm.cache import GrowingCache
 from minivlm.gemma import GemmaForCausalLM
+from minivlm.generation import greedy
 from minivlm.processor import Processor
 from minivlm.siglip import SiglipVisionModel
 from minivlm.training.objectives import Objective
@@ -42,11 +43,6 @@ def next_token_loss(
     """Mean cross-entropy over the tokens with ``is_target`` 1, each predicted from the token before it."""
     wanted = is_target[:, 1:].bool()
     return F.cross_entropy(decoder.logits(hidden[:, :-1][wanted]).float(), input_ids[:, 1:][wanted])
-
-
-def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-    """The most likely token of each row."""
-    return logits.argmax(-1)
 
 
 @torch.inference_mode()

@@ -19,6 +19,11 @@ from minivlm.processor import IGNORE_INDEX, Processor
 MASKED, KEPT = 0.15, 0.1  # of the words, for VisualBERT; of the masked ones, how many stay, and how many are random
 
 
+def caption_of(scene: emoji.Scene) -> str:
+    """What a family learns to write about a scene: the answer to ``caption en``."""
+    return scene.captions["caption"][0]
+
+
 class ImageBatches(SceneBatches):
     """Scenes without a word: ``pixel_values``."""
 
@@ -31,7 +36,7 @@ class CaptionBatches(SceneBatches):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         scenes = self.scenes(step)
-        captions = [scene.examples[0].answers[0] for scene in scenes]
+        captions = [caption_of(scene) for scene in scenes]
         return {"pixel_values": self.pixel_values(scenes)} | encode_texts(self.processor, captions)
 
 
@@ -86,7 +91,7 @@ class InterleavedBatches(SceneBatches):
             return self.naming_document(rng)
         seeds = rng.integers(2**31, size=self.images).tolist()
         scenes = [self.scene(seed, self.world) for seed in seeds]
-        return scenes, [scene.examples[0].answers[0] for scene in scenes]
+        return scenes, [caption_of(scene) for scene in scenes]
 
     def naming_document(self, rng: np.random.Generator) -> tuple[list[emoji.Scene], list[str]]:
         """Two kinds of objects under made-up names."""
@@ -136,7 +141,7 @@ class PrefixBatches(SceneBatches):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         scenes, rng = self.scenes(step), np.random.default_rng((self.seed, 5, step, self.rank))
-        captions = [scene.examples[0].answers[0] for scene in scenes]
+        captions = [caption_of(scene) for scene in scenes]
         chosen = rng.integers(len(self.texts), size=self.text_rows)
         batch = encode_texts(self.processor, [*captions, *(self.texts[i] for i in chosen)])
         longest = batch["attention_mask"].sum(1).numpy() - 1  # at least <eos> is left to predict
@@ -154,7 +159,7 @@ class DocumentBatches(SceneBatches):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         scenes, rng = self.scenes(step), np.random.default_rng((self.seed, 6, step, self.rank))
-        captions = self.processor.encode([scene.examples[0].answers[0] for scene in scenes])
+        captions = self.processor.encode([caption_of(scene) for scene in scenes])
         rows = [torch.tensor(self.document(ids, rng)) for ids in captions]
         pad = nn.utils.rnn.pad_sequence
         return {
@@ -187,10 +192,11 @@ class BlankBatches(SceneBatches):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         scenes, rng = self.scenes(step), np.random.default_rng((self.seed, 7, step, self.rank))
-        told = [[e.answers[0] for e in scene.examples if e.kind in ("caption", "cap", "describe")] for scene in scenes]
-        is_other = rng.random(len(scenes)) < 0.5
-        seconds = [told[i - 1 if other else i][-1] for i, other in enumerate(is_other)]
-        rows = [torch.tensor(self.pair(first[0], second)) for first, second in zip(told, seconds, strict=True)]
+        own = [list(scene.captions.values())[-1][0] for scene in scenes]  # the second caption, of the last kind
+        others = [own[-1], *own[:-1]]
+        is_other = (rng.random(len(scenes)) < 0.5) & np.array([a != b for a, b in zip(own, others, strict=True)])
+        seconds = np.where(is_other, others, own).tolist()
+        rows = [torch.tensor(self.pair(*both)) for both in zip(map(caption_of, scenes), seconds, strict=True)]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.processor.pad_token_id)
         is_token = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         special = torch.tensor([self.processor.bos_token_id, self.processor.eos_token_id])

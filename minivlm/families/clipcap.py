@@ -2,7 +2,7 @@
 
     B rows · P patches · E hidden size of the tower · D of the decoder · k prefix vectors · c vectors of the image
 
-    p_1 … p_k = F(x)          and then text as always:   Σ log p(t_i | p_1 … p_k, t_1 … t_{i-1})     (equations 2 and 3)
+    p_1 … p_k = F(x)          and then text as always:   Σ log p(t_i | p_1 … p_k, t_1 … t_{i-1})
 
 x is a single vector, CLIP's of the whole image. Ours is the mean of the tower's patch vectors. The paper has two forms:
 

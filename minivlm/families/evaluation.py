@@ -23,7 +23,7 @@ from minivlm import emoji
 from minivlm.cache import cache_bytes
 from minivlm.emoji.language import NUMBERS
 from minivlm.families import base, magic, recipe
-from minivlm.families.batches import InterleavedBatches, TextBatches
+from minivlm.families.batches import InterleavedBatches, TextBatches, caption_of
 from minivlm.families.flamingo import Flamingo
 from minivlm.families.recipe import Parts
 from minivlm.gemma import GemmaForCausalLM
@@ -33,6 +33,8 @@ from minivlm.training.objectives import Objective
 BATCH = 50
 HELD_OUT_STEP = 10**6  # of TextBatches: no run gets that far
 Writer = Callable[[Tensor], list[str]]
+# Text and VisualBERT cannot write a caption of an image.
+WRITERS = ("paligemma", *(name for name in recipe.NAMES if name not in ("text", "visualbert")), "magic")
 
 
 @dataclass
@@ -83,7 +85,7 @@ def name_rates(captions: Sequence[str], scenes: Sequence[emoji.Scene]) -> tuple[
 
 def exact(captions: Sequence[str], scenes: Sequence[emoji.Scene]) -> np.ndarray:
     """Which captions name exactly what is there."""
-    return np.array([emoji.same_caption(c, s.examples[0].answers[0]) for c, s in zip(captions, scenes, strict=True)])
+    return np.array([emoji.same_caption(c, caption_of(s)) for c, s in zip(captions, scenes, strict=True)])
 
 
 def in_batches(write: Writer, pixel_values: Tensor) -> list[str]:
@@ -100,7 +102,7 @@ def text_loss(decoder: GemmaForCausalLM, parts: Parts, count: int = 10) -> float
 
 
 @torch.no_grad()
-def in_context_score(model: Flamingo, parts: Parts, count: int = 500, split: str = "validation") -> float:
+def in_context_score(model: Flamingo, parts: Parts, count: int, split: str = "validation") -> float:
     """How often the third image of a document is given the name that its kind got in one of the first two."""
     loader, rng = InterleavedBatches(parts.processor, 1, split=split), np.random.default_rng(0)
     right = 0
@@ -156,7 +158,7 @@ def measure(
         float(blank.mean()),
         float(others.mean()),
         text_loss(model.decoder, parts) if isinstance(model, base.Captioner) else None,
-        in_context_score(model, parts) if isinstance(model, Flamingo) else None,
+        in_context_score(model, parts, count) if isinstance(model, Flamingo) else None,
         milliseconds,
         cache_bytes(parts.text.config, before_text + 32, dtype=torch.float32),
     )
@@ -169,7 +171,7 @@ def rows(parts: Parts, count: int, names: Sequence[str], folder=recipe.FOLDER) -
     if "paligemma" in names:
         write = partial(write_with_paligemma, parts)
         found.append(measure("paligemma", write, parts, count, patches + 4))
-    for name in (n for n in recipe.NAMES if n in names and n not in ("text", "visualbert")):
+    for name in (n for n in recipe.NAMES if n in names):
         model = recipe.load(name, parts, folder)
         before = {"simvlm": patches, "cm3": (p.image_size // 8) ** 2 + 5, "clipcap": 10, "clipcap-mlp": 10}.get(name, 0)
         found.append(measure(name, partial(model.caption, p), parts, count, before, model))
@@ -204,9 +206,9 @@ def table(found: Sequence[Row], text_before: float) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m minivlm families``."""
-    known = ["paligemma", *recipe.NAMES, "magic"]
     parser.add_argument("action", choices=["train", "evaluate"], help="train: run a recipe, or resume it")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; evaluate: default all")
+    known = f"train: some of {', '.join(recipe.NAMES)}; evaluate: of {', '.join(WRITERS)}, by default all"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the runs and their weights")
     parser.add_argument("--steps", type=float, default=1.0, metavar="F", help="train a fraction of the recipe's steps")
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="evaluate on so many; default 1000")
@@ -215,16 +217,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``python -m minivlm families``."""
-    known = ["paligemma", *recipe.NAMES, "magic"]
+    known = WRITERS if args.action == "evaluate" else recipe.NAMES
     if unknown := [name for name in args.names if name not in known]:
-        raise ValueError(f"There is no family {unknown[0]!r}: choose among {', '.join(known)}.")
+        raise ValueError(f"There is no family {unknown[0]!r} to {args.action}: choose among {', '.join(known)}.")
     if args.action == "evaluate":
         folder = args.weights or recipe.FOLDER
         parts = recipe.load_parts(folder)
-        found = rows(parts, args.scenes, args.names or known, folder)
+        found = rows(parts, args.scenes, args.names or WRITERS, folder)
         print(table(found, text_loss(parts.text, parts)))
         return
-    if not args.names or set(args.names) - set(recipe.NAMES):
+    if not args.names:
         raise ValueError(f"Name what to train: {', '.join(recipe.NAMES)}.")
     for name in args.names:
         own = (args.out / "text.safetensors").is_file()

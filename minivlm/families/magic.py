@@ -2,7 +2,7 @@
 
     B images · P patches · k candidates · t tokens so far · D hidden size · V vocabulary size
 
-Of the k most likely next tokens, take the one with the highest                                        (equation 4)
+Of the k most likely next tokens, take the one with the highest
 
     (1 − α) · p(v | text)  −  α · max_j cos(h_v, h_j)  +  β · softmax_v(similarity(image, text v))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minivlm import emoji, hub, training
@@ -171,7 +172,10 @@ def load_weights(model: Objective, folder: Path, name: str) -> None:
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Make it with: python -m minivlm families train {name}")
-    wanted, found = own_weights(model), load_file(path)
+    try:
+        wanted, found = own_weights(model), load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({hub.printable(error)}). Train it again.") from error
     wrong = sorted(set(wanted) ^ set(found)) or [k for k, v in wanted.items() if v.shape != found[k].shape]
     if wrong:
         raise ValueError(f"{path} does not fit {name}: {hub.abbreviate(wrong)}. Train it again.")
@@ -187,19 +191,24 @@ def load(name: str, parts: Parts, folder: Path = FOLDER) -> Objective:
     return model.eval()
 
 
-def train(name: str, out: Path, folder: Path = FOLDER, steps: float = 1.0, precision: str = "bfloat16") -> Objective:
+def train(name: str, out: Path, folder: Path = FOLDER, steps: float = 1.0) -> Objective:
     """Run the recipe of a family, or resume it, in ``out/name``, and write ``out/name.safetensors``.
 
     Args:
         folder: Where the text-only Gemma is.
         steps: Fraction of the recipe's steps.
+
+    Raises:
+        ValueError: Under ``torchrun``: one process trains a family.
     """
+    context = training.find_distributed_context(workers=1)
+    if context.world_size > 1:
+        raise ValueError("families train uses one process: run it without torchrun.")
     parts = load_parts(folder, with_text=name != "text")
     model = build(name, parts)
-    context = training.find_distributed_context("cpu" if not torch.cuda.is_available() else None, workers=1)
     for run in runs(name, model, parts, steps):
         run.objective.prepare()
-        options = {"optimizer": "muon", "precision": precision, "context": context} | run.options
+        options = {"optimizer": "muon", "precision": "bfloat16", "context": context} | run.options
         training.fit(
             run.objective, run.batches, out=out / name / run.name, name=run.name, steps=run.steps, lr=run.lr, **options
         )

@@ -2,7 +2,7 @@
 
     B rows · P = h · w vectors of an image · T tokens · D hidden size
 
-    L = − E Σ_{i ≥ Tp} log p(x_i | x_{[Tp, i]}, x_{< Tp})                                             (equation 3)
+    L = − E Σ_{i ≥ Tp} log p(x_i | x_{[Tp, i]}, x_{< Tp})
 
 The first Tp tokens attend to each other fully, the rest is causal. For a pair, the prefix starts with the image and may
 go on into its caption; Tp is drawn at random for every row. Text without an image, mixed into every batch, is trained
@@ -11,7 +11,7 @@ into a grid of vectors.
 
 Nothing is frozen and nothing comes from another model. The paper's model is an encoder for the prefix and a decoder
 for the rest; ours is PaliGemma's decoder under the prefix-LM mask, the paper's "decoder only" (VQA 65.2 instead of
-67.4). No official code was released. Source: "SimVLM" (arXiv:2108.10904), sections 3.1 to 3.3 and table 6.
+67.4). No official code was released. Source: "SimVLM" (arXiv:2108.10904), section 3 and its ablations.
 """
 
 import torch

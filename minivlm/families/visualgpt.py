@@ -5,8 +5,8 @@
 Every layer of the language model also attends to the image. Let H be what self-attention says and Z what attention over
 the image says. The *self-resurrecting activation unit* decides, number by number, which of them to believe:
 
-    G_vis = σ(H) where σ(H) > τ, else 0          G_lan = 1 − σ(H) where 1 − σ(H) > τ, else 0           (equations 4, 5)
-    output = G_vis ⊙ Z + G_lan ⊙ H                                                                      (equation 6)
+    G_vis = σ(H) where σ(H) > τ, else 0          G_lan = 1 − σ(H) where 1 − σ(H) > τ, else 0
+    output = G_vis ⊙ Z + G_lan ⊙ H
 
 With 0 < τ < 0.5 a gate of 0 is not the end of its learning: where one of the two is closed the other is open, and what
 flows through it moves H, so that the closed one can open again. The language model keeps what it knows of language

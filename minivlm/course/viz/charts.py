@@ -119,19 +119,18 @@ def power_of_ten(value: Real, _position: int) -> str:
 def name_curves(axes, curves: Mapping[str, tuple]) -> None:
     """Writes each name to the right of the axes, at the height of the end of its curve, without overlap."""
     axes.autoscale_view()  # matplotlib delays this until it draws, but the ends of the curves are needed now
-    right = axes.get_window_extent().x1
-    low, high = axes.get_window_extent().y0, axes.get_window_extent().y1
-    ends = [axes.transData.transform((x[-1], y[-1])) for x, y in curves.values()]
-    order = sorted(range(len(ends)), key=lambda k: ends[k][1])
-    heights = spread([ends[k][1] for k in order], 17, low, high)
+    area = axes.get_window_extent()
+    last = [(x[-1], y[-1]) for x, y in curves.values()]
+    ends = [axes.transData.transform(point)[1] for point in last]
+    order = sorted(range(len(ends)), key=lambda k: ends[k])
+    heights = spread([ends[k] for k in order], 17, area.y0, area.y1)
     for k, height in zip(order, heights, strict=True):
         name, look = list(curves)[k], LOOKS[k]
         axes.annotate(
             name,
-            xy=ends[k],
-            xycoords="figure pixels",
-            xytext=(right + 14, height),
-            textcoords="figure pixels",
+            xy=last[k],
+            xytext=(1 + 14 / area.width, (height - area.y0) / area.height),
+            textcoords="axes fraction",  # pixels would stay where they are when the figure is drawn sharper
             fontsize=SMALL * 72 / DPI,
             va="center",
             arrowprops={"arrowstyle": "-", "color": look["color"], "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5},
