@@ -789,8 +789,7 @@ def test_the_stages(plan, model):
         assert stage.config.lr == getattr(TINY, f"{stage.name}_lr") and stage.config.horizon is None
         assert stage.config.optimizer == "muon" and stage.config.precision == "bfloat16"
         assert stage.batches.augment == emoji.AUGMENTATIONS and stage.batches.world == emoji.WORLD
-    assert answer.batches.mixture is recipe.ANSWER_MIXTURE and finish.batches.mixture is recipe.MIXTURE
-    assert set(recipe.ANSWER_MIXTURE) == set(recipe.MIXTURE) - {"segment"}
+    assert answer.batches.mixture is recipe.MIXTURE and finish.batches.mixture is recipe.MIXTURE
     assert align.config.groups == ()
     assert answer.config.groups == (training.ParameterGroup("vision_tower", TINY.tower_lr, TINY.tower_warmup),)
     assert finish.config.groups == (training.ParameterGroup("vision_tower", TINY.tower_lr),)

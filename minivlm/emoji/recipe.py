@@ -6,12 +6,11 @@
 that loss is scored on its own, so a pair can be one *patch* and one name: true if the patch shows the object. From each
 patch, a linear layer also reads the object's box and pose, so that these are there when boxes and masks are asked for.
 
-``answer`` trains everything on captions, questions and boxes. All that is asked about an image is packed into one row,
-behind one copy of the image tokens. The tower learns slowly at first (a long linear warm-up), or what ``align`` taught
-it is lost.
+``answer`` trains everything on captions, questions, boxes and masks. All that is asked about an image is packed into
+one row, behind one copy of the image tokens. The tower learns slowly at first (a long linear warm-up), or what
+``align`` taught it is lost.
 
-``finish`` trains everything as PaliGemma runs: one prompt per row, to which the image tokens attend. Now there are
-masks too, whose answers are long.
+``finish`` goes on as PaliGemma runs: one prompt per row, to which the image tokens attend.
 
 Each stage has one objective (training/objectives.py), and a folder of its own in the run's (training/files.py).
 Everything is trained by Muon and AdamW with the same schedule: a short linear warm-up, then half a cosine to zero.
@@ -68,14 +67,14 @@ class TrainConfig:
     align_scenes: int = 256_000
     align_batch: int = 64
     align_lr: float = 4e-3
-    answer_scenes: int = 224_000
-    answer_batch: int = 16
+    answer_scenes: int = 352_000
+    answer_batch: int = 32
     answer_examples: int = 6  # of each scene
-    answer_lr: float = 2.5e-3
+    answer_lr: float = 3e-3
     finish_scenes: int = 64_000
-    finish_batch: int = 16
+    finish_batch: int = 32
     finish_examples: int = 4
-    finish_lr: float = 1e-3
+    finish_lr: float = 1.2e-3
     tower_lr: float = 0.5  # in both
     tower_warmup: float = 0.2  # of `answer`
     warmup: float = 0.01  # of each stage
@@ -121,7 +120,9 @@ SMALL = TrainConfig(
     masks_scenes=3_840,
     align_scenes=38_400,
     answer_scenes=11_200,
+    answer_batch=16,
     finish_scenes=2_400,
+    finish_batch=16,
 )
 RECIPES = {"full": TrainConfig(), "small": SMALL}
 
@@ -138,7 +139,6 @@ MIXTURE = {
     "detect": 3.0,
     "segment": 3.0,
 }
-ANSWER_MIXTURE = {kind: weight for kind, weight in MIXTURE.items() if kind != "segment"}
 
 
 def make_processor(config: TrainConfig) -> Processor:
@@ -223,16 +223,12 @@ def stages(
         context.barrier()
         vae.load_state_dict(MaskVQVAE.from_pretrained(out / "checkpoint").state_dict())
 
-    suffixes = {"vae": vae, "crowded": True} | shared
+    suffixes = {"vae": vae, "mixture": MIXTURE, "crowded": True} | shared
     mask_batches = data.MaskBatches(p, c.masks_batch, misread=c.misread, **shared)
     align_batches = data.AlignmentBatches(p, c.align_batch, crowded=True, **shared)
-    answer_batches = data.SuffixBatches(
-        p, c.answer_batch, mixture=ANSWER_MIXTURE, examples=c.answer_examples, **suffixes
-    )
+    answer_batches = data.SuffixBatches(p, c.answer_batch, examples=c.answer_examples, **suffixes)
     new = 2 * c.answer_scenes  # crowded batches use half of the seeds
-    finish_batches = data.SuffixBatches(
-        p, c.finish_batch, mixture=MIXTURE, examples=c.finish_examples, first_seed=new, **suffixes
-    )
+    finish_batches = data.SuffixBatches(p, c.finish_batch, examples=c.finish_examples, first_seed=new, **suffixes)
     tower = ParameterGroup("vision_tower", c.tower_lr)
     slow_tower = replace(tower, warmup=c.tower_warmup)
     return [

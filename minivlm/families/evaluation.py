@@ -211,6 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the runs and their weights")
     parser.add_argument("--steps", type=float, default=1.0, metavar="F", help="train a fraction of the recipe's steps")
+    parser.add_argument("--workers", type=int, default=1, help="train: processes that generate scenes; default 1")
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="evaluate on so many; default 1000")
     parser.add_argument("--weights", type=Path, help="folder of the weights; default: those that ship")
 
@@ -230,5 +231,5 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"Name what to train: {', '.join(recipe.NAMES)}.")
     for name in args.names:
         own = (args.out / "text.safetensors").is_file()
-        recipe.train(name, args.out, args.weights or (args.out if own else recipe.FOLDER), args.steps)
+        recipe.train(name, args.out, args.weights or (args.out if own else recipe.FOLDER), args.steps, args.workers)
         print(f"Trained. The weights are in {args.out / f'{name}.safetensors'}")
