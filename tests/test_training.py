@@ -837,7 +837,7 @@ def test_loss_falls(processor, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ("--masks-scenes 3", "masks_scenes must be at least masks_batch, 64, for one step, not 3"),
-        ("--finish-scenes 15", "finish_scenes must be at least finish_batch, 16"),
+        ("--finish-scenes 15", "finish_scenes must be at least finish_batch, 48"),
         ("--recipe small --objects 5", "A world has 10 to 100 objects, of which a scene shows 1 to 4, not 5 and 2"),
         ("--most-objects 5", "A world has 10 to 100 objects, of which a scene shows 1 to 4, not 100 and 5"),
         ("--augment color,glow", 'augment must be "all", "none" or some of stretch,'),

@@ -67,14 +67,14 @@ class TrainConfig:
     align_scenes: int = 256_000
     align_batch: int = 64
     align_lr: float = 4e-3
-    answer_scenes: int = 352_000
-    answer_batch: int = 32
+    answer_scenes: int = 360_000
+    answer_batch: int = 48
     answer_examples: int = 6  # of each scene
-    answer_lr: float = 3e-3
-    finish_scenes: int = 64_000
-    finish_batch: int = 32
+    answer_lr: float = 3.5e-3
+    finish_scenes: int = 96_000
+    finish_batch: int = 48
     finish_examples: int = 4
-    finish_lr: float = 1.2e-3
+    finish_lr: float = 1.5e-3
     tower_lr: float = 0.5  # in both
     tower_warmup: float = 0.2  # of `answer`
     warmup: float = 0.01  # of each stage
@@ -289,6 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one")
     parser.add_argument("--workers", type=int, default=1, help="processes that generate scenes; default 1")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: faster, needs a C++ compiler")
     parser.add_argument("--save-every", type=float, default=SAVE_EVERY, help="seconds between saved states")
     for entry in fields(TrainConfig):
         name = "--" + entry.name.replace("_", "-")
@@ -299,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
     """``python -m minivlm train``."""
     given = {entry.name: getattr(args, entry.name) for entry in fields(TrainConfig)}
     config = replace(RECIPES[args.recipe], **{name: value for name, value in given.items() if value is not None})
-    context = training.find_distributed_context(args.device, args.workers)
+    context = training.find_distributed_context(args.device, args.workers, args.compile)
     train(config, args.out, context, args.save_every)
     if context.is_main:
         print(f"Trained. Measure it with: python -m minivlm evaluate --checkpoint {args.out / 'checkpoint'}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlm import emoji
+from minivlm import emoji, training
 from minivlm.cache import cache_bytes
 from minivlm.emoji.language import NUMBERS
 from minivlm.families import base, magic, recipe
@@ -211,7 +211,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     parser.add_argument("--out", type=Path, default=Path("runs/families"), help="folder of the runs and their weights")
     parser.add_argument("--steps", type=float, default=1.0, metavar="F", help="train a fraction of the recipe's steps")
+    parser.add_argument("--device", help="train: cpu, cuda, cuda:1 …; default: a GPU if there is one")
     parser.add_argument("--workers", type=int, default=1, help="train: processes that generate scenes; default 1")
+    parser.add_argument("--compile", action="store_true", help="train: compile the layers; needs a C++ compiler")
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="evaluate on so many; default 1000")
     parser.add_argument("--weights", type=Path, help="folder of the weights; default: those that ship")
 
@@ -229,7 +231,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.names:
         raise ValueError(f"Name what to train: {', '.join(recipe.NAMES)}.")
+    context = training.find_distributed_context(args.device, args.workers, args.compile)
     for name in args.names:
         own = (args.out / "text.safetensors").is_file()
-        recipe.train(name, args.out, args.weights or (args.out if own else recipe.FOLDER), args.steps, args.workers)
+        recipe.train(name, args.out, context, args.weights or (args.out if own else recipe.FOLDER), args.steps)
         print(f"Trained. The weights are in {args.out / f'{name}.safetensors'}")

@@ -24,6 +24,7 @@ from minivlm.gemma import GemmaForCausalLM
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
 from minivlm.siglip import init_linear
+from minivlm.training import DistributedContext
 from minivlm.training.objectives import Objective
 
 NAMES = ("text", "visualbert", "simvlm", "cm3", "clipcap", "clipcap-mlp", "visualgpt", "flamingo")
@@ -191,18 +192,16 @@ def load(name: str, parts: Parts, folder: Path = FOLDER) -> Objective:
     return model.eval()
 
 
-def train(name: str, out: Path, folder: Path = FOLDER, steps: float = 1.0, workers: int = 1) -> Objective:
+def train(name: str, out: Path, context: DistributedContext, folder: Path = FOLDER, steps: float = 1.0) -> Objective:
     """Run the recipe of a family, or resume it, in ``out/name``, and write ``out/name.safetensors``.
 
     Args:
         folder: Where the text-only Gemma is.
         steps: Fraction of the recipe's steps.
-        workers: Processes that generate scenes.
 
     Raises:
         ValueError: Under ``torchrun``: one process trains a family.
     """
-    context = training.find_distributed_context(workers=workers)
     if context.world_size > 1:
         raise ValueError("families train uses one process: run it without torchrun.")
     parts = load_parts(folder, with_text=name != "text")

@@ -115,12 +115,13 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Where a run happens: the device of this process, how many processes share the run, and its data workers."""
+    """Where and how a run happens: the device of this process, how many processes share the run, its data workers."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     workers: int = 0  # DataLoader processes that prepare batches; 0: this process does
+    compile: bool = False  # the layers, by torch: a minute to start with, then fewer and larger operations
 
     def __post_init__(self):
         check_range(self, "workers", 0)
@@ -142,7 +143,7 @@ class DistributedContext:
             dist.destroy_process_group()
 
 
-def find_distributed_context(device: str | None = None, workers: int = 0) -> DistributedContext:
+def find_distributed_context(device: str | None = None, workers: int = 0, compile: bool = False) -> DistributedContext:
     """The given device, or a GPU if there is one; one process, or as many as ``torchrun`` started.
 
     Raises:
@@ -156,7 +157,7 @@ def find_distributed_context(device: str | None = None, workers: int = 0) -> Dis
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"There is no device {device!r} to train on ({str(error).splitlines()[0]}).") from error
-    context = DistributedContext(torch.device(device), rank, world_size, workers)
+    context = DistributedContext(torch.device(device), rank, world_size, workers, compile)
     if world_size > 1 and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
@@ -214,6 +215,13 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], step: int, co
         group = settings["group"]
         rise = min(1.0, (step + 1) / max(1, round(group.warmup * horizon)))
         settings["lr"] = config.lr * lr_schedule(step, horizon, config.warmup) * (group.lr_scale * rise)
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Compile each block of each ``nn.ModuleList``, for sequences of any length. Blocks of a kind share a program."""
+    for blocks in (part for part in module.modules() if isinstance(part, nn.ModuleList)):
+        for block in blocks:
+            block.compile(dynamic=True)
 
 
 @contextlib.contextmanager
@@ -315,6 +323,8 @@ def fit(
         raise ValueError(f"There are {len(batches)} batches, fewer than the {steps} steps of {name}.")
     context = context or find_distributed_context()
     module.to(context.device).train()
+    if context.compile:
+        compile_layers(module)
     optimizers = make_optimizers(module, config.weight_decay, config.groups, config.optimizer)
     with lock_folder(out) if context.is_main else contextlib.nullcontext():
         state, metrics = out / "state.safetensors", out / "metrics.jsonl"
