@@ -451,6 +451,38 @@ def run_grade(args: argparse.Namespace) -> None:
     note(f"Open {grader.pages_path(args.out) / 'index.html'} for the class. Next to it is a page for each student.")
 
 
+# --- capstone ------------------------------------------------------------------------------------------------------
+
+
+def add_capstone_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.py", help="your own PaliGemma")
+    parser.add_argument("--start", action="store_true", help="write FILE.py, with the functions to fill in, and stop")
+    page = "page to write when all steps have passed; default: beside FILE.py, with .html at the end"
+    parser.add_argument("--out", type=Path, metavar="OUT.html", help=page)
+    limit = "seconds that one call of a function in FILE.py can take; default: 60"
+    parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help=limit)
+
+
+def run_capstone(args: argparse.Namespace) -> None:
+    """Checks the learner's own file. Exit code 1 if a step is wrong."""
+    from minivlm.course import capstone
+
+    if args.start:
+        capstone.start(args.file)
+        print(f"Wrote {args.file}. Fill in its functions in any order, and check them with")
+        print(f"  python -m minivlm capstone {args.file}")
+        return
+    out = args.out or args.file.with_suffix(".html")
+    check_output(out)
+    show = lambda step: print(capstone.for_console(str(step)), flush=True)  # noqa: E731
+    report = capstone.check(args.file, out, args.time_limit, args.debug, show)
+    print(report.summary)
+    if report.certificate:
+        note(f"Wrote {report.certificate}.")
+    if report.first_wrong:
+        sys.exit(1)
+
+
 COMMANDS = {
     "demo": ("show what the embedded checkpoint can do", add_demo_arguments, run_demo),
     "generate": ("answer prompts about an image", add_generate_arguments, run_generate),
@@ -459,6 +491,11 @@ COMMANDS = {
     "families": ("train and measure the other families of models", add_families_arguments, run_families),
     "lab": ("open your own copy of the notebooks in JupyterLab", add_lab_arguments, run_lab),
     "grade": ("grade a folder of notebooks, with one row per student", add_grade_arguments, run_grade),
+    "capstone": (
+        "check your own PaliGemma, written from an empty file, in twelve steps",
+        add_capstone_arguments,
+        run_capstone,
+    ),
     "doctor": ("report what is installed and which checkpoints fit into memory", lambda parser: None, run_doctor),
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
 
 import numpy as np
 
@@ -32,7 +32,6 @@ class Question:
         cases: The arguments.
         known: The mistakes to look for.
         inside: The right intermediate values by name, in order, from the same arguments; None if there are none.
-        variant: ``answer`` as known mistakes apply to it. Default: ``answer``.
     """
 
     where: str
@@ -41,7 +40,6 @@ class Question:
     cases: list[Case]
     known: Callable[[], Iterable[Known]] = tuple
     inside: Callable[..., dict[str, np.ndarray]] | None = None
-    variant: Callable[..., np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,20 @@ def examine(question: Question, learner: Learner) -> None:
 def explain(question: Question, wrong: list[Trial]) -> list[str]:
     """The cause, and notes: a hint, the first intermediate value that is wrong, and by how much the result is."""
     first, notes = wrong[0], []
-    known = find_known(question, wrong)
-    inside = find_inside(question, first)
-    if known:
+    inside, cause = find_inside(question, first), None
+    if known := find_known(question, wrong):
         cause = f"{known.sentence}."
         notes.append(known.hint)
-    else:
-        cause = relation(question, wrong)
-        cause = cause and f"{cause[0].upper()}{cause[1:]}{'' if cause[-1] in '.?' else '.'}"
+    elif cause := relation(question, wrong):
+        cause += "" if cause[-1] in ".?" else "."
     if inside:
         notes.append(inside)
         cause = cause or inside
     case = f", in the case “{first.case.name}”" if first.case.name else ""
     size = f" The largest difference is {error:.2g} of the largest value." if (error := relative_error(first)) else ""
     much = f"{question.where[0].upper()}{question.where[1:]}{case}, {first.problem}{size}"
-    return [cause or much, *(note for note in (*notes, much) if note != cause)]
+    first_line = cause or much
+    return [first_line[0].upper() + first_line[1:], *(note for note in (*notes, much) if note != cause)]
 
 
 def relative_error(trial: Trial) -> float | None:
@@ -105,17 +102,16 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def find_known(question: Question, wrong: list[Trial]) -> Known | None:
     """The first known mistake that gives the learner's answers."""
     apart = [distance(trial.got, trial.want) for trial in wrong]
-    variant = question.variant or question.answer
     for known in question.known():
-        if all(explains(known, variant, trial, size) for trial, size in zip(wrong, apart, strict=True)):
+        if all(explains(known, question.answer, trial, size) for trial, size in zip(wrong, apart, strict=True)):
             return known
     return None
 
 
-def explains(known: Known, variant: Callable, trial: Trial, apart: float) -> bool:
+def explains(known: Known, answer: Callable, trial: Trial, apart: float) -> bool:
     try:
         with np.errstate(all="ignore"), known.inside():
-            other = variant(*trial.case.arguments)
+            other = answer(*trial.case.arguments)
     except Exception:  # many mistakes end in an error
         return False
     left = distance(trial.got, other)
@@ -133,7 +129,7 @@ def find_inside(question: Question, trial: Trial) -> str | None:
             if problem := compare(seen[name], want):
                 far = distance(seen[name], want)
                 size = f" (by {far:.2g} of the largest value)" if np.isfinite(far) else ""
-                before = f"; {right}, before it, is right" if right else ""
+                before = f" Before it, {right} is right." if right else ""
                 return f"The first intermediate value that differs is {name}{size}: {problem}{before}"
             right = name
     return None
@@ -148,14 +144,11 @@ def relation(question: Question, wrong: list[Trial]) -> str | None:
         except (Failed, NotWritten) as error:
             return Outcome(error=error)
 
-    cases = [trial.case for trial in wrong]
-    outcomes = ([Outcome(value, inputs=inputs_of(question, trial)) for trial in wrong for value in [trial.got]],)
-    outcomes += ([Outcome(trial.want, inputs=inputs_of(question, trial)) for trial in wrong],)
+    if any(np.isnan(trial.got).any() for trial in wrong):  # NaN is related to anything
+        return None
+    names, inputs = list(signature(question.answer).parameters), [trial.case.arguments for trial in wrong]
+    inputs = [dict(zip(names, values, strict=False)) for values in inputs]
+    got = [Outcome(trial.got, inputs=by_name) for trial, by_name in zip(wrong, inputs, strict=True)]
+    want = [Outcome(trial.want, inputs=by_name) for trial, by_name in zip(wrong, inputs, strict=True)]
     with np.errstate(all="ignore"):
-        return diagnose(question.answer, cases, *outcomes, rerun=rerun)
-
-
-def inputs_of(question: Question, trial: Trial) -> dict[str, Any]:
-    from inspect import signature
-
-    return dict(signature(question.answer).bind(*trial.case.arguments).arguments)
+        return diagnose(question.answer, [trial.case for trial in wrong], got, want, rerun)

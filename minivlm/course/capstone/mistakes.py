@@ -6,7 +6,7 @@ chapters leave to the package. If the learner's answer equals that of a mistake,
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minivlm import gemma, masks, paligemma, siglip
+from minivlm.course.capstone.reference import Reference
 from minivlm.course.exercises import EXERCISES
 from minivlm.course.exercises.ch06 import LayerWeights
 from minivlm.course.exercises.patch import replaced
@@ -36,7 +37,7 @@ DECODER = {
 }
 MASK = {"block_mask": "the mask", "prefix_lm_mask": "the mask", "mask_padding": "the mask"}
 WHOLE = {"merge_image_features": "the merge of image and text"}
-CACHE = {"append": "the cache", "write_in_place": "the cache", "token_positions": "the positions"}
+CACHE = {"append": "the cache", "token_positions": "the positions"}
 PADDING = {"mask_padding": "the mask", "token_positions": "the positions"}
 
 
@@ -86,13 +87,12 @@ def of_tower(model: PaliGemma) -> Iterator[Known]:
         "All `num_hidden_layers` layers run: other models with SigLIP towers take the output of the last but one.",
         lambda: patch.object(vision.encoder.layers[-1], "forward", lambda x: x),
     )
-    for eps in (1e-5, 1e-6):
-        norms = [module for module in vision.modules() if isinstance(module, siglip.LayerNorm)]
-        yield Known(
-            f"LayerNorm always uses an eps of {eps:g}",
-            "Read `layer_norm_eps` from `vision_config`.",
-            partial(setting, norms, "eps", eps),
-        )
+    norms = [module for module in vision.modules() if isinstance(module, siglip.LayerNorm)]
+    yield Known(
+        "LayerNorm always uses a small eps",
+        "Read `layer_norm_eps` from `vision_config`.",
+        lambda: setting(norms, "eps", 1e-6),
+    )
     yield from from_exercises(TOWER)
 
 
@@ -138,13 +138,12 @@ def of_decoder(model: PaliGemma) -> Iterator[Known]:
         "After the last layer comes one more RMSNorm, `norm`.",
         lambda: patch.object(decoder.norm, "forward", lambda x: x),
     )
-    for eps in (1e-5, 1e-6):
-        norms = [module for module in decoder.modules() if isinstance(module, gemma.GemmaRMSNorm)]
-        yield Known(
-            f"RMSNorm always uses an eps of {eps:g}",
-            "Read `rms_norm_eps` from `text_config`.",
-            partial(setting, norms, "eps", eps),
-        )
+    norms = [module for module in decoder.modules() if isinstance(module, gemma.GemmaRMSNorm)]
+    yield Known(
+        "RMSNorm always uses a small eps",
+        "Read `rms_norm_eps` from `text_config`.",
+        lambda: setting(norms, "eps", 1e-6),
+    )
     yield from from_exercises(DECODER)
     if not config.has_post_norms:
         for mistake in EXERCISES["decoder_layer"].mistakes:
@@ -166,6 +165,12 @@ def of_gemma2(model: PaliGemma) -> Iterator[Known]:
         f"Gemma 2 has four norms per layer: {' and '.join(norms)} normalize what is added to x.",
         partial(identities, [getattr(layer, name) for layer in decoder.layers for name in norms]),
     )
+    for name in norms:
+        yield Known(
+            f"the decoder forgets `{name}`",
+            f"Gemma 2 has four norms per layer: {' and '.join(norms)} normalize what is added to x.",
+            partial(identities, [getattr(layer, name) for layer in decoder.layers]),
+        )
     yield Known(
         "a layer is built as in Gemma 1, with two norms",
         "In Gemma 2, `post_attention_layernorm` normalizes attention's output, and the MLP has norms of its own.",
@@ -217,8 +222,9 @@ def of_whole(model: PaliGemma) -> Iterator[Known]:
     yield from of_decoder(model)
 
 
-def of_cache(model: PaliGemma) -> Iterator[Known]:
+def of_cache(reference: Reference) -> Iterator[Known]:
     """Decode steps. The positions of a prompt are right in all of these."""
+    model = reference.model
     right = gemma.token_positions
     for what, shift in (
         ("every new token has a position one too low", -1),
@@ -251,6 +257,8 @@ def of_cache(model: PaliGemma) -> Iterator[Known]:
             advice = "In even layers, a new token attends to itself and the window − 1 tokens before it."
             yield Known(what, advice, partial(replaced, {newest: other}))
     yield from from_exercises(CACHE)
+    for known in from_exercises({"write_in_place": "the cache"}):
+        yield replace(known, inside=partial(in_static_cache, reference, known.inside))
 
 
 # --- contexts -------------------------------------------------------------------------------------------------------
@@ -267,6 +275,12 @@ def setting(objects, attribute: str, value) -> Iterator[None]:
     finally:
         for one, before in zip(objects, old, strict=True):
             setattr(one, attribute, before)
+
+
+@contextmanager
+def in_static_cache(reference: Reference, inside: Callable) -> Iterator[None]:
+    with setting([reference], "cache", "static"), inside():
+        yield
 
 
 @contextmanager

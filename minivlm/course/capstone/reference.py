@@ -203,10 +203,14 @@ def config_values(config: PaliGemmaConfig) -> dict[str, Any]:
 
 
 class Reference:
-    """minivlm's functions with the arguments and results of the learner's: numpy arrays."""
+    """minivlm's functions with the arguments and results of the learner's: numpy arrays.
+
+    Attributes:
+        cache: The kind of cache that ``steps`` uses, "growing" or "static". Some mistakes are possible in one only.
+    """
 
     def __init__(self, model: PaliGemma):
-        self.model = model
+        self.model, self.cache = model, "growing"
 
     @torch.no_grad()
     def encode_image(self, pixel_values):
@@ -233,13 +237,14 @@ class Reference:
         return self.model(**dict(zip(names, inputs, strict=True))).numpy()
 
     @torch.no_grad()
-    def steps(self, input_ids, pixel_values, attention_mask, token_type_ids, answer, cache="growing"):
+    def steps(self, input_ids, pixel_values, attention_mask, token_type_ids, answer):
         """The scores after the prompt and after each token of a given answer, [B, 1 + N, V], with a cache."""
         ids, pixels, attention, types, answer = map(
             to_torch, (input_ids, pixel_values, attention_mask, token_type_ids, answer)
         )
         room = ids.shape[1] + answer.shape[1]
-        kept = GrowingCache() if cache == "growing" else StaticCache(self.model.config.text_config, len(ids), room)
+        config = self.model.config.text_config
+        kept = GrowingCache() if self.cache == "growing" else StaticCache(config, len(ids), room)
         inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": attention, "token_type_ids": types}
         scores = [self.model(**inputs, cache=kept, last_only=True)]
         for token in answer.T:
