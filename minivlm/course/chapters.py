@@ -58,5 +58,6 @@ CHAPTERS: dict[str, Chapter] = {
         Chapter(
             "L0", "masks as tokens", "How does a language model write the outline of an object?", 55, ("vqvae.py",)
         ),
+        Chapter("L10", "the empty file", "Can I write PaliGemma from nothing but its facts?", 480, ("checkpoint.py",)),
     )
 }

@@ -223,7 +223,7 @@ def attend(q, k, v, mask, scale, cap):
 
 
 def run_decoder(model, x, at, full, sliding, past=None):
-    """x [B, T, D], positions [B, T], masks [B, T, S], a list of earlier keys and values → hidden states and the list."""
+    """x [B, T, D], positions [B, T], masks [B, T, S], earlier keys and values → hidden states, keys and values."""
     config, w = model
     c = config["text_config"]
     eps, two, kept = c["rms_norm_eps"], c["model_type"] == "gemma2", []

@@ -40,7 +40,7 @@ def as_page(bench: Bench, report) -> str:
         f"{len(bench.speeds[0].rates)} rounds in which the three took turns, with the slowest and the fastest.</p>",
         table(("", "tokens per second", "slowest to fastest", "relative to transformers"), speed_rows(bench.speeds)),
         "<h2>The steps</h2>",
-        table(("step", "", "what was found"), ((s.number, text(s.name), text(s.message)) for s in report.steps)),
+        table(("step", "", "what was found"), ((s.number, whole(s.name), text(s.message)) for s in report.steps)),
     )
 
 
@@ -70,11 +70,17 @@ def rows_of(answered: list[Answered]):
 
 
 def answer_row(row: tuple[str, str, str]) -> tuple[str, ...]:
-    return tuple(text(cell or "(nothing)") for cell in row)
+    scene, *others = row
+    return whole(scene), *(text(cell or "(nothing)") for cell in others)
+
+
+def whole(words: str) -> str:
+    """Text that a narrow cell does not break inside a word."""
+    return f'<span style="overflow-wrap: normal">{text(words)}</span>'
 
 
 def speed_rows(speeds: list[Speed]):
     *_, transformers = speeds
     for speed in speeds:
         span = f"{min(speed.rates):,.0f} to {max(speed.rates):,.0f}"
-        yield text(speed.name), f"{speed.rate:,.0f}", span, f"{speed.rate / transformers.rate:.2f} ×"
+        yield whole(speed.name), f"{speed.rate:,.0f}", span, f"{speed.rate / transformers.rate:.2f} ×"

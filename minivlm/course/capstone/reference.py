@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,7 @@ def inner_hooks(model: PaliGemma, is_tower: bool, found: dict[str, Tensor]) -> I
 
     with contextlib.ExitStack() as stack:
         for name in names:
-            hook = lambda module, inputs, output, name=short(name): record(name, module, inputs, output)  # noqa: E731
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            stack.callback(model.get_submodule(name).register_forward_hook(partial(record, short(name))).remove)
         yield
 
 

@@ -66,7 +66,7 @@ def prefix_lm_mask(attention_mask, token_type_ids):
 
 
 def decode(model, embeddings, attention_mask, token_type_ids):
-    """The decoder without its ends: embeddings [B, T, D], already scaled → hidden states [B, T, D], after the last norm.
+    """The decoder without its ends: embeddings [B, T, D], scaled already → hidden states [B, T, D] after the last norm.
 
     Rows of padding are not looked at.
     """
