@@ -4,17 +4,22 @@
 """
 
 import re
+import time
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
+import torch
 
+from minivlm.__main__ import main
 from minivlm.course import capstone
-from minivlm.course.capstone.steps import STEPS
+from minivlm.course.capstone import template, worker
+from minivlm.course.capstone.process import RETURNS
+from minivlm.course.capstone.reference import small_config
 
 RIGHT = Path(__file__).parent / "capstone" / "functional.py"
 SOURCE = RIGHT.read_text(encoding="utf-8")
-NAMES = [name for name, _ in STEPS]
 
 # name → the step that has to fail, the text to replace and its replacement, and what the report has to say
 BUGS = {
@@ -48,8 +53,8 @@ BUGS = {
         '        y = layer_norm(x, w, at + "layer_norm2", eps)\n'
         '        x = x + linear(gelu(linear(y, w, at + "mlp.fc1")), w, at + "mlp.fc2")\n',
         '        x = layer_norm(x, w, at + "layer_norm1", eps)\n'
-        '        x = layer_norm(x + linear(gelu(linear(x, w, at + "mlp.fc1")), w, at + "mlp.fc2"), w, at + "layer_norm2", '
-        "eps)\n",
+        '        y = x + linear(gelu(linear(x, w, at + "mlp.fc1")), w, at + "mlp.fc2")\n'
+        '        x = layer_norm(y, w, at + "layer_norm2", eps)\n',
         r"first intermediate value that differs is layers\.0 ",
     ),
     "no projector bias": (
@@ -164,7 +169,8 @@ BUGS = {
     "first token lost": (
         "greedy",
         "    for _ in range(max_new_tokens):\n        tokens",
-        "    scores, cache = step(model, cache, scores.argmax(-1))\n    for _ in range(max_new_tokens):\n        tokens",
+        "    scores, cache = step(model, cache, scores.argmax(-1))\n"
+        "    for _ in range(max_new_tokens):\n        tokens",
         "the first one, which the prompt predicts, is lost",
     ),
     "generation ignores padding": (
@@ -259,6 +265,12 @@ def finds_bug(folder: Path, name: str) -> None:
     assert all(s.mark == capstone.PASSED for s in report.steps[: wrong.number - 1])
 
 
+def wrong_in(folder: Path, source: str, **options) -> capstone.Step:
+    wrong = check(folder, source, **options).first_wrong
+    assert wrong is not None
+    return wrong
+
+
 @pytest.mark.parametrize("name", IN_CI)
 def test_a_planted_bug_is_named(tmp_path, name):
     finds_bug(tmp_path, name)
@@ -268,3 +280,145 @@ def test_a_planted_bug_is_named(tmp_path, name):
 @pytest.mark.parametrize("name", sorted(BUGS.keys() - set(IN_CI)))
 def test_every_planted_bug_is_named(tmp_path, name):
     finds_bug(tmp_path, name)
+
+
+def test_another_style_passes_all_steps_and_gets_a_certificate(tmp_path, capsys):
+    """Through the command line, as a learner runs it."""
+    path, page = tmp_path / "my_paligemma.py", tmp_path / "out" / "page.html"
+    path.write_text(SOURCE, encoding="utf-8")
+    assert main(["capstone", str(path), "--out", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert out.count(capstone.PASSED) == 12 and "12 of 12 steps passed." in out
+    html = page.read_text(encoding="utf-8")
+    images = re.findall(r"<img ([^>]*)>", html)
+    assert len(images) == 1 and len(re.search(r'alt="([^"]*)"', images[0])[1]) > 200
+    assert not re.search(r'(src|href)="(?!data:)', html) and "<script" not in html
+    assert "prefers-color-scheme: dark" in html
+    for system in ("my_paligemma.py", "minivlm", "transformers"):
+        assert re.search(rf"{system}</span></td><td>[1-9][\d,]*</td>", html), system
+
+
+def test_steps_can_pass_before_others_are_written(tmp_path):
+    """Only the mask is there: nothing is wrong, and every other step says what it needs."""
+    source = SOURCE[SOURCE.index("def prefix_lm_mask") : SOURCE.index("def window_mask")]
+    report = check(tmp_path, "import numpy as np\n\n" + source)
+    assert [step.mark for step in report.steps].count(capstone.MISSING) == 11
+    assert report.steps[3].mark == capstone.PASSED and not report.passed
+    assert "`read_config` is not written yet" in report.steps[0].message
+    assert "`load` is not written yet" in report.steps[1].message
+
+
+def test_the_empty_file_is_not_written_yet(tmp_path, capsys):
+    path = tmp_path / "new" / "my_paligemma.py"
+    assert main(["capstone", str(path), "--start"]) == 0
+    report = capstone.check(path)
+    assert all(step.mark == capstone.MISSING for step in report.steps)
+    path.write_text("mine")
+    assert main(["capstone", str(path), "--start"]) == 2
+    assert path.read_text() == "mine" and "already" in capsys.readouterr().err
+
+
+def test_after_the_first_wrong_step_no_other_runs(tmp_path):
+    step, old, new, _ = BUGS["causal prefix"]
+    report = check(tmp_path, planted(old, new))
+    assert [s.mark for s in report.steps] == [capstone.PASSED] * 3 + [capstone.WRONG] + [capstone.WAITING] * 8
+    assert "step 4 comes first" in report.steps[-1].message
+
+
+MASK = "def prefix_lm_mask(attention_mask, token_type_ids):\n    "
+BROKEN = {
+    "an endless loop": (MASK + "while True: pass", "took longer than 2 seconds"),
+    "a loop that catches everything": (
+        MASK + "while True:\n        try:\n            1 / 0\n        except BaseException:\n            pass",
+        "took longer than 2 seconds",
+    ),
+    "a crash": ("import ctypes\n" + MASK + "ctypes.string_at(0)", "ended the Python process .*SIGSEGV"),
+    "an exit": ("import os\n" + MASK + "os._exit(3)", "ended the Python process .*exit code 3"),
+    "an error": (MASK + "return attention_mask @ nothing", r"raises NameError on line 2, `return .*`: .*nothing"),
+    "sys.exit": ("import sys\n" + MASK + "sys.exit(1)", "raises SystemExit"),
+    "None": (MASK + "pass", "returns None: is there a `return`"),
+    "a string": (MASK + "return 'mask'", "returns a str, which is not an array|dtype"),
+    "another shape": (MASK + "return attention_mask == 1", r"shape \[1, 14\], expected \[1, 14, 14\]"),
+    "numbers": (MASK + "return (attention_mask[:, None] * attention_mask[..., None]) * 1.0", "dtype"),
+    "too few parameters": ("def prefix_lm_mask(mask):\n    return mask", "raises TypeError"),
+    "a syntax error": ("def prefix_lm_mask(:\n", "raises SyntaxError on line 1"),
+    "an error at import": ("1 / 0\n", "raises ZeroDivisionError on line 1"),
+    "an endless import": ("while True: pass\n", "importing it took longer than 2 seconds"),
+    "the package itself": ("import minivlm\n", "imports minivlm, but has to stand on its own"),
+    "transformers": (MASK + "from transformers import AutoModel", "imports transformers"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_costs_one_sentence(tmp_path, name, capfd):
+    source, pattern = BROKEN[name]
+    began = time.monotonic()
+    wrong = wrong_in(tmp_path, source, limit=2)
+    assert re.search(pattern, "\n".join((wrong.message, *wrong.notes))), wrong
+    assert "Traceback" not in str(wrong) + capfd.readouterr().err
+    assert time.monotonic() - began < 30
+
+
+def test_what_the_file_prints_does_not_reach_the_answers(tmp_path):
+    mask = SOURCE[SOURCE.index("def prefix_lm_mask") : SOURCE.index("def window_mask")]
+    report = check(tmp_path, 'import numpy as np\nprint("{}")\n' + mask.replace(":\n", ':\n    print("hello")\n', 1))
+    assert report.steps[3].mark == capstone.PASSED
+
+
+def test_results_can_come_from_any_framework(tmp_path):
+    """The same mask from torch, and from an object that only has __array__."""
+    source = """
+import numpy as np
+import torch
+
+class Box:
+    shape = ()
+    def __init__(self, array): self.array = array
+    def __array__(self, dtype=None, copy=None): return self.array
+
+def prefix_lm_mask(attention_mask, token_type_ids):
+    block = torch.from_numpy(token_type_ids).cumsum(1)
+    mask = (block[:, None] <= block[:, :, None]) & torch.from_numpy(attention_mask).bool()[:, None]
+    return RETURN
+"""
+    for result in ("mask", "Box(mask.numpy())", "mask.tolist()"):
+        report = check(tmp_path, source.replace("RETURN", result))
+        assert report.steps[3].mark == capstone.PASSED, report.steps[3]
+
+
+def test_numbers_of_torch_become_float32():
+    x = torch.linspace(-1, 1, 6, requires_grad=True)
+    for value in (x, x.bfloat16().detach(), x.detach().double()):
+        array = worker.to_array(value, "f")
+        assert array.dtype == np.float32 and abs(array - x.detach().numpy()).max() < 1e-2
+    with pytest.raises(worker.Problem, match="list of token ids"):
+        worker.to_tokens([[1.5]], "generate")
+    assert worker.to_tokens(torch.tensor([[1, 2]]), "generate") == [[1, 2]]
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    path = tmp_path / "my_paligemma.py"
+    assert main(["capstone", str(path)]) == 2 and "--start" in capsys.readouterr().err
+    path.write_text(MASK + "return attention_mask == 1")
+    assert main(["capstone", str(path), "--out", str(tmp_path / "page.txt")]) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["capstone", str(path)])
+    assert ended.value.code == 1 and not list(tmp_path.glob("*.html"))
+
+
+def test_the_template_lists_the_functions_that_the_steps_call():
+    functions = re.findall(r"^def (\w+)", Path(template.__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(RETURNS) < set(functions) and len(functions) == 10
+    assert set(re.findall(r"^def (\w+)", SOURCE, re.MULTILINE)) >= set(functions)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_no_two_numbers_of_a_small_checkpoint_can_be_confused(version):
+    config = small_config(version)
+    text, vision = config.text_config, config.vision_config
+    sizes = [text.hidden_size, text.head_dim, text.intermediate_size, text.num_attention_heads * text.head_dim]
+    sizes += [text.num_key_value_heads * text.head_dim, vision.intermediate_size, text.vocab_size]
+    assert len(set(sizes)) == len(sizes)
+    assert text.hidden_size // text.num_attention_heads != text.head_dim
+    assert text.rms_norm_eps != vision.layer_norm_eps and text.num_key_value_heads not in (1, text.num_attention_heads)
+    assert version == 1 or text.query_pre_attn_scalar != text.head_dim

@@ -534,7 +534,8 @@ def check_paligemma2(bench: Bench) -> str:
 def check_speed(bench: Bench) -> str:
     """The same answers as transformers, and the time that each of the three systems takes for them."""
     embedded, ends = bench.embedded, bench.embedded.config.eos_token_ids
-    judge, ask = Judge(embedded.folder), bench.ask(embedded, "generate")
+    ask = bench.ask(embedded, "generate")
+    judge = Judge(embedded.folder)
     jobs = []
     for scene in bench.scenes:
         names = " ; ".join(dict.fromkeys(obj.name for obj in scene.objects))
