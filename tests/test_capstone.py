@@ -366,24 +366,23 @@ def test_what_the_file_prints_does_not_reach_the_answers(tmp_path):
 
 
 def test_results_can_come_from_any_framework(tmp_path):
-    """The same mask from torch, and from an object that only has __array__."""
+    """The same mask from torch, from an object that only has __array__, and as lists, in turns."""
     source = """
-import numpy as np
+from itertools import cycle
 import torch
 
 class Box:
-    shape = ()
     def __init__(self, array): self.array = array
     def __array__(self, dtype=None, copy=None): return self.array
+
+forms = cycle([lambda x: x, lambda x: Box(x.numpy()), lambda x: x.tolist()])
 
 def prefix_lm_mask(attention_mask, token_type_ids):
     block = torch.from_numpy(token_type_ids).cumsum(1)
     mask = (block[:, None] <= block[:, :, None]) & torch.from_numpy(attention_mask).bool()[:, None]
-    return RETURN
+    return next(forms)(mask)
 """
-    for result in ("mask", "Box(mask.numpy())", "mask.tolist()"):
-        report = check(tmp_path, source.replace("RETURN", result))
-        assert report.steps[3].mark == capstone.PASSED, report.steps[3]
+    assert check(tmp_path, source).steps[3].mark == capstone.PASSED
 
 
 def test_numbers_of_torch_become_float32():

@@ -14,12 +14,13 @@ import re
 import struct
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import minivlm
-from minivlm import hub
+from minivlm import emoji, gemma, hub
 from minivlm.course import capstone, exercises, viz
 
 # %% [markdown]
@@ -195,6 +196,7 @@ weights = model.state_dict()
 difference = max(float(np.abs(read_tensor(data, name) - weights[name].numpy()).max()) for name in list(weights)[::9])
 short_names = {own_name(name) for name in weights}
 print(f"{len(weights)} weights, {len(short_names)} names, maximum difference {difference}")
+assert model.config.text_config.num_key_value_heads == 1  # remember this for the third question at the end
 assert difference == 0 and len(short_names) == len(weights)
 
 # %% [markdown]
@@ -312,6 +314,20 @@ print(report.first_wrong)
 assert report.first_wrong.name == "masks" and "causal" in report.first_wrong.message
 
 # %% [markdown]
+# A causal mask is easy to see in a mask. Most mistakes are not: their shapes are right, and the model answers. Here is the
+# third question from above, in the package's own model, for one forward pass with the 1 and one without:
+
+# %%
+scene = emoji.make_scene(0, "validation")
+processor = minivlm.Processor.from_pretrained()
+caption = minivlm.generate(model, processor, scene.image, "caption en")
+without_one = lambda x, weight, eps: weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # noqa: E731
+with mock.patch.object(gemma, "rms_norm", without_one):
+    broken = minivlm.generate(model, processor, scene.image, "caption en")
+print(f"with 1 + w: {caption}\nwith w: {broken!r}")
+assert broken != caption and not set(scene.captions["caption"]) & {broken}
+
+# %% [markdown]
 # The report names the mistake because it knows what the package answers with each of the mistakes of the exercises in
 # it. If none fits, it says how your answer is related to the right one. For tower and decoder it can do more: put
 # intermediate values into a dictionary `seen`, such as `seen["layers.2.self_attn.q"] = q`, and the report names the first
@@ -344,7 +360,19 @@ else:
 # two cores of a shared machine, one of them used):
 #
 # ```
-# REPORT
+# ✓  1 config       5 files
+# ✓  2 tower        2 batches on a small PaliGemma with random weights
+# ✓  3 projector    on a small PaliGemma with random weights
+# ✓  4 masks        4 kinds of batches
+# ✓  5 decoder      2 batches on a small PaliGemma with random weights
+# ✓  6 loading      4 layouts are read, 3 damaged files are refused
+# ✓  7 logits       within 1.2e-06 of transformers, relative to the largest
+# ✓  8 cache        12 steps on a small PaliGemma with random weights
+# ✓  9 greedy       3 prompts, token for token, and captions of 2 scenes
+# ✓ 10 batch        every row as if it were alone
+# ✓ 11 PaliGemma 2  decoder, logits (within 1.7e-06 of transformers), cache and a padded batch on a small PaliGemma 2 with random weights
+# ✓ 12 speed        tokens per second on one thread: functional.py 245, minivlm 278, transformers 218
+# 12 of 12 steps passed.
 # ```
 #
 # ## Recap
