@@ -1,6 +1,6 @@
 """How each family is trained, and where its weights are.
 
-    python -m minivlm families train text         # first: clipcap, visualgpt and flamingo start from it
+    python -m minivlm families train text         # first: all but simvlm and cm3 need it or its tower
     python -m minivlm families train flamingo
 
 A family is built from shared parts: the tokenizer of the embedded checkpoint, its tower as it was when the text-only
@@ -215,7 +215,7 @@ def train(name: str, out: Path, context: DistributedContext, folder: Path = FOLD
     """
     if context.world_size > 1:
         raise ValueError("families train uses one process: run it without torchrun.")
-    parts = load_parts(folder, with_text=name != "text")
+    parts = load_parts(folder, with_text=name not in ("text", "simvlm", "cm3"))
     model = build(name, parts)
     for run in runs(name, model, parts, steps):
         run.objective.prepare()
