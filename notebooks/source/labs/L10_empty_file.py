@@ -264,7 +264,7 @@ assert difference == 0 and len(short_names) == len(weights)
 template = Path(capstone.__file__).with_name("template.py").read_text(encoding="utf-8")
 functions = re.findall(r'^def (\w+\(.*?\)):\n    """(.*)', template, re.MULTILINE)
 for signature, line in functions:
-    print(f"{signature}\n    {line}")
+    print(signature, line.removesuffix('"""'), sep="\n    ")
 assert len(functions) == 10
 
 # %% [markdown]
