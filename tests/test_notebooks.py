@@ -129,8 +129,9 @@ def test_runs_from_top_to_bottom(runner, stem, kind):
             message = output.data["text/plain"]
             assert ("not attempted yet" if kind == "learner" else "passed all") in message, message
     if kind == "solution":
-        saved = (runner.folder / "solutions" / "solutions").glob(f"{stem[:2]}.*.py")
-        expected = [f"{exercise.key}_{exercise.name}.py" for exercise in exercises.in_chapter(stem.split("_")[0])]
+        number = stem.split("_")[0]
+        saved = (runner.folder / "solutions" / "solutions").glob(f"{number}.*.py")
+        expected = [f"{exercise.key}_{exercise.name}.py" for exercise in exercises.in_chapter(number)]
         assert sorted(path.name for path in saved) == sorted(expected)
 
 

@@ -8,6 +8,7 @@ notebooks are not affected.
 """
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -153,7 +154,7 @@ def summarize(report: Report) -> str:
 
 def grade_notebook(path: Path, seed: int, time_limit: int | float, stopping: threading.Event | None = None) -> Report:
     """Run and check one notebook, with a new process after each crash. Whatever is wrong with it is in the report."""
-    report = Report(chapters={path.name[:2]} & set(CHAPTERS))
+    report = Report(chapters={re.match(r"(L?\d+)?", path.name)[0]} & set(CHAPTERS))
     try:
         cells = read_cells(path)
         names, chapters = exercises_in(cells)
