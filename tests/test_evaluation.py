@@ -10,11 +10,12 @@ import pytest
 
 from minivlm import emoji
 from minivlm.emoji import Scene, SceneObject, evaluation, recipe
-from minivlm.emoji.evaluation import Metric, accuracy, average_precision, compute_metrics, evaluation_prompts
+from minivlm.emoji.evaluation import compute_metrics, evaluation_prompts
 from minivlm.hub import EMBEDDED
 from minivlm.locations import Detection, format_detections
 from minivlm.processor import Processor
 from minivlm.training import metrics
+from minivlm.training.metrics import Metric, accuracy, average_precision
 from minivlm.vqvae import MaskVQVAE
 
 SCENES = [emoji.make_scene(seed, "validation") for seed in range(30)]

@@ -99,7 +99,8 @@ def find_files(data: Path) -> dict[str, Path]:
     files = {}
     for split, names in SPLITS.items():
         offered = [data / n / file for n in names for file in ("annotations.jsonl", "_annotations.coco.json")]
-        files |= {split: file for file in offered if file.is_file()}
+        if there := [file for file in offered if file.is_file()]:
+            files[split] = there[0]
     if files:
         return files
     if (data / "data.yaml").is_file():

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +51,7 @@ PARTS = {  # name → what the names of its weights start with
 DTYPES = ("float32", "bfloat16")
 BOX_TASKS = ("detect", "segment")
 SIDE = 1000  # of the square in which boxes are compared: IoU is the same in any
+LOG_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,13 @@ class FineTuneObjective(SuffixObjective):
 
 
 def load_model(folder: Path, config: FineTuneConfig) -> PaliGemma:
-    """The checkpoint, with adapters where they are to learn, or with the parts frozen that are not."""
+    """The checkpoint, ready to learn."""
     name = "float32" if config.full else config.dtype  # what learns is float32
-    model = PaliGemma.from_pretrained(folder, dtype=getattr(torch, name) if name else None)
+    return prepare(PaliGemma.from_pretrained(folder, dtype=getattr(torch, name) if name else None), config)
+
+
+def prepare(model: PaliGemma, config: FineTuneConfig) -> PaliGemma:
+    """Add adapters to the parts that learn or, with ``full``, freeze those that do not. In place."""
     if not config.full:
         scale = config.alpha / config.rank
         return lora.add(model, lora.find_layers(model, config.trained_parts), config.rank, scale, config.seed)
@@ -145,14 +151,23 @@ def read_trained(model: PaliGemma, state: Path) -> PaliGemma:
     return model
 
 
-def save_result(model: PaliGemma, processor: Processor, config: FineTuneConfig, base: str | None, out: Path) -> Path:
-    """Write the adapter, or the checkpoint with what else was in the folder of the base, and return its folder."""
+def save_result(
+    model: PaliGemma, processor: Processor, config: FineTuneConfig, base: Path, name: str | None, out: Path
+) -> Path:
+    """Write the adapter, or with ``full`` the checkpoint, and return its folder.
+
+    Args:
+        base: Folder of the checkpoint that was trained.
+        name: What the user called it.
+    """
     if not config.full:
-        lora.save(model, out / "adapter", config.trained_parts, config.alpha, base or str(hub.EMBEDDED))
+        lora.save(model, out / "adapter", config.trained_parts, config.alpha, name or str(base))
         return out / "adapter"
     folder = out / "checkpoint"
     model.save_pretrained(folder, dtype=getattr(torch, config.dtype) if config.dtype else None)
     processor.save_pretrained(folder)
+    for file in base.glob("*.npz"):  # a mask VQ-VAE, without which masks cannot be decoded
+        shutil.copy(file, folder)
     return folder
 
 
@@ -275,14 +290,14 @@ def finetune(
         weight_decay=config.weight_decay,
         precision=config.precision or ("bfloat16" if context.device.type == "cuda" else "float32"),
         save_every=save_every,
-        log_every=10,
+        log_every=LOG_EVERY,
     )
     if not context.is_main:
         return None, processor
     if context.is_sharded:
         del objective, model
         model = read_trained(load_model(folder, config), out / "state.safetensors").to(context.device)
-    save_result(model, processor, config, checkpoint, out)
+    save_result(model, processor, config, folder, checkpoint, out)
     return model.eval(), processor
 
 
