@@ -42,7 +42,7 @@ class MLPMapper(nn.Module):
 class TransformerMapper(nn.Module):
     """The image as c vectors, and k learned constants after them, through a transformer: the constants' results."""
 
-    def __init__(self, image_dim: int, config: SiglipVisionConfig, prefix_length: int, image_length: int = 10):
+    def __init__(self, image_dim: int, config: SiglipVisionConfig, prefix_length: int, image_length: int = 4):
         super().__init__()
         self.image_length, D = image_length, config.hidden_size
         self.linear = nn.Linear(image_dim, image_length * D)
@@ -70,7 +70,7 @@ class ClipCap(Captioner):
         tower: SiglipVisionModel,
         frozen: bool = True,
         prefix_length: int = 10,
-        layers: int = 4,
+        layers: int = 2,
     ):
         super().__init__(decoder, tower)
         E, D = tower.config.hidden_size, decoder.config.hidden_size

@@ -35,7 +35,7 @@ from minivlm.vqvae import ResidualBlock, VectorQuantizer, code_grid
 class ImageVQVAE(nn.Module):
     """Images ↔ codes. Three times half the resolution: 112 px are 14 × 14 codes, each for 8 × 8 px."""
 
-    def __init__(self, codes: int = 512, dim: int = 32, width: int = 96):
+    def __init__(self, codes: int = 512, dim: int = 32, width: int = 48):
         super().__init__()
         sizes = (width // 4, width // 2, width)
         down = [(nn.Conv2d(a, b, 4, 2, padding=1), nn.ReLU()) for a, b in pairwise((3, *sizes))]

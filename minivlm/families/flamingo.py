@@ -52,9 +52,9 @@ class CrossAttention(nn.Module):
 
 
 def feed_forward(dim: int) -> nn.Sequential:
-    """LayerNorm, then two linear layers with four times as many units between them."""
+    """LayerNorm, then two linear layers with twice as many units between them; the paper has four times as many."""
     return nn.Sequential(
-        LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
+        LayerNorm(dim), nn.Linear(dim, 2 * dim, bias=False), nn.GELU(), nn.Linear(2 * dim, dim, bias=False)
     )
 
 
@@ -119,7 +119,7 @@ class Flamingo(Captioner):
         decoder: GemmaForCausalLM,
         tower: SiglipVisionModel,
         latents: int = 16,
-        layers: int = 2,
+        layers: int = 1,
         num_heads: int = 4,
     ):
         super().__init__(decoder, tower)

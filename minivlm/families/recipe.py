@@ -1,10 +1,10 @@
 """How each family is trained, and where its weights are.
 
-    python -m minivlm families train text         # first: clipcap, visualgpt and flamingo start from it
+    python -m minivlm families train text         # first: all but simvlm and cm3 need it or its tower
     python -m minivlm families train flamingo
 
-A family is built from shared parts: tower and tokenizer of the embedded checkpoint, and the text-only Gemma. Only what
-it trained itself is stored, one file per family, in bfloat16.
+A family is built from shared parts: the tokenizer of the embedded checkpoint, its tower as it was when the text-only
+Gemma was trained, and that Gemma. Only what it trained itself is stored, one file per family, in bfloat16.
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from minivlm import emoji, hub, training
 from minivlm.emoji.augmentation import AUGMENTATIONS
@@ -23,12 +24,13 @@ from minivlm.families import base, batches, clipcap, cm3, flamingo, simvlm, visu
 from minivlm.gemma import GemmaForCausalLM
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
-from minivlm.siglip import init_linear
+from minivlm.siglip import SiglipVisionModel, init_linear
 from minivlm.training import DistributedContext
 from minivlm.training.objectives import Objective
 
 NAMES = ("text", "visualbert", "simvlm", "cm3", "clipcap", "clipcap-mlp", "visualgpt", "flamingo")
 CODES = 512  # in the codebook of CM3's images
+LAYERS = 3  # of each decoder, one less than the embedded checkpoint's, so that all weights together stay small
 FOLDER = hub.DATA / "checkpoints" / "families"
 WORLD = emoji.World(most=2)  # one or two objects per scene
 
@@ -39,11 +41,13 @@ class Parts:
 
     Attributes:
         model: The embedded checkpoint.
+        tower: The tower that families look with.
         text: The Gemma that has read text only.
     """
 
     model: PaliGemma
     processor: Processor
+    tower: SiglipVisionModel
     text: GemmaForCausalLM
 
     @property
@@ -69,16 +73,21 @@ class Run:
 
 
 def load_parts(folder: Path = FOLDER, with_text: bool = True) -> Parts:
-    """The embedded checkpoint and the text-only Gemma.
+    """The embedded checkpoint, its tower as it was when the families were trained, and the text-only Gemma.
+
+    Args:
+        with_text: Load these two from ``folder``. Otherwise the tower is today's, and the Gemma's weights are random.
 
     Raises:
         FileNotFoundError: If the text-only Gemma has not been trained.
     """
     model, processor = PaliGemma.from_pretrained(dtype=torch.float32), Processor.from_pretrained()
-    text = base.TextModel(GemmaForCausalLM(model.config.text_config))
+    text = base.TextModel(GemmaForCausalLM(replace(model.config.text_config, num_hidden_layers=LAYERS)))
+    tower = copy.deepcopy(model.vision_tower)
     if with_text:
         load_weights(text, folder, "text")
-    return Parts(model, processor, text.decoder)
+        load_weights(tower, folder, "tower")
+    return Parts(model, processor, tower, text.decoder)
 
 
 # --- the families ----------------------------------------------------------------------------------------------------
@@ -92,7 +101,7 @@ def build(name: str, parts: Parts) -> Objective:
     """
     if name not in NAMES:
         raise ValueError(f"There is no family {name!r}: choose one of {', '.join(NAMES)}.")
-    tower, text = copy.deepcopy(parts.model.vision_tower), copy.deepcopy(parts.text)
+    tower, text = copy.deepcopy(parts.tower), copy.deepcopy(parts.text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "visualbert":
@@ -120,30 +129,32 @@ def runs(name: str, model: Objective, parts: Parts, steps: float = 1.0) -> list[
     """
     p, scenes = parts.processor, {"world": WORLD, "augment": AUGMENTATIONS}
     if name == "text":
-        plan = [Run("text", model, batches.TextBatches(p, 64), 4_000, 3e-3)]
+        plan = [Run("text", model, batches.TextBatches(p, 64), 3_000, 3e-3)]
     elif name == "visualbert":
-        plan = [Run(name, model, batches.BlankBatches(p, 32, vocab_size=parts.words, **scenes), 8_000, 2e-3)]
+        plan = [Run(name, model, batches.BlankBatches(p, 32, vocab_size=parts.words, **scenes), 5_000, 2e-3)]
     elif name == "simvlm":
         corpus = list(texts(range(2_000)))
         loader = batches.PrefixBatches(p, 32, texts=corpus, text_rows=4, **scenes)
-        plan = [Run(name, model, loader, 9_000, 2e-3)]
+        plan = [Run(name, model, loader, 6_000, 2e-3)]
     elif name == "cm3":
         side = p.image_size // 8
         loader = batches.DocumentBatches(p, 16, side=side, begin=model.begin, sentinel=model.sentinel, **scenes)
-        images = Run("images", cm3.ImageVQVAEObjective(model.vae), batches.ImageBatches(p, 16, **scenes), 3_000, 1e-3)
-        plan = [replace(images, options={"optimizer": "adamw"}), Run(name, model, loader, 8_000, 2e-3)]
+        images = Run("images", cm3.ImageVQVAEObjective(model.vae), batches.ImageBatches(p, 16, **scenes), 2_000, 1e-3)
+        plan = [replace(images, options={"optimizer": "adamw"}), Run(name, model, loader, 5_000, 2e-3)]
     elif name == "flamingo":
-        plan = [Run(name, model, batches.InterleavedBatches(p, 12, **scenes), 7_000, 2e-3)]
+        plan = [Run(name, model, batches.InterleavedBatches(p, 12, **scenes), 6_000, 2e-3)]
     else:
-        plan = [Run(name, model, batches.CaptionBatches(p, 32, **scenes), 7_000, 1.5e-3)]
+        plan = [Run(name, model, batches.CaptionBatches(p, 32, **scenes), 5_000, 1.5e-3)]
     return [replace(run, steps=max(1, round(steps * run.steps))) for run in plan]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def own_weights(model: Objective) -> dict[str, torch.Tensor]:
+def own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that a family trains: all but the tower's and those of a language model that stays frozen."""
+    if not isinstance(model, Objective):  # a part
+        return model.state_dict()
     model.prepare()
     frozen = {id(parameter) for parameter in model.frozen}
     model.finish()
@@ -155,7 +166,7 @@ def own_weights(model: Objective) -> dict[str, torch.Tensor]:
     }
 
 
-def save_weights(model: Objective, folder: Path, name: str) -> None:
+def save_weights(model: nn.Module, folder: Path, name: str) -> None:
     """Write ``folder/name.safetensors``, in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in own_weights(model).items()}
@@ -163,7 +174,7 @@ def save_weights(model: Objective, folder: Path, name: str) -> None:
         save_file(weights, part)
 
 
-def load_weights(model: Objective, folder: Path, name: str) -> None:
+def load_weights(model: nn.Module, folder: Path, name: str) -> None:
     """Load them into a family that was just built.
 
     Raises:
@@ -204,7 +215,7 @@ def train(name: str, out: Path, context: DistributedContext, folder: Path = FOLD
     """
     if context.world_size > 1:
         raise ValueError("families train uses one process: run it without torchrun.")
-    parts = load_parts(folder, with_text=name != "text")
+    parts = load_parts(folder, with_text=name not in ("text", "simvlm", "cm3"))
     model = build(name, parts)
     for run in runs(name, model, parts, steps):
         run.objective.prepare()
@@ -214,4 +225,6 @@ def train(name: str, out: Path, context: DistributedContext, folder: Path = FOLD
         )
         run.objective.finish()
     save_weights(model.cpu(), out, name)
+    if name == "text":
+        save_weights(parts.tower, out, "tower")
     return model.eval()

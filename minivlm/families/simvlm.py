@@ -14,6 +14,8 @@ for the rest; ours is PaliGemma's decoder under the prefix-LM mask, the paper's 
 67.4). No official code was released. Source: "SimVLM" (arXiv:2108.10904), section 3 and its ablations.
 """
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,16 +26,17 @@ from minivlm.vqvae import ResidualBlock
 
 
 class ConvStem(nn.Module):
-    """Four times: half the resolution, then a residual block. 112 px become 7 × 7 vectors, each with its position."""
+    """Three times half the resolution and a residual block, then half of it once more: 112 px become 7 × 7 vectors,
+    each with its position.
+    """
 
-    def __init__(self, hidden_size: int, image_size: int, width: int = 32):
+    def __init__(self, hidden_size: int, image_size: int, width: int = 24):
         super().__init__()
-        sizes = [3, width, 2 * width, 4 * width, hidden_size]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise((3, width, 2 * width, 4 * width)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU(), ResidualBlock(after)]
-        self.net = nn.Sequential(*layers)
-        self.position_embedding = nn.Embedding((image_size // 2 ** (len(sizes) - 1)) ** 2, hidden_size)
+        self.net = nn.Sequential(*layers, nn.Conv2d(4 * width, hidden_size, 3, stride=2, padding=1))
+        self.position_embedding = nn.Embedding((image_size // 16) ** 2, hidden_size)
 
     def forward(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         return self.net(pixel_values).flatten(2).mT + self.position_embedding.weight

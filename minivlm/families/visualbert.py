@@ -37,8 +37,8 @@ class VisualBertConfig:
     vocab_size: int
     visual_embedding_dim: int
     hidden_size: int = 192
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
+    intermediate_size: int = 384
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     max_position_embeddings: int = 64
     type_vocab_size: int = 2

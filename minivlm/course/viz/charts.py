@@ -79,9 +79,10 @@ def lines(series: Mapping[str, tuple], title: str, x_label: str, y_label: str, l
     names = max(text_width(name, SMALL) for name in curves)
     if names > 220:
         raise ValueError("The name of a series is too long to fit beside its curve. Shorten it.")
-    figure, axes = plot(440, 76, 24 + (names + 16 if len(curves) > 1 else 0), 46, 54)
+    figure, axes = plot(440, 92, 24 + (names + 16 if len(curves) > 1 else 0), 46, 54)
     axes.set_title(title, pad=14)
     axes.set(xlabel=x_label, ylabel=y_label)
+    axes.yaxis.set_label_coords(24 / WIDTH, 0.5, figure.transFigure)  # left of the widest numbers
     for (x, y), look in zip(curves.values(), LOOKS, strict=False):
         marked = sorted({*range(0, len(x), max(1, len(x) // 16)), len(x) - 1})  # more markers would hide the curve
         axes.plot(x, y, linewidth=2, markersize=6, markevery=marked, **look)
