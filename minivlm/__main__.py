@@ -84,6 +84,8 @@ def note(text: str) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="C", help="folder or hub id; default: the embedded checkpoint")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    adapter = "folder of a LoRA adapter in peft's format, such as `finetune` writes"
+    parser.add_argument("--adapter", type=Path, metavar="A", help=adapter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; default: a CUDA GPU if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: that of the checkpoint")
 
@@ -94,6 +96,7 @@ def load(args: argparse.Namespace) -> tuple:
 
     import minivlm
     from minivlm import hub
+    from minivlm.training import lora
 
     device = find_device(args.device)
     folder = hub.resolve(args.checkpoint, args.revision)
@@ -102,6 +105,8 @@ def load(args: argparse.Namespace) -> tuple:
         model = minivlm.PaliGemma.from_pretrained(folder, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
         raise ValueError(f"{folder} does not fit into {device}: try --dtype bfloat16 or --device cpu.") from None
+    if args.adapter is not None:
+        lora.merge(lora.load(model, args.adapter))
     return model, minivlm.Processor.from_pretrained(folder), folder
 
 
@@ -329,11 +334,14 @@ def print_masks(prompt: str, answer: str, size: tuple[int, int], vqvae) -> list[
     return found
 
 
-# --- evaluate, train, doctor ---------------------------------------------------------------------------------------
+# --- evaluate, train, finetune, doctor -----------------------------------------------------------------------------
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    data = "measure on your own examples instead of scenes: a file or folder, as for finetune"
+    parser.add_argument("--data", metavar="DATA", help=data)
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of DATA, if not beside it")
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="scenes per split; default: 1000")
     parser.add_argument("--split", nargs="+", metavar="S", help="some of them; default: all")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also save the results to this file")
@@ -348,16 +356,32 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}.")
     for split in args.split or ():
-        if split not in evaluation.SPLITS:
+        if args.data is None and split not in evaluation.SPLITS:
             raise ValueError(f"There is no split {split!r}, only {', '.join(evaluation.SPLITS)}.")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"There is no folder {str(args.json.parent)!r} for {args.json.name}: create it first.")
     check_output(args.json)
+    if args.data is not None:
+        return evaluate_data(args)
     sizes = {"size": args.objects, "most": args.most_objects}
     world = emoji.World(**{name: value for name, value in sizes.items() if value is not None})
     model, processor, folder = load(args)
     splits = tuple(args.split or evaluation.SPLITS)
     evaluation.run(model, processor, args.scenes, splits, args.json, load_vqvae(folder), world)
+
+
+def evaluate_data(args: argparse.Namespace) -> None:
+    """``evaluate --data``: the metrics of a model on its user's own examples."""
+    from minivlm.training import finetune
+    from minivlm.training.examples import read_examples
+
+    splits = read_examples(args.data, args.images)
+    if args.split:
+        if missing := [split for split in args.split if split not in splits]:
+            raise ValueError(f"{args.data} has no split {missing[0]!r}, only {', '.join(splits)}.")
+        splits = {split: splits[split] for split in args.split}
+    model, processor, _ = load(args)
+    finetune.report(model, processor, splits, args.json)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -370,6 +394,18 @@ def run_train(args: argparse.Namespace) -> None:
     from minivlm.emoji import recipe
 
     recipe.run(args)
+
+
+def add_finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    from minivlm.training import finetune
+
+    finetune.add_arguments(parser)
+
+
+def run_finetune(args: argparse.Namespace) -> None:
+    from minivlm.training import finetune
+
+    finetune.run(args)
 
 
 def add_families_arguments(parser: argparse.ArgumentParser) -> None:
@@ -488,6 +524,7 @@ COMMANDS = {
     "generate": ("answer prompts about an image", add_generate_arguments, run_generate),
     "evaluate": ("measure a checkpoint on held-out scenes", add_evaluate_arguments, run_evaluate),
     "train": ("train a small PaliGemma from scratch", add_train_arguments, run_train),
+    "finetune": ("fine-tune a checkpoint on your own images", add_finetune_arguments, run_finetune),
     "families": ("train and measure the other families of models", add_families_arguments, run_families),
     "lab": ("open your own copy of the notebooks in JupyterLab", add_lab_arguments, run_lab),
     "grade": ("grade a folder of notebooks, with one row per student", add_grade_arguments, run_grade),

@@ -92,6 +92,7 @@ class PaliGemma(nn.Module):
     def check_finite(self, output: Float[Tensor, "*S"], *parts: nn.Module) -> Float[Tensor, "*S"]:
         """Return ``output``, or raise ValueError if it, or a norm or bias of ``parts`` hidden in it, is not finite."""
         vectors = [weight.detach() for part in parts for weight in part.parameters() if weight.ndim == 1]
+        vectors = [w.to_local() if hasattr(w, "to_local") else w for w in vectors]  # FSDP: this process's shards
         if masks.is_any(~torch.cat([torch.stack(output.detach().aminmax()), *vectors]).isfinite()):
             fault = checkpoint.find_nonfinite(dict(self.named_parameters()))
             raise ValueError(

@@ -10,10 +10,12 @@ import pytest
 
 from minivlm import emoji
 from minivlm.emoji import Scene, SceneObject, evaluation, recipe
-from minivlm.emoji.evaluation import Metric, accuracy, average_precision, compute_metrics, evaluation_prompts
+from minivlm.emoji.evaluation import compute_metrics, evaluation_prompts
 from minivlm.hub import EMBEDDED
 from minivlm.locations import Detection, format_detections
 from minivlm.processor import Processor
+from minivlm.training import metrics
+from minivlm.training.metrics import Metric, accuracy, average_precision
 from minivlm.vqvae import MaskVQVAE
 
 SCENES = [emoji.make_scene(seed, "validation") for seed in range(30)]
@@ -262,10 +264,10 @@ def test_scores_belong_to_their_boxes(processor):
     text = "<loc0001><loc0002><loc0003><loc0004> cat ; <loc0005><loc0006><loc0007><loc0008> dog"
     ids = processor.encode([text])[0]
     probabilities = [0.1 * (i < 4) + 0.5 * (6 <= i) for i in range(len(ids))]
-    (cat, low), (dog, high) = evaluation.scored_items(processor, ids, probabilities)
+    (cat, low), (dog, high) = metrics.scored_items(processor, ids, probabilities)
     assert cat.startswith("<loc0001>") and "cat" in cat and dog.endswith("dog")
     assert low == pytest.approx(0.1) and high == pytest.approx(0.5)
-    assert evaluation.scored_items(processor, [], []) == []
+    assert metrics.scored_items(processor, [], []) == []
 
 
 def test_a_report_of_random_weights(model, processor, tmp_path, capsys):

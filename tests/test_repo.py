@@ -17,7 +17,8 @@ from minivlm.hub import EMBEDDED
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-WANTED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+EXTRAS = PROJECT["optional-dependencies"]
+WANTED = [Requirement(text) for text in PROJECT["dependencies"] + [text for extra in EXTRAS.values() for text in extra]]
 PINNED = {
     pin.name: next(iter(pin.specifier))
     for line in (ROOT / "constraints.txt").read_text().splitlines()

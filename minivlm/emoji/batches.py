@@ -6,11 +6,15 @@
 Scenes are generated from seeds (scenes.py), so step ``i`` has the same ones on any machine and after any interruption.
 """
 
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -198,3 +202,20 @@ class SuffixBatches(SceneBatches):
             return example.answers[0]
         classes = example.prompt.removeprefix("segment ").split(locations.SEPARATOR)
         return emoji.segment_target(scene.objects, classes, scene.size, self.vae.codes_from_masks)
+
+
+def save_examples(scenes: Sequence[emoji.Scene], folder: Path, kinds: Sequence[str]) -> None:
+    """Write scenes as a data set to fine-tune on: images and ``annotations.jsonl`` (training/examples.py).
+
+    Args:
+        kinds: Of the examples. Those whose answer is empty are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for scene in scenes:
+        name = f"{scene.split}-{scene.seed}.png"
+        Image.fromarray(scene.image).save(folder / name)
+        for example in scene.examples:
+            if example.kind in kinds and example.answers[0]:
+                lines.append(json.dumps({"image": name, "prefix": example.prompt, "suffix": example.answers[0]}))
+    (folder / "annotations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from minivlm.hub import write_atomically
+from minivlm.hub import read_json, write_atomically
 
 try:
     import fcntl
@@ -62,14 +62,33 @@ def find_optimizers(
     return {name: (w, owner[id(w)]) for name, w in module.named_parameters() if id(w) in owner}
 
 
+def gather(value: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded among the processes (FSDP2). Any other tensor as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def scatter(value: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a tensor, if ``like`` is sharded; else the tensor, on its device."""
+    value = value.to(like.device)
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # here because it takes half a second to import
+
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
 def save_state(
-    path: Path, name: str, step: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    path: Path | None, name: str, step: int, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Write everything needed to resume into one file."""
+    """Write everything needed to resume into one file. Without a path, only give others this process's shards."""
     tensors = {f"module.{key}": value for key, value in module.state_dict().items()}
     for key, (weight, optimizer) in find_optimizers(module, optimizers).items():
         tensors |= {f"optimizer.{key}.{entry}": value for entry, value in optimizer.state.get(weight, {}).items()}
-    tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    if path is None:
+        for value in tensors.values():
+            gather(value)
+        return
+    tensors = {key: gather(value.detach()).to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     with write_atomically(path) as part:
         save_file(tensors, part, metadata={"name": name, "step": str(step)})
 
@@ -111,11 +130,34 @@ def load_state(
             f"{path} is the state of another module: {len(unequal)} tensors differ, first {unequal[0]}. "
             "Choose another folder, or delete the file to start over."
         )
-    module.load_state_dict({key: tensors[f"module.{key}"] for key in module.state_dict()})
+    module.load_state_dict({key: scatter(tensors[f"module.{key}"], like) for key, like in module.state_dict().items()})
     for key, (weight, optimizer, entries) in trained.items():
         moments = {entry: tensors[f"optimizer.{key}.{entry}"] for entry in entries}
-        optimizer.state[weight] = {k: value.to(weight.device if value.ndim else "cpu") for k, value in moments.items()}
+        optimizer.state[weight] = {k: scatter(value, weight) if value.ndim else value for k, value in moments.items()}
     return step
+
+
+def record_settings(path: Path, settings: dict, write: bool = True) -> None:
+    """Write down the settings of a run, or check that those that its folder records are the same.
+
+    Args:
+        write: Whether this process writes the file.
+
+    Raises:
+        ValueError: If the folder has a run with other settings, or the file cannot be read.
+    """
+    if path.exists():
+        recorded = read_json(path)
+        if other := [name for name in {**settings, **recorded} if settings.get(name) != recorded.get(name)]:
+            name = other[0]
+            raise ValueError(
+                f"{path} records another run: its {name} is {recorded.get(name)!r}, not {settings.get(name)!r}. "
+                "Choose an empty folder, or repeat its options."
+            )
+    elif write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as part:
+            part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict]:

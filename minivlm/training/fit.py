@@ -8,7 +8,8 @@ folder ``out`` holds the run's state, metrics and curve (files.py). The same cal
 state, or only loads it if the run was finished.
 
 If ``batches[i]`` depends on ``i`` alone, a run that was killed and resumed ends with the same weights, bit for bit, as
-one that was not. Under ``torchrun`` each process computes its share of every step and gradients are averaged (DDP).
+one that was not. Under ``torchrun`` each process computes its share of every step and gradients are averaged (DDP). If
+the model is too large for that, each process also keeps only its share of weights, gradients and moments (FSDP2).
 
 Sources: AdamW arXiv:1711.05101; Muon https://kellerjordan.github.io/posts/muon, scaled to AdamW's step size as in
 arXiv:2502.16982, section 2.2; cosine schedule arXiv:1608.03983, equation 5.
@@ -122,6 +123,7 @@ class DistributedContext:
     world_size: int = 1
     workers: int = 0  # DataLoader processes that prepare batches; 0: this process does
     compile: bool = False  # the layers, by torch: a minute to start with, then fewer and larger operations
+    shard: bool = False  # several processes: each keeps only its share of every weight (FSDP2)
 
     def __post_init__(self):
         check_range(self, "workers", 0)
@@ -130,6 +132,18 @@ class DistributedContext:
     def is_main(self) -> bool:
         """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.shard and self.world_size > 1
+
+    def agree(self, answer: bool) -> bool:
+        """What the main process answers, in all processes."""
+        if self.world_size > 1:
+            decided = torch.tensor(float(answer), device=self.device)
+            dist.broadcast(decided, 0)
+            return bool(decided)
+        return answer
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -143,7 +157,9 @@ class DistributedContext:
             dist.destroy_process_group()
 
 
-def find_distributed_context(device: str | None = None, workers: int = 0, compile: bool = False) -> DistributedContext:
+def find_distributed_context(
+    device: str | None = None, workers: int = 0, compile: bool = False, shard: bool = False
+) -> DistributedContext:
     """The given device, or a GPU if there is one; one process, or as many as ``torchrun`` started.
 
     Raises:
@@ -157,7 +173,7 @@ def find_distributed_context(device: str | None = None, workers: int = 0, compil
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"There is no device {device!r} to train on ({str(error).splitlines()[0]}).") from error
-    context = DistributedContext(torch.device(device), rank, world_size, workers, compile)
+    context = DistributedContext(torch.device(device), rank, world_size, workers, compile, shard)
     if world_size > 1 and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
@@ -222,6 +238,20 @@ def compile_layers(module: nn.Module) -> None:
     for blocks in (part for part in module.modules() if isinstance(part, nn.ModuleList)):
         for block in blocks:
             block.compile(dynamic=True)
+
+
+def shard_layers(module: nn.Module, precision: str) -> None:
+    """Split every weight among the processes, in place. A layer's own are gathered only while it runs.
+
+    In bfloat16, what is gathered is a copy in bfloat16: it takes half the memory, and autocast would keep its copies.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here because it takes a second to import
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bfloat16" else MixedPrecisionPolicy()
+    for blocks in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)  # everything else
 
 
 @contextlib.contextmanager
@@ -325,20 +355,27 @@ def fit(
     module.to(context.device).train()
     if context.compile:
         compile_layers(module)
+    precision = config.precision
+    if context.is_sharded:
+        if config.optimizer == "muon":
+            raise ValueError("Muon needs whole matrices, so it cannot train a sharded module. Use AdamW.")
+        shard_layers(module, precision)
+        precision = "float32"  # of what autocast has left to do
     optimizers = make_optimizers(module, config.weight_decay, config.groups, config.optimizer)
     with lock_folder(out) if context.is_main else contextlib.nullcontext():
         state, metrics = out / "state.safetensors", out / "metrics.jsonl"
         done = load_state(state, name, steps, module, optimizers) if state.exists() else 0
         if done == steps:
             return
-        wrapped = DistributedDataParallel(module) if context.world_size > 1 else module
+        is_replicated = context.world_size > 1 and not context.is_sharded
+        wrapped = DistributedDataParallel(module) if is_replicated else module
         log = MetricsLog(metrics, done) if context.is_main else None
         recent, saved = [], time.monotonic()
         with tqdm(total=steps, initial=done, unit="step", desc=name, disable=not context.is_main) as bar:
             for batch in iterate(batches, done, steps, context.workers):
                 set_learning_rate(optimizers, done, config)
                 try:
-                    recent.append(train_step(wrapped, batch, optimizers, config.precision, config.clip))
+                    recent.append(train_step(wrapped, batch, optimizers, precision, config.clip))
                 except ValueError as error:  # such as weights that have become infinite
                     raise ValueError(f"Step {done + 1} of {name}: {error}") from error
                 done += 1
@@ -352,9 +389,10 @@ def fit(
                     raise ValueError(f"The loss is {loss} at step {done} of {name}. Lower the learning rate.")
                 if log:
                     log.write(step=done, loss=loss)
-                    if done == steps or time.monotonic() - saved > config.save_every:
-                        save_state(state, name, done, module, optimizers)
+                if context.agree(done == steps or time.monotonic() - saved > config.save_every):
+                    save_state(state if log else None, name, done, module, optimizers)  # all have their share to give
+                    if log:
                         draw_curve(out / "curve.png", {name: (read_metrics(metrics), loss_unit)})
-                        saved = time.monotonic()
+                    saved = time.monotonic()
         if done < steps:
             raise ValueError(f"The batches ended after {done} of the {steps} steps of {name}.")
