@@ -15,6 +15,8 @@ import minivlm
 from minivlm import generation, locations, masks
 from minivlm.emoji import make_scene
 from minivlm.hub import EMBEDDED
+from minivlm.processor import to_rgb
+from minivlm.vqvae import MaskVQVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "tests" / "web" / "run.mjs"
@@ -126,7 +128,7 @@ def test_resize_gives_the_bytes_of_pil(tmp_path, filter):
 def test_transparency_becomes_white(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     (found,) = in_node(tmp_path, [{"resize": {"image": image_of(pixels), "sizes": [(64, 64)], "filter": 3}}])
-    expected = np.asarray(minivlm.processor.to_rgb(Image.fromarray(pixels)))
+    expected = np.asarray(to_rgb(Image.fromarray(pixels)))
     assert np.abs(np.array(found[0]) - expected.ravel().astype(int)).max() <= 1  # PIL rounds twice
 
 
@@ -146,7 +148,7 @@ def test_masks(tmp_path):
     codes = np.random.default_rng(0).integers(0, 128, (3, 16)).tolist()
     boxes = [(10.2, 20.7, 60.1, 90.9), (0, 0, 112, 112), (100.3, 3, 130, 4)]
     jobs = [{"mask": {"codes": c, "box": b}} for c, b in zip(codes, boxes, strict=True)]
-    vae = minivlm.vqvae.MaskVQVAE.from_pretrained()
+    vae = MaskVQVAE.from_pretrained()
     with torch.no_grad():
         values = vae.decode(torch.tensor(codes)).numpy()
     for found, box, value in zip(in_node(tmp_path, jobs), boxes, values, strict=True):
@@ -157,7 +159,7 @@ def test_masks(tmp_path):
 
 def test_sampling_and_mask(tmp_path):
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 3
-    options = [{"temperature": t, "topP": p} for t in (0.3, 1, 2) for p in (0, 0.5, 0.9, 1)]
+    options = [{"temperature": t, "topP": p} for t in (0.3, 1.0, 2.0) for p in (0.0, 0.5, 0.9, 1.0)]
     types = [0] * 5 + [1] * 3
     jobs = [{"distribution": {"logits": logits[0].tolist(), "options": options}}, {"prefixLm": types}]
     found, mask = in_node(tmp_path, jobs)

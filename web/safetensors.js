@@ -3,9 +3,10 @@
 
 const READERS = {
   F32: (bytes) => new Float32Array(bytes),
-  F16: (bytes) => Float32Array.from(new Uint16Array(bytes), halfToFloat),
+  F16: halvesToFloats,
   BF16: (bytes) => {  // bfloat16 is the upper half of a float32
-    const bits = Uint32Array.from(new Uint16Array(bytes), (half) => half << 16);
+    const halves = new Uint16Array(bytes), bits = new Uint32Array(halves.length);
+    for (let i = 0; i < bits.length; i++) bits[i] = halves[i] << 16;
     return new Float32Array(bits.buffer);
   },
 };
@@ -24,10 +25,14 @@ export function readSafetensors(buffer) {
   return tensors;
 }
 
-// 16 bits: sign, 5 of exponent, 10 of fraction
-export function halfToFloat(half) {
-  const sign = half & 0x8000 ? -1 : 1, exponent = (half >> 10) & 31, fraction = half & 1023;
-  if (exponent === 0) return sign * 2 ** -24 * fraction;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  return sign * 2 ** (exponent - 25) * (1024 + fraction);
+// Each float16 is 16 bits: sign, 5 of exponent, 10 of fraction.
+export function halvesToFloats(bytes) {
+  const halves = new Uint16Array(bytes), floats = new Float32Array(halves.length);
+  for (let i = 0; i < floats.length; i++) {
+    const half = halves[i], sign = half & 0x8000 ? -1 : 1, exponent = (half >> 10) & 31, fraction = half & 1023;
+    if (exponent === 0) floats[i] = sign * 2 ** -24 * fraction;
+    else if (exponent === 31) floats[i] = fraction ? NaN : sign * Infinity;
+    else floats[i] = sign * 2 ** (exponent - 25) * (1024 + fraction);
+  }
+  return floats;
 }

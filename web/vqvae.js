@@ -1,6 +1,7 @@
 // The decoder of the mask VQ-VAE: 16 codes → a 64×64 mask with values in about [-1, 1], where above 0 is inside.
-// Weights are in a .npz file: a zip of arrays. Images here are [C, H, W].
-import { halfToFloat } from "./safetensors.js";
+// Weights are in a .npz file: a zip of arrays. An image here is {side, data [side · side, C]}, channels last.
+import { halvesToFloats } from "./safetensors.js";
+import { addTo, linear } from "./tensor.js";
 
 export class MaskVQVAE {
   constructor(arrays) {
@@ -14,53 +15,49 @@ export class MaskVQVAE {
   // codes [16] → [64, 64]
   decode(codes) {
     const codebook = this.arrays["_vq_vae._embedding"], D = codebook.shape[1];
-    const side = Math.sqrt(codes.length), grid = new Float32Array(D * codes.length);
-    codes.forEach((code, cell) => {  // channels come first, as a convolution expects
-      for (let i = 0; i < D; i++) grid[i * codes.length + cell] = codebook.data[code * D + i];
-    });
-    let x = relu(this.conv({ data: grid, side }, "decoder.0"));                       // 512 → 128 channels, 4 × 4
+    const data = new Float32Array(codes.length * D);
+    codes.forEach((code, cell) => data.set(codebook.data.subarray(code * D, (code + 1) * D), cell * D));
+    let x = relu(this.conv({ data, side: Math.sqrt(codes.length) }, "decoder.0"));   // 512 → 128 channels, 4 × 4
     for (const block of ["decoder.2.net", "decoder.3.net"]) x = this.residual(x, block);
-    for (const i of [4, 6, 8, 10]) x = relu(this.transposed(x, `decoder.${i}`));      // 4 → 8 → 16 → 32 → 64
-    return this.conv(x, "decoder.12").data;                                           // 16 → 1 channel
+    for (const i of [4, 6, 8, 10]) x = relu(this.transposed(x, `decoder.${i}`));     // 4 → 8 → 16 → 32 → 64
+    return this.conv(x, "decoder.12").data;                                          // 16 → 1 channel
   }
 
   // x + 1×1(ReLU(3×3(ReLU(3×3(x)))))
   residual(x, name) {
-    const inner = relu(this.conv(relu(this.conv(x, `${name}.0`)), `${name}.2`)), out = this.conv(inner, `${name}.4`);
-    return { side: x.side, data: out.data.map((v, i) => v + x.data[i]) };
+    const inner = relu(this.conv(relu(this.conv(x, `${name}.0`)), `${name}.2`));
+    return { side: x.side, data: addTo(this.conv(inner, `${name}.4`).data, x.data) };
   }
 
-  // Stride 1, padded so that the size stays: weight [out, in, k, k]
+  // Stride 1, padded so that the size stays. weight [O, I, k, k]: input row y reaches output row y − q + pad with kernel row q.
   conv(x, name) {
-    const weight = this.arrays[`${name}.weight`], [O, I, k] = weight.shape, pad = (k - 1) / 2;
-    return this.spread(x, weight, name, O, (o, i, ky, kx) => ((o * I + i) * k + ky) * k + kx, (p, q) => p - q + pad, x.side);
+    const { data, shape: [O, I, k] } = this.arrays[`${name}.weight`], pad = (k - 1) / 2;
+    return this.paint(x, name, O, k, (q, o, i) => data[(o * I + i) * k * k + q], (y, q) => y - q + pad, x.side);
   }
 
-  // Transposed, kernel 4, stride 2, padding 1: every input pixel is painted with the kernel. weight [in, out, k, k]
+  // Transposed, stride 2, padding 1. weight [I, O, k, k]: input row y reaches output row 2y + q − 1 with kernel row q.
   transposed(x, name) {
-    const weight = this.arrays[`${name}.weight`], [, O, k] = weight.shape;
-    return this.spread(x, weight, name, O, (o, i, ky, kx) => ((i * O + o) * k + ky) * k + kx, (p, q) => 2 * p + q - 1, 2 * x.side);
+    const { data, shape: [, O, k] } = this.arrays[`${name}.weight`];
+    return this.paint(x, name, O, k, (q, o, i) => data[(i * O + o) * k * k + q], (y, q) => 2 * y + q - 1, 2 * x.side);
   }
 
-  // Both are sums over inputs and kernel positions; `target` says where input row (or column) p goes with kernel row q.
-  spread(x, weight, name, O, indexOf, target, side) {
-    const bias = this.arrays[`${name}.bias`].data, k = weight.shape[3], I = x.data.length / x.side ** 2;
-    const sums = new Float64Array(O * side * side);
-    for (let o = 0; o < O; o++) {
-      sums.fill(bias[o], o * side * side, (o + 1) * side * side);
-      for (let i = 0; i < I; i++) for (let ky = 0; ky < k; ky++) for (let kx = 0; kx < k; kx++) {
-        const w = weight.data[indexOf(o, i, ky, kx)];
-        for (let y = 0; y < x.side; y++) {
-          const row = target(y, ky);
-          if (row < 0 || row >= side) continue;
-          for (let column = 0; column < x.side; column++) {
-            const to = target(column, kx);
-            if (to >= 0 && to < side) sums[(o * side + row) * side + to] += w * x.data[(i * x.side + y) * x.side + column];
-          }
-        }
+  // Both are the same: one matrix turns each input pixel [I] into a square of k × k output pixels [O], and the squares of
+  // all pixels are added up, each at its place.
+  paint(x, name, O, k, weightAt, target, side) {
+    const I = x.data.length / x.side ** 2, matrix = new Float32Array(k * k * O * I);  // [k · k · O, I]
+    for (let j = 0; j < matrix.length; j++) matrix[j] = weightAt(Math.floor(j / (O * I)), Math.floor(j / I) % O, j % I);
+    const squares = linear(x.data, { data: matrix, shape: [k * k * O, I] });
+    const out = new Float32Array(side * side * O), bias = this.arrays[`${name}.bias`].data;
+    for (let p = 0; p < side * side; p++) out.set(bias, p * O);
+    for (let y = 0; y < x.side; y++) for (let q = 0; q < k; q++) {
+      const row = target(y, q);
+      for (let column = 0; column < x.side && row >= 0 && row < side; column++) for (let r = 0; r < k; r++) {
+        const to = target(column, r), from = ((y * x.side + column) * k * k + q * k + r) * O;
+        if (to < 0 || to >= side) continue;
+        for (let o = 0; o < O; o++) out[(row * side + to) * O + o] += squares[from + o];
       }
     }
-    return { data: Float32Array.from(sums), side };
+    return { data: out, side };
   }
 }
 
@@ -93,6 +90,6 @@ function readNpy(buffer) {
   const header = new TextDecoder().decode(new Uint8Array(buffer, 10, length)), numbers = buffer.slice(10 + length);
   const shape = header.match(/'shape': \(([^)]*)\)/)[1].split(",").filter((part) => part.trim()).map(Number);
   if (header.includes("'<f4'")) return { data: new Float32Array(numbers), shape };
-  if (header.includes("'<f2'")) return { data: Float32Array.from(new Uint16Array(numbers), halfToFloat), shape };
+  if (header.includes("'<f2'")) return { data: halvesToFloats(numbers), shape };
   throw new Error("An array of the mask VQ-VAE is neither float16 nor float32.");
 }
