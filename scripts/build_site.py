@@ -70,7 +70,7 @@ def build(out: Path) -> None:
         options = ["-c", str(source), "--jobs", str(os.cpu_count()), "--fail-on-warning", "--keep-going", "--quiet"]
         if build_main([*options, str(source), str(made)]):
             raise ValueError("Sphinx found the faults above; the site was not written.")
-        for unneeded in (".doctrees", ".buildinfo", "objects.inv"):
+        for unneeded in (".doctrees", ".buildinfo", "objects.inv", "_sources"):
             remove(made / unneeded)
         remove(out)
         shutil.copytree(made, out)
@@ -223,7 +223,7 @@ def write_sections(source: Path, documents: dict[str, list[Path]]) -> None:
         write(source / name / "index.md", f"# {title}\n\n{chapter_table(part, name)}\n\n{toctree(names)}")
     solved = [path for path in notebooks() if "solutions" in path.parts]
     names = [f"/{path.relative_to(ROOT).with_suffix('').as_posix()}" for path in solved]
-    text = "---\nnosearch: true\n---\n# Solutions\n\nThe same notebooks, solved. Try first: every check names your mistake."
+    text = "---\nnosearch: true\n---\n# Solutions\n\nThe same notebooks, solved. Try first: a check names your mistake."
     write(source / "notebooks" / "solutions" / "index.md", f"{text}\n\n{toctree(names, hidden=False)}")
     for key, (title, _) in PAGES.items():
         names = [f"/{path.relative_to(ROOT).with_suffix('').as_posix()}" for path in documents[key]]
@@ -262,7 +262,7 @@ def write_start_page(source: Path, extra: Path) -> None:
         shutil.copytree(
             hub.EMBEDDED, extra / hub.EMBEDDED.relative_to(ROOT), ignore=shutil.ignore_patterns("*.md", "*.png")
         )
-        live = '<iframe class="live" src="web/index.html?embed" title="PaliGemma, live: an image, a prompt, an answer"></iframe>'
+        live = '<iframe class="live" src="web/index.html?embed" title="PaliGemma, live"></iframe>'
     else:
         copy(ROOT / "docs" / "demo.png", source / "demo.png")
         live = (
@@ -300,9 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(
-        f"Wrote {args.out / 'index.html'}; the site has {size / 1e6:.0f} MB. To see it: python -m http.server -d {args.out}"
-    )
+    print(f"Wrote {size / 1e6:.0f} MB. To see it: python -m http.server --directory {args.out}")
     return 0
 
 

@@ -42,6 +42,7 @@ html_theme_options = {
     "search_bar_text": "Search the course",
     "navigation_with_keys": False,
 }
+html_context = {"default_mode": "auto"}
 html_sidebars = {"index": []}
 math_renderer = html_math_renderer = "mathml"
 
