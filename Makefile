@@ -9,7 +9,7 @@ PY := .venv/bin/python
 CODE := minivlm tests scripts benchmarks  # the notebooks' sources keep their long lines of prose
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help run check test test-all lab notebooks class train evaluate bench
+.PHONY: help run check test test-all lab notebooks class train evaluate bench site
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -47,6 +47,9 @@ evaluate: .venv/installed  ## measure the embedded checkpoint on held-out scenes
 bench: .venv/installed  ## measure speed and memory next to transformers; ARGS="--real" for the real size
 	@$(PY) -m benchmarks $(ARGS)
 
+site: .venv/installed-site  ## build the course as a static site, in build/site
+	@$(PY) scripts/build_site.py
+
 # The stamps are written last: an installation that was interrupted starts over.
 .venv/created:
 	@"$(PYTHON)" -c "$(NEW_ENOUGH)" 2>/dev/null || { echo "minivlm needs Python 3.11 or newer," \
@@ -61,4 +64,8 @@ bench: .venv/installed  ## measure speed and memory next to transformers; ARGS="
 
 .venv/installed-dev: .venv/installed
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+.venv/installed-site: .venv/installed
+	$(PIP) -e ".[site]"
 	@touch $@

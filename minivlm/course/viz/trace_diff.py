@@ -44,7 +44,7 @@ class Pair:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """|other − this|, 0 where both are NaN or equally infinite. Of masks: where they differ.
+        """``|other − this|``, 0 where both are NaN or equally infinite. Of masks: where they differ.
 
         Raises:
             ValueError: If the shapes differ, or the other run has no such tensor.
@@ -149,8 +149,8 @@ class Pair:
 class Diff(Traced):
     """Two traces compared, in the order of computation.
 
-    ``diff["logits"]`` is a pair of entries, ``diff.tensor("logits")`` is |other − this|. A notebook shows both runs and
-    the difference, beginning with the first tensor that differs.
+    ``diff["logits"]`` is a pair of entries, ``diff.tensor("logits")`` is ``|other − this|``. A notebook shows both runs
+    and the difference, beginning with the first tensor that differs.
 
     Attributes:
         first: The name of the first tensor that differs, None if the runs are equal.
