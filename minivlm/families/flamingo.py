@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from minivlm.families.base import TEXT, Captioner, next_token_loss
 from minivlm.gemma import GemmaDecoderLayer, GemmaForCausalLM
+from minivlm.processor import Processor
 from minivlm.siglip import LayerNorm, SiglipVisionModel, split_heads
 
 
@@ -157,6 +158,10 @@ class Flamingo(Captioner):
         for layer in self.decoder.model.layers:
             layer.vectors, layer.mask = vectors.flatten(1, 2), last_image_mask(images_before, images, latents)
         return vectors.new_zeros(rows, 0, vectors.shape[-1])
+
+    def caption(self, processor: Processor, pixel_values: Float[Tensor, "B C H W"], **options) -> list[str]:
+        """A caption for each image: the first line of the document that the model would write."""
+        return [text.split("\n")[0] for text in super().caption(processor, pixel_values, **options)]
 
     def look_away(self) -> None:
         """Show no image: the decoder is the language model again."""
