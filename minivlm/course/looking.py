@@ -131,26 +131,28 @@ def logits_of_pixels(
 # --- inside the decoder ---------------------------------------------------------------------------------------------
 
 
-def block_image(mask: Bool[Tensor, "#B T S"] | None, T: int, S: int, P: int) -> Bool[Tensor, "_ T S"]:
-    """An attention mask in which no text token sees the first P keys, which are the image. Patches still do.
-
-    The queries are the last T of S tokens. Without padding, ``mask`` can be None.
-    """
-    mask = torch.ones(1, T, S, dtype=torch.bool) if mask is None else mask.clone()
-    is_text = torch.arange(S - T, S) >= P
-    mask[:, is_text, :P] = False
+def block_image(mask: Bool[Tensor, "B T T"], P: int) -> Bool[Tensor, "B T T"]:
+    """A copy of a mask in which no text token attends to the first P tokens, which are the image. Patches still do."""
+    mask = mask.clone()
+    mask[:, P:, :P] = False
     return mask
 
 
 @contextmanager
-def blocked(model: PaliGemma, layers: Iterable[int], patches: int) -> Iterator[None]:
-    """Inside the ``with`` block, text does not attend to the image in these layers. Prompts must have no padding."""
+def blocked(model: PaliGemma, layers: Iterable[int], P: int) -> Iterator[None]:
+    """Inside the ``with`` block, text does not attend to the P image tokens in these layers. Without padding or cache.
+
+    Raises:
+        ValueError: If there is a cache, whose keys come from an earlier pass. Pass ``cache=None`` to ``generate``.
+    """
 
     def without_image(attention, inputs):
         x, cos, sin, mask, cache = inputs
+        if cache is not None:
+            raise ValueError("attention can only be blocked without a cache. Pass cache=None.")
         T = x.shape[1]
-        S = T if mask is None and cache is None else mask.shape[-1] if mask is not None else cache.length
-        return x, cos, sin, block_image(mask, T, S, patches), cache
+        mask = torch.ones(1, T, T, dtype=torch.bool, device=x.device) if mask is None else mask
+        return x, cos, sin, block_image(mask, P), None
 
     with ExitStack() as hooks:
         for layer in layers:
@@ -160,7 +162,7 @@ def blocked(model: PaliGemma, layers: Iterable[int], patches: int) -> Iterator[N
 
 
 @torch.inference_mode()
-def logit_lens(model: PaliGemma, **inputs: Tensor) -> Float[Tensor, "L B T V"]:
+def logit_lens(model: PaliGemma, **inputs: Tensor) -> Float[Tensor, "K B T V"]:
     """What each token would predict if the decoder ended after 0, 1, … layers, through its last norm and output head."""
     decoder, states = model.language_model.model, []
     with ExitStack() as hooks:
@@ -198,7 +200,7 @@ def new_word_scenes(
 class NewWords(torch.utils.data.Dataset):
     """Batches for ``training.fit``: "is there a dax?" and "is there a wug?" about a few scenes, each with its answer."""
 
-    def __init__(self, processor: Processor, scenes: list, batch_size: int = 16, seed: int = 0):
+    def __init__(self, processor: Processor, scenes: list, batch_size: int = 8, seed: int = 0):
         self.processor, self.scenes, self.batch_size, self.seed = processor, scenes, batch_size, seed
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
