@@ -37,14 +37,9 @@ def _metrics(**changes):
     return function
 
 
-def _divide(a, b):
-    return float(a) / float(b) if b else 0.0
-
-
 METRICS = Exercise(
     key="L7.1",
     reference=looking.yes_no_metrics,
-    name="yes_no_metrics",
     cases=answer_cases,
     difficulty=1,
     minutes=10,
@@ -143,6 +138,7 @@ NEGATIVES = Exercise(
     cases=negative_cases,
     difficulty=3,
     minutes=20,
+    points=3,
     hints=(
         "How often two names occur together, for all pairs, is one matrix product of `present` with itself.",
         (
