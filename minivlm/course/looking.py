@@ -1,6 +1,6 @@
 """Does a model look at its image? What lab L7 measures.
 
-    N questions or scenes · M names · T tokens · P patches · D hidden size · V vocabulary size
+    N questions or scenes · M names · T tokens · P patches · K layers, plus 1 · D hidden size · V vocabulary size
 
 Sources: POPE (arXiv:2305.10355), contrastive decoding (VCD, arXiv:2311.16922), the logit lens
 (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru), attention knockout (arXiv:2304.14767).
@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minivlm import emoji, training
-from minivlm.training import objectives
 from minivlm.paligemma import PaliGemma
 from minivlm.processor import Processor
+from minivlm.training import objectives
 
 CHUNK = 128  # rows per forward pass
 BLANK = 128  # gray value of an image without content: about 0 after the processor
@@ -32,7 +32,9 @@ def is_there(name: str) -> str:
 
 
 @torch.inference_mode()
-def next_logits(model: PaliGemma, processor: Processor, images: Sequence, prompts: Sequence[str]) -> Float[Tensor, "N V"]:
+def next_logits(
+    model: PaliGemma, processor: Processor, images: Sequence, prompts: Sequence[str]
+) -> Float[Tensor, "N V"]:
     """The logits of the first token of each answer."""
     rows = []
     for start in range(0, len(prompts), CHUNK):
@@ -163,7 +165,7 @@ def blocked(model: PaliGemma, layers: Iterable[int], P: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def logit_lens(model: PaliGemma, **inputs: Tensor) -> Float[Tensor, "K B T V"]:
-    """What each token would predict if the decoder ended after 0, 1, … layers, through its last norm and output head."""
+    """What each token would predict if the decoder ended after 0, 1, … K − 1 layers: its last norm, then its head."""
     decoder, states = model.language_model.model, []
     with ExitStack() as hooks:
         for layer in decoder.layers:
@@ -182,7 +184,7 @@ WORDS = "dax", "wug"  # the model has never seen them
 def new_word_scenes(
     pair: tuple[str, str], world: emoji.World, kinds: Sequence[str], count: int, split: str = "train"
 ) -> list[tuple[emoji.Scene, tuple[bool, bool]]]:
-    """Scenes and which of the two objects each shows: ``count`` of each kind, "both", "neither", "first" or "second"."""
+    """``count`` scenes of each kind ("both", "neither", "first", "second"), each with which of the two it shows."""
     wanted = {(True, True): "both", (False, False): "neither", (True, False): "first", (False, True): "second"}
     left, found, seed = dict.fromkeys(kinds, count), [], 0
     while any(left.values()):
@@ -198,7 +200,7 @@ def new_word_scenes(
 
 
 class NewWords(torch.utils.data.Dataset):
-    """Batches for ``training.fit``: "is there a dax?" and "is there a wug?" about a few scenes, each with its answer."""
+    """Batches for ``training.fit``: "is there a dax?" and "is there a wug?" about a few scenes, with answers."""
 
     def __init__(self, processor: Processor, scenes: list, batch_size: int = 8, seed: int = 0):
         self.processor, self.scenes, self.batch_size, self.seed = processor, scenes, batch_size, seed

@@ -142,8 +142,8 @@ NEGATIVES = Exercise(
     hints=(
         "How often two names occur together, for all pairs, is one matrix product of `present` with itself.",
         (
-            "As integers, `present.T @ present` counts pairs [M, M]; another product sums the rows of what a scene shows. "
-            "Give present names a score below 0, then `argsort(dim=1, descending=True, stable=True)`."
+            "As integers, `present.T @ present` counts pairs [M, M]; another product sums the rows of what a scene "
+            "shows. Give present names a score below 0, then `argsort(dim=1, descending=True, stable=True)`."
         ),
     ),
     mistakes=(
@@ -229,8 +229,8 @@ OCCLUDE = Exercise(
     hints=(
         "One copy per patch, and in each copy a square of its own that is filled. Which rows and columns is patch p?",
         (
-            "`pixels.repeat(P, 1, 1, 1)` makes independent copies. Patch p is in row p // columns and column p % columns, "
-            "each times the patch size in pixels."
+            "`pixels.repeat(P, 1, 1, 1)` makes independent copies. Patch p is in row p // columns and column "
+            "p % columns, each times the patch size in pixels."
         ),
     ),
     mistakes=(
@@ -342,8 +342,8 @@ CONTRAST = Exercise(
         ),
         Mistake(
             "compares with β itself, not with β times the largest probability",
-            lambda logits, blind, alpha, beta: (
-                _mixed(logits, blind, alpha).masked_fill(logits.softmax(-1) < beta, -torch.inf)
+            lambda logits, blind, alpha, beta: _mixed(logits, blind, alpha).masked_fill(
+                logits.softmax(-1) < beta, -torch.inf
             ),
             "The threshold is relative, β · max, so that the most likely token always stays.",
         ),

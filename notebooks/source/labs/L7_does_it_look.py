@@ -399,7 +399,9 @@ for layer in range(L + 1):
     shares.append(np.mean(hits))
 print(f"{len(hits)} patches on objects; named:", [f"{share:.0%}" for share in shares])
 assert max(shares) > 0.3
-viz.lines({"patches on the object": (list(range(L + 1)), shares)}, "Logit lens", "layers", "named, share of the patches")
+viz.lines(
+    {"patches on the object": (list(range(L + 1)), shares)}, "Logit lens", "layers", "named, share of the patches"
+)
 
 # %%
 words = [processor.decode([int(t)]).strip() or "·" for t in top[L - 1, 0]]
