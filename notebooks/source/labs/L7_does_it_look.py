@@ -33,7 +33,8 @@ from minivlm.emoji.batches import patch_coverage
 # <details><summary>Answers, to open at the end of the lab</summary>
 #
 # 1. 50%, whatever it says. So 50 is the zero of this scale.
-# 2. No single layer is needed as much as you may think: what one cannot read, another can. Several together hurt badly.
+# 2. It differs from one training run to the next, so it has to be measured. What one layer cannot read, another often
+#    can. Several together hurt badly.
 # 3. Often not. The patch with the most weight is frequently not the one that the answer depends on.
 # 4. That it is there, nearly always. Nothing that it saw tells the two apart.
 #
@@ -228,8 +229,8 @@ assert by_version["own image"]["accuracy"] > by_version["another scene"]["accura
 assert abs(by_version["blank"]["accuracy"] - 0.5) < 0.15
 
 # %% [markdown]
-# So it looks: without its image it is at chance. Shuffled patches cost much less than you might expect. Whether something is
-# there is mostly a question about single patches, and a patch still shows what it shows.
+# So it looks: without its image it is at chance. Compare the row of the shuffled patches with both. Whether something is
+# there is mostly a question about single patches, and a shuffled patch still shows what it shows.
 #
 # ## Which part of the image? Occlusion
 #
@@ -369,13 +370,14 @@ for layers, share in by_layers.items():
 assert by_layers[()] > 0.7 and by_layers[tuple(range(L))] < 0.2
 
 # %% [markdown]
-# Blocked everywhere, the model is blind and repeats what is frequent. One layer is rarely decisive, because other layers
-# have the same information. Compare each row with the first before you say "the name is fetched in layer …".
+# Blocked everywhere, the model is blind and repeats what is frequent. Compare the last two layers together with each of
+# them alone: where both can read the name, blocking one proves little. So think twice before you say "the name is fetched
+# in layer …".
 #
 # ## The logit lens over image tokens
 #
 # The output head turns the last hidden state into words. Nothing keeps us from applying it earlier, and to the *image*
-# tokens: what would a patch say after 0, 1, … layers?
+# tokens: what would a patch say after 0, 1, … decoder layers?
 
 # %%
 batch = processor(text=["caption en"] * len(singles), images=[s.image for s in singles])
@@ -456,9 +458,10 @@ for who, (some, indices) in {"known": known, "unseen": (strange, torch.cat([ther
         assert numbers["accuracy"] > 0.6
 
 # %% [markdown]
-# Without its image, this model leans toward no, so contrast moves answers toward yes: recall rises, precision falls. On
-# an artist it does not know that can help; on those it knows it costs. And it always costs a second forward pass for
-# every token. It does not make the model see more. It moves the threshold of what it says, as a bias on `yes` could.
+# The row *blank* further up shows which way the model leans without its image. Contrast moves its answers the other way:
+# if it leans toward no, recall rises and precision falls. On an artist it does not know, that can help; on those it
+# knows, there is little to win and something to lose. And it always costs a second forward pass for every token. It does
+# not make the model see more. It moves the threshold of what it says, much as a bias on `yes` would.
 #
 # ### Break it: without the cut
 #
