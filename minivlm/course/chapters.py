@@ -58,6 +58,7 @@ CHAPTERS: dict[str, Chapter] = {
         Chapter(
             "L0", "masks as tokens", "How does a language model write the outline of an object?", 55, ("vqvae.py",)
         ),
+        Chapter("L7", "does it look?", "Does the model look at the image, or guess from the question?", 110, ()),
         Chapter("L10", "the empty file", "Can I write PaliGemma from nothing but its facts?", 480, ("checkpoint.py",)),
     )
 }

@@ -24,7 +24,7 @@ from numbers import Real
 from typing import Any
 
 from minivlm.course.chapters import CHAPTERS
-from minivlm.course.exercises import ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0, lab10, saved
+from minivlm.course.exercises import ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0, lab7, lab10, saved
 from minivlm.course.exercises.exercise import Case, Exercise, Mistake, Result, describe, examine, for_console
 from minivlm.course.exercises.patch import replaced
 
@@ -44,7 +44,7 @@ __all__ = [
     "score",
 ]
 
-_MODULES = (ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0, lab10)
+_MODULES = (ch00, ch01, ch02, ch03, ch04, ch05, ch06, ch07, ch08, lab0, lab7, lab10)
 _DECLARED = [exercise for module in _MODULES for exercise in module.EXERCISES]
 EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in _DECLARED}
 assert len(EXERCISES) == len(_DECLARED), "two exercises have the same name"

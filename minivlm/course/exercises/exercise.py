@@ -103,8 +103,9 @@ class Exercise:
 
     @property
     def plugs_in(self) -> bool:
-        """Whether the model calls this function to answer. The losses are for training only."""
-        return self.is_in_package and self.reference.__module__ != "minivlm.losses"
+        """Whether the model calls this function to answer. The losses are for training, ``course`` measures it."""
+        module = self.reference.__module__
+        return self.is_in_package and module != "minivlm.losses" and not module.startswith("minivlm.course")
 
 
 @dataclass(frozen=True)
