@@ -31,7 +31,7 @@ ANSWERS = [
     "<loc0001><loc0002><loc0300><loc0400>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " cat",
     "<loc0001><loc0002><loc0300><loc0400><seg001> cat", "<loc0400><loc0002><loc0300><loc0400> cat",
     "<loc0001><loc0002><loc0300><loc2000> cat",
-    "<loc0001><loc0002><loc0300><loc0400> <loc0005><loc0002><loc0300><loc0400> a <loc0001><loc0002><loc0300><loc0400> b",
+    "<loc0001><loc0002><loc0300><loc0400> <loc0005><loc0002><loc0300><loc0400> a <loc0001><loc0002><loc0300><loc0400>b",
     "<loc0001><loc0002><loc0300><loc0400> ca<t ; <loc0001><loc0002><loc0300><loc0400> ca",
 ]  # fmt: skip
 
