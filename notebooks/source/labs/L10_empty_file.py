@@ -146,7 +146,7 @@ exercises.score(read_tensor, points=2, seed=1)
 #
 # | layout | text | vision |
 # |---|---|---|
-# | files on the hub | `language_model.model.layers.0…` | `vision_tower.vision_model.encoder.layers.0…` |
+# | [files on the hub](https://huggingface.co/google/paligemma-3b-pt-224/tree/main) | `language_model.model.layers.0…` | `vision_tower.vision_model.encoder.layers.0…` |
 # | saved by transformers 5 | `language_model.model.layers.0…` | `vision_tower.encoder.layers.0…` |
 # | in the memory of transformers 5 | `model.language_model.layers.0…` | `model.vision_tower.encoder.layers.0…` |
 #
@@ -218,7 +218,7 @@ assert difference == 0 and len(short_names) == len(weights)
 # transformers 5 writes `rope_parameters: {"rope_theta": …}` in place of `rope_theta`, and `image_token_id` can stand for
 # `image_token_index`.
 #
-# **The tower** (SigLIP, arXiv:2303.15343; big_vision, `models/vit.py`)
+# **The tower** (SigLIP, [arXiv:2303.15343](https://arxiv.org/abs/2303.15343); big_vision, `models/vit.py`)
 #
 # | piece | fact |
 # |---|---|
@@ -231,7 +231,7 @@ assert difference == 0 and len(short_names) == len(weights)
 #
 # **Projector** (arXiv:2407.07726): one linear layer with a bias, E → D. Nothing is scaled.
 #
-# **The decoder** (Gemma, arXiv:2403.08295; RoPE, arXiv:2104.09864)
+# **The decoder** (Gemma, [arXiv:2403.08295](https://arxiv.org/abs/2403.08295); RoPE, [arXiv:2104.09864](https://arxiv.org/abs/2104.09864))
 #
 # | piece | fact |
 # |---|---|
